@@ -1,0 +1,23 @@
+"""The ops: `gather`, `ensemble`, `query`, `render` and their helpers, each with one door for every backend."""
+
+from . import extension
+
+extension.load()
+
+from . import backends, reference  # noqa: E402
+from .ensemble import ensemble  # noqa: E402
+from .gather import gather  # noqa: E402
+from .metasr import metasr_fold, metasr_query  # noqa: E402
+from .query import fold, query, render  # noqa: E402
+
+__all__ = [
+    "backends",
+    "ensemble",
+    "fold",
+    "gather",
+    "metasr_fold",
+    "metasr_query",
+    "query",
+    "reference",
+    "render",
+]

@@ -1,0 +1,96 @@
+"""Which backend runs an op: the table, the refusals with their reasons, the choice.
+
+A backend is one `can_run_<name>(problem, raise_error=False)` and one row of `BACKENDS`; the rows are tried in order. An
+explicit backend (argument or `LIIF_FAST_BACKEND`) either runs or raises its reason: it never falls back silently.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import extension
+
+
+class Problem(NamedTuple):
+    """What decides whether a backend can run an op; no tensor, so that it traces."""
+
+    op: str  # gather | ensemble | query | render | metasr_query
+    device: str  # torch device type
+    dtype: torch.dtype  # of the features
+
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _verdict(reason: str, raise_error: bool) -> bool:
+    if reason and raise_error:
+        raise RuntimeError(reason)
+    return not reason
+
+
+def can_run_reference(problem: Problem, raise_error: bool = False) -> bool:
+    """The reference runs everything PyTorch runs."""
+    return _verdict("", raise_error)
+
+
+def can_run_cpu(problem: Problem, raise_error: bool = False) -> bool:
+    """The C++ kernels: CPU tensors of a float dtype, and the compiled extension."""
+    reason = ""
+    if problem.device != "cpu":
+        reason = (
+            f"backend 'cpu' takes CPU tensors, these are on '{problem.device}': move them or choose another backend"
+        )
+    elif not extension.is_available():
+        reason = f"backend 'cpu' needs the compiled extension: {extension.reason()}"
+    elif problem.dtype not in _FLOATS:
+        reason = f"backend 'cpu' takes float64, float32, bfloat16 or float16 features, not {problem.dtype}"
+    return _verdict(reason, raise_error)
+
+
+BACKENDS: dict[str, Callable[..., bool]] = {
+    "cpu": can_run_cpu,
+    "reference": can_run_reference,
+}
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is '{name}', which is no backend: choose one of {', '.join(BACKENDS)}")
+    return name
+
+
+_forced = os.environ.get("LIIF_FAST_BACKEND") or None
+if _forced is not None:
+    _checked(_forced, "LIIF_FAST_BACKEND")
+
+
+def choose(problem: Problem, backend: str | None = None) -> str:
+    """The backend for `problem`: `backend`, else LIIF_FAST_BACKEND as it was at import, else the first that can run it.
+
+    Raises ValueError for an unknown name, RuntimeError with the reason where the named backend cannot run the problem.
+    """
+    name = backend or _forced
+    if name is not None:
+        BACKENDS[_checked(name, "backend")](problem, raise_error=True)
+        return name
+    for candidate, can_run in BACKENDS.items():
+        if can_run(problem):
+            return candidate
+    raise RuntimeError(f"no backend can run {problem}")  # unreachable while the reference is in the table
+
+
+def report() -> list[tuple[str, bool, str]]:
+    """(name, runs here, reason why not) for every backend, judged by a float32 query on its natural device."""
+    rows = []
+    for name, can_run in BACKENDS.items():
+        problem = Problem("query", "cpu", torch.float32)
+        try:
+            can_run(problem, raise_error=True)
+            rows.append((name, True, ""))
+        except RuntimeError as error:
+            rows.append((name, False, str(error)))
+    return rows

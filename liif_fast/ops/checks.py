@@ -1,0 +1,135 @@
+"""User-facing validation of the ops' inputs: each rule once, each refusal one sentence with the offending value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_feat(feat: Tensor) -> None:
+    if feat.dim() != 4:
+        raise ValueError(f"feat must be [B, C, H, W], got shape {tuple(feat.shape)}")
+    if not feat.is_floating_point():
+        raise TypeError(f"feat must be a floating point tensor, got {feat.dtype}: convert it, e.g. feat.float()")
+    if feat.shape[1] == 0 or feat.shape[2] == 0 or feat.shape[3] == 0:
+        raise ValueError(f"feat must have at least one channel, row and column, got shape {tuple(feat.shape)}")
+
+
+def check_points(name: str, points: Tensor, feat: Tensor) -> None:
+    """coord or cell: [B, Q, 2], floating point, on feat's device."""
+    if points.dim() != 3 or points.shape[-1] != 2:
+        raise ValueError(f"{name} must be [B, Q, 2] with (row, col) last, got shape {tuple(points.shape)}")
+    if not points.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor in [-1, 1] units, got {points.dtype}")
+    if points.shape[0] != feat.shape[0]:
+        raise ValueError(f"{name} has batch {points.shape[0]} but feat has batch {feat.shape[0]}: expand one of them")
+    if points.device != feat.device:
+        raise ValueError(f"{name} is on {points.device} but feat is on {feat.device}: move it there")
+
+
+def check_cell(cell: Tensor, coord: Tensor, feat: Tensor) -> None:
+    check_points("cell", cell, feat)
+    if cell.shape != coord.shape:
+        raise ValueError(f"cell must have coord's shape {tuple(coord.shape)}, got {tuple(cell.shape)}")
+
+
+def check_layers(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], in_dim: int, feat: Tensor, *, autocast: bool
+) -> None:
+    """imnet's layers: they chain, begin at in_dim, and share feat's device and (without autocast) dtype."""
+    if not weights or len(weights) != len(biases):
+        raise ValueError(
+            f"imnet needs as many biases as weights and at least one, got {len(weights)} and {len(biases)}"
+        )
+    width = in_dim
+    for layer, (weight, bias) in enumerate(zip(weights, biases)):
+        if weight.dim() != 2 or weight.shape[1] != width:
+            raise ValueError(
+                f"weights[{layer}] must be [out, {width}], got {tuple(weight.shape)}: "
+                "check feat's channels and the flags feat_unfold, cell_decode"
+            )
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"biases[{layer}] must be [{weight.shape[0]}], got {tuple(bias.shape)}")
+        width = weight.shape[0]
+        for name, tensor in (("weights", weight), ("biases", bias)):
+            if tensor.device != feat.device:
+                raise ValueError(f"{name}[{layer}] is on {tensor.device} but feat is on {feat.device}: move it there")
+            if not autocast and tensor.dtype != feat.dtype:
+                raise TypeError(
+                    f"{name}[{layer}] is {tensor.dtype} but feat is {feat.dtype}: use one dtype or autocast"
+                )
+
+
+def check_size(name: str, size: Sequence[int]) -> tuple[int, int]:
+    if len(size) != 2:
+        raise ValueError(f"{name} must be (rows, columns), got {tuple(size)}")
+    height, width = size
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} must be at least 1x1, got {height}x{width}")
+    return height, width
+
+
+def check_window(window: Sequence[int] | None, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """window (top, left, height, width) inside an image of `size`; None is the whole image."""
+    if window is None:
+        return 0, 0, size[0], size[1]
+    if len(window) != 4:
+        raise ValueError(f"window must be (top, left, height, width), got {tuple(window)}")
+    top, left, height, width = window
+    if min(top, left, height, width) < 0 or top + height > size[0] or left + width > size[1]:
+        raise ValueError(f"window {tuple(window)} (top, left, height, width) leaves the {size[0]}x{size[1]} image")
+    return top, left, height, width
+
+
+def check_region(region: Sequence[int] | None, feat: Tensor) -> tuple[int, int, int, int]:
+    """feat_region (top, left, H, W): feat fits into an H x W map at (top, left); None is feat itself."""
+    if region is None:
+        return 0, 0, feat.shape[2], feat.shape[3]
+    if len(region) != 4:
+        raise ValueError(f"feat_region must be (top, left, H, W), got {tuple(region)}")
+    top, left, height, width = region
+    if top < 0 or left < 0 or top + feat.shape[2] > height or left + feat.shape[3] > width:
+        raise ValueError(
+            f"feat_region {tuple(region)} (top, left, H, W) does not hold feat of {feat.shape[2]}x{feat.shape[3]}"
+        )
+    return top, left, height, width
+
+
+def reached(first: int, count: int, pixels: int, latents: int, reach: int) -> tuple[int, int]:
+    """First and last latent that `count` pixels from `first` touch along an axis, widened by `reach` latents.
+
+    A pixel centre at (p + 0.5) * latents / pixels - 0.5 (in latents) has its nearest corners at most one latent away.
+    """
+    low = (first + 0.5) * latents / pixels - 0.5
+    high = (first + count - 0.5) * latents / pixels - 0.5
+    return max(int(low // 1) - reach, 0), min(int(-(-high // 1)) + reach, latents - 1)
+
+
+def check_reach(
+    size: tuple[int, int],
+    window: tuple[int, int, int, int],
+    region: tuple[int, int, int, int],
+    feat: Tensor,
+    reach: int,
+) -> None:
+    """Every latent the window needs lies in feat."""
+    if window[2] == 0 or window[3] == 0:
+        return
+    for axis, name in enumerate(("rows", "columns")):
+        low, high = reached(window[axis], window[2 + axis], size[axis], region[2 + axis], reach)
+        first, last = region[axis], region[axis] + feat.shape[2 + axis] - 1
+        if low < first or high > last:
+            raise ValueError(
+                f"the window needs feature {name} {low} to {high}, but feat holds {first} to {last}: widen feat or "
+                "shrink the window"
+            )
+
+
+def autocast_dtype(feat: Tensor) -> torch.dtype | None:
+    """The dtype autocast asks for on feat's device, None outside autocast; float64 stays as it is."""
+    kind = feat.device.type
+    if feat.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)

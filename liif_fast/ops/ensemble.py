@@ -1,0 +1,38 @@
+"""`ensemble`: the area-weighted blend of the corners' predictions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import checks, library, reference
+from .backends import Problem, choose
+
+
+def ensemble(pred: Tensor, area_weight: Tensor, *, backend: str | None = None) -> Tensor:
+    """Blend the corners' predictions; differentiable in both.
+
+    Args:
+        pred: what a decoder made of each corner, [B, Q, S, O].
+        area_weight: `gather`'s weights, [B, Q, S].
+        backend: a name of `backends.BACKENDS`; None lets the table choose.
+
+    Returns:
+        [B, Q, O] in pred's dtype (float32 under autocast), accumulated in float32 or better.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or device. RuntimeError: the named backend cannot run this.
+
+    Source: LIIF, equation 4.
+    """
+    if pred.dim() != 4:
+        raise ValueError(f"pred must be [B, Q, S, O], got shape {tuple(pred.shape)}")
+    if area_weight.shape != pred.shape[:3]:
+        raise ValueError(f"area_weight must be {tuple(pred.shape[:3])}, got {tuple(area_weight.shape)}")
+    if not pred.is_floating_point() or not area_weight.is_floating_point():
+        raise TypeError(f"pred and area_weight must be floating point, got {pred.dtype} and {area_weight.dtype}")
+    if area_weight.device != pred.device:
+        raise ValueError(f"area_weight is on {area_weight.device} but pred is on {pred.device}: move it there")
+    name = choose(Problem("ensemble", pred.device.type, pred.dtype), backend)
+    area_weight = area_weight.to(library.compute_dtype(pred))
+    out = reference.ensemble(pred, area_weight) if name == "reference" else library.ensemble(pred, area_weight, name)
+    return out if checks.autocast_dtype(pred) is not None else out.to(pred.dtype)

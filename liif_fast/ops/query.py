@@ -1,0 +1,197 @@
+"""`query` and `render`: the whole decode, at given coordinates and on a regular grid; `fold`: the first layer once a latent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks, library, reference
+from .backends import Problem, choose
+from .ensemble import ensemble
+from .gather import gather
+
+
+def fold(feat: Tensor, weight: Tensor, *, feat_unfold: bool = True) -> Tensor:
+    """The first layer's feature part as a convolution, once per latent instead of once per query and corner.
+
+    Args:
+        feat: [B, C, H, W].
+        weight: imnet's first weight, [K, 9C + 2 (+ 2)], or [K, C + 2 (+ 2)] without unfolding.
+        feat_unfold: a 3x3 convolution with zero padding, otherwise 1x1.
+
+    Returns:
+        latent_map, [B, H, W, K], contiguous. The bias is not in it: `query` adds it with the geometry terms.
+
+    Source: linearity of the first layer in the unfolded latent; exact up to the order of the sum.
+    """
+    channels, kernel = feat.shape[1], 3 if feat_unfold else 1
+    kernels = weight[:, : channels * kernel * kernel].reshape(weight.shape[0], channels, kernel, kernel)
+    feat = feat.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(feat, kernels, padding=kernel // 2).permute(0, 2, 3, 1).contiguous()
+
+
+def _in_dim(feat: Tensor, feat_unfold: bool, cell_decode: bool) -> int:
+    return feat.shape[1] * (9 if feat_unfold else 1) + 2 + (2 if cell_decode else 0)
+
+
+def _check_latent_map(latent_map: Tensor, feat: Tensor, weights: Sequence[Tensor]) -> None:
+    shape = (feat.shape[0], feat.shape[2], feat.shape[3], weights[0].shape[0])
+    if tuple(latent_map.shape) != shape or latent_map.device != feat.device:
+        raise ValueError(
+            f"latent_map must be {shape} on {feat.device}, got {tuple(latent_map.shape)} on {latent_map.device}: "
+            "make it by fold(feat, weights[0])"
+        )
+
+
+def query(
+    feat: Tensor,
+    coord: Tensor,
+    cell: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    local_ensemble: bool = True,
+    feat_unfold: bool = True,
+    cell_decode: bool = True,
+    latent_map: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Decode every coordinate to O values; differentiable in feat, coord, cell and every weight and bias.
+
+    Args:
+        feat: encoder output, [B, C, H, W].
+        coord: query centres, [B, Q, 2], (row, col) in [-1, 1]; outside is legal, NaN gives NaN.
+        cell: query pixel sizes in the same units, [B, Q, 2]; unused, and may be None, without cell_decode.
+        weights: imnet's weights, [out, in] each, at least one; ReLU stands between the layers.
+        biases: imnet's biases, [out] each.
+        local_ensemble, feat_unfold, cell_decode: the paper's switches.
+        latent_map: `fold(feat, weights[0])` where it is at hand already, [B, H, W, K].
+        backend: a name of `backends.BACKENDS`; None lets the table choose.
+
+    Returns:
+        [B, Q, O] in feat's dtype (float32 under autocast).
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or device. RuntimeError: the named backend cannot run this.
+
+    Source: LIIF, section 3; `LIIF.query_rgb` of the original.
+    """
+    checks.check_feat(feat)
+    checks.check_points("coord", coord, feat)
+    if cell_decode:
+        if cell is None:
+            raise ValueError("cell is None but cell_decode is on: pass cell [B, Q, 2] or cell_decode=False")
+        checks.check_cell(cell, coord, feat)
+    else:
+        cell = None
+    autocast = checks.autocast_dtype(feat)
+    in_dim = _in_dim(feat, feat_unfold, cell_decode)
+    checks.check_layers(weights, biases, in_dim, feat, autocast=autocast is not None)
+    flags = {"local_ensemble": local_ensemble, "feat_unfold": feat_unfold}
+
+    name = choose(Problem("query", feat.device.type, feat.dtype), backend)
+    if name == "reference":
+        out = reference.query(feat, coord, cell, weights, biases, cell_decode=cell_decode, **flags)
+    elif latent_map is None and 4 * coord.shape[1] < feat.shape[2] * feat.shape[3]:
+        # So few queries that folding the whole map would cost more than it saves.
+        x, area_weight = gather(feat, coord, cell, backend=name, **flags)
+        out = ensemble(reference.imnet(x, weights, biases), area_weight, backend=name)
+    else:
+        if latent_map is None:
+            latent_map = fold(feat, weights[0], feat_unfold=feat_unfold)
+        _check_latent_map(latent_map, feat, weights)
+        geometry = library.compute_dtype(latent_map)
+        out = library.query(
+            latent_map,
+            coord.to(geometry),
+            None if cell is None else cell.to(geometry),
+            weights[0][:, in_dim - (4 if cell_decode else 2) :],
+            list(weights[1:]),
+            list(biases),
+            local_ensemble,
+            name,
+        )
+    return out.float() if autocast is not None else out.to(feat.dtype)
+
+
+def render(
+    feat: Tensor,
+    size: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    window: Sequence[int] | None = None,
+    cell: Sequence[float] | None = None,
+    feat_region: Sequence[int] | None = None,
+    local_ensemble: bool = True,
+    feat_unfold: bool = True,
+    cell_decode: bool = True,
+    latent_map: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Decode the regular grid of an image, or a window of it; coord and cell tensors never exist.
+
+    Args:
+        feat: encoder output, [B, C, H, W], or the part of it that `feat_region` names.
+        size: rows and columns of the whole output image, in pixels.
+        weights, biases: imnet's layers as in `query`.
+        window: (top, left, height, width) of the part to decode, in output pixels; None is the whole image.
+        cell: (row, col) size of a query pixel in [-1, 1] units; None is the grid's own, (2/rows, 2/columns).
+        feat_region: (top, left, H, W): feat is the part of an H x W feature map that begins at latent (top, left). It
+            must hold every latent that the window reaches, and one more on each side with feat_unfold. None: all of it.
+        local_ensemble, feat_unfold, cell_decode: the paper's switches.
+        latent_map: `fold(feat, weights[0])` where it is at hand already, [B, H, W, K].
+        backend: a name of `backends.BACKENDS`; None lets the table choose.
+
+    Returns:
+        [B, O, height, width] in feat's dtype (float32 under autocast); equal to `query` at the grid's centres.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or device, a window outside the image, a feat_region too small for
+        the window. RuntimeError: the named backend cannot run this.
+    """
+    checks.check_feat(feat)
+    image = checks.check_size("size", size)
+    area = checks.check_window(window, image)
+    region = checks.check_region(feat_region, feat)
+    if feat_region is not None:
+        checks.check_reach(image, area, region, feat, 1 if feat_unfold else 0)
+    if cell is not None and len(cell) != 2:
+        raise ValueError(f"cell must be (row, col), two numbers in [-1, 1] units, got {tuple(cell)}")
+    cells = (2 / image[0], 2 / image[1]) if cell is None else (float(cell[0]), float(cell[1]))
+    autocast = checks.autocast_dtype(feat)
+    in_dim = _in_dim(feat, feat_unfold, cell_decode)
+    checks.check_layers(weights, biases, in_dim, feat, autocast=autocast is not None)
+
+    name = choose(Problem("render", feat.device.type, feat.dtype), backend)
+    if name == "reference":
+        out = reference.render(
+            feat,
+            image,
+            weights,
+            biases,
+            window=area,
+            cell=cells,
+            feat_region=region,
+            local_ensemble=local_ensemble,
+            feat_unfold=feat_unfold,
+            cell_decode=cell_decode,
+        )
+    else:
+        if latent_map is None:
+            latent_map = fold(feat, weights[0], feat_unfold=feat_unfold)
+        _check_latent_map(latent_map, feat, weights)
+        out = library.render(
+            latent_map,
+            weights[0][:, in_dim - (4 if cell_decode else 2) :],
+            list(weights[1:]),
+            list(biases),
+            [*image, *area, *region],
+            list(cells),
+            local_ensemble,
+            name,
+        )
+    return out.float() if autocast is not None else out.to(feat.dtype)

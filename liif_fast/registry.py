@@ -1,0 +1,53 @@
+"""Names for model classes, so that a model can be described by a plain dictionary (a spec)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+_registry: dict[str, Callable[..., nn.Module]] = {}
+_Factory = TypeVar("_Factory", bound=Callable[..., nn.Module])
+
+
+def register(name: str) -> Callable[[_Factory], _Factory]:
+    """Let specs call a class or function `name`: `@register('my-encoder')`. A later registration of a name wins."""
+
+    def decorate(factory: _Factory) -> _Factory:
+        _registry[name] = factory
+        return factory
+
+    return decorate
+
+
+def make_model(spec: dict[str, Any], args: dict[str, Any] | None = None, load_sd: bool = False) -> nn.Module:
+    """Build the module that a spec describes.
+
+    spec: {'name': registered name, 'args': keyword arguments (may be left out), 'sd': state_dict (only for load_sd)};
+        never changed.
+    args: override or extend spec['args'].
+    load_sd: load spec['sd'] into the new module.
+    The module remembers {'name', 'args'} as `.spec`, which is what `liif_fast.save` stores.
+    Raises ValueError for a spec without a known name, TypeError for arguments the named class does not take.
+    Source: `models.make` of yinboc/liif.
+    """
+    if not isinstance(spec, dict) or "name" not in spec:
+        raise ValueError(f"a model spec is a dictionary with 'name' and 'args', not {_shorten(spec)}")
+    name = spec["name"]
+    if name not in _registry:
+        raise ValueError(f"no model is registered as {name!r}: choose one of {', '.join(sorted(_registry))}")
+    if load_sd and "sd" not in spec:
+        raise ValueError(f"the spec of {name!r} has no 'sd' to load: leave load_sd out or add the state_dict")
+    merged = {**(spec.get("args") or {}), **(args or {})}
+    module = _registry[name](**merged)
+    module.spec = {"name": name, "args": copy.deepcopy(merged)}  # type: ignore[assignment]
+    if load_sd:
+        module.load_state_dict(spec["sd"])
+    return module
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

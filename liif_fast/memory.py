@@ -1,0 +1,57 @@
+"""How much memory there is, asked before it is needed: a sentence is better than the kernel's out-of-memory killer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+class NotEnoughMemory(MemoryError):
+    """Something asked for more memory than there is; the message is one sentence with both numbers."""
+
+
+def available() -> int | None:
+    """Bytes of main memory this process may still take, or None where the system does not say.
+
+    The smaller of Linux's MemAvailable and what the control group leaves (containers).
+    """
+    amounts = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                amounts.append(int(line.split()[1]) * 1024)
+    except OSError:
+        pass
+    for limit, used in (
+        (_CGROUPS / "memory.max", _CGROUPS / "memory.current"),
+        (_CGROUPS / "memory/memory.limit_in_bytes", _CGROUPS / "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            amounts.append(max(0, int(limit.read_text()) - int(used.read_text())))
+        except (OSError, ValueError):  # no such control group, or the limit is the word "max"
+            continue
+    return min(amounts, default=None)
+
+
+def require(needed: float, what: str, advice: str) -> None:
+    """Raise NotEnoughMemory when `needed` bytes are more than there are.
+
+    Args:
+        needed: bytes, an estimate.
+        what: the subject of the sentence, such as "A result of 10x20 pixels".
+        advice: what to do about it, the end of the sentence.
+    """
+    there = available()
+    if there is not None and needed > there:
+        raise NotEnoughMemory(
+            f"{what} needs about {readable(needed)} of memory, but {readable(there)} are available: {advice}."
+        )
+
+
+def readable(amount: float) -> str:
+    """A number of bytes for a person: 1.5 GB, 300 MB."""
+    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if amount >= size:
+            return f"{amount / size:.3g} {unit}" if amount < 1e18 else f"{amount / size:.1e} {unit}"
+    return f"{amount:.0f} bytes"

@@ -1,12 +1,12 @@
 """Builds ``liif_fast/_C.abi3.so``: one extension for every torch >= 2.11 and every Python >= 3.10.
 
-This file is the only home of compiler flags. It compiles against the LibTorch stable ABI, so the torch that is installed
-while building may be a CPU one, and no GPU is asked for. It imports nothing of torch: it only looks for its headers.
+This file is the only home of compiler flags. It compiles against the LibTorch stable ABI, so a CPU torch is enough to
+build for all of them, and no GPU is asked for. torch is not imported (that takes seconds), only its headers are found.
 
 LIIF_FAST_BUILD        auto (default): C++ always, CUDA when nvcc is found; what is missing is left out with a warning
                        cuda: C++ and CUDA, or an error; cpu: C++ without CUDA, or an error; none: pure Python
 LIIF_FAST_CUDA_ARCHS   narrows the CUDA architectures, for example "90a" or "80;90a" (PTX is for compute_80 in any case)
-LIIF_FAST_SANITIZE=1   address and undefined-behaviour sanitisers; the result goes to build/sanitize, the package stays as it is
+LIIF_FAST_SANITIZE=1   address and undefined-behaviour sanitisers, into build/sanitize; the package stays as it is
 CXX, CUDA_HOME, MAX_JOBS   as in torch's own extension builder
 """
 
@@ -49,12 +49,16 @@ CXX_FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3", "
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if SANITIZE else []
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"]
-LINK_FLAGS = ["-shared", "-Wl,--exclude-libs,ALL", "-Wl,-z,relro,-z,now"]
+LINK_FLAGS = ["-shared", "-Wl,-z,relro,-z,now"]
 CUDA_LIBRARIES = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
 class BuildError(Exception):
     """The extension cannot be built; the message is the one sentence why."""
+
+
+class CudaBuildError(BuildError):
+    """nvcc failed; the C++ half may still be fine."""
 
 
 # ---- what this machine has -----------------------------------------------------------------------------------------
@@ -84,7 +88,9 @@ def find_torch() -> tuple[Path, str]:
     """The folder and the version of the installed torch, without importing it (that takes seconds)."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise BuildError("torch could not be imported while building (install torch>=2.11, then use --no-build-isolation)")
+        raise BuildError(
+            "torch could not be imported while building (install torch>=2.11, then use --no-build-isolation)"
+        )
     folder = Path(spec.origin).parent
     found = re.search(r"__version__\s*=\s*['\"]([^'\"]+)", (folder / "version.py").read_text())
     version = found.group(1) if found else "0.0"
@@ -126,7 +132,11 @@ class Toolkit:
         known = set(re.findall(r"sm_(\d+)", ask(nvcc, "--list-gpu-code")))
         if not (top and release and known):
             raise BuildError(f"{nvcc} does not answer as nvcc does; repair the CUDA toolkit or set LIIF_FAST_BUILD=cpu")
-        wanted = [word.removeprefix("sm_") for word in re.split(r"[;,\s]+", os.environ.get("LIIF_FAST_CUDA_ARCHS", "")) if word]
+        wanted = [
+            word.removeprefix("sm_")
+            for word in re.split(r"[;,\s]+", os.environ.get("LIIF_FAST_CUDA_ARCHS", ""))
+            if word
+        ]
         for word in wanted:
             if not re.fullmatch(r"\d+[af]?", word):
                 raise BuildError(f"LIIF_FAST_CUDA_ARCHS names {word!r}: write architectures like '80;90a'")
@@ -145,7 +155,7 @@ class Toolkit:
 
 @dataclass
 class Step:
-    """One compiler call. It runs again when its command, its inputs or any header it has read are newer than its output."""
+    """One compiler call; stale when its command changed, or an input or a header it has read is newer than its output."""
 
     output: Path
     command: list[str]
@@ -180,17 +190,21 @@ class Step:
         print(f"{Path(self.command[0]).name}: {self.output.relative_to(ROOT)}", flush=True)
         self.record.unlink(missing_ok=True)
         began = time.time_ns()
-        if subprocess.run(self.command, cwd=ROOT, check=False).returncode:
-            names = ", ".join(str(path.relative_to(ROOT)) for path in self.inputs[:1])
-            raise BuildError(f"{Path(self.command[0]).name} failed on {names}; its messages stand above")
+        if subprocess.run(self.command, cwd=ROOT, check=False).returncode:  # its messages went to the terminal
+            kind = CudaBuildError if self.output.name.endswith(".cu.o") else BuildError
+            raise kind(
+                f"{Path(self.command[0]).name} could not make {self.output.name} of {self.inputs[0].relative_to(ROOT)}"
+            )
         os.utime(self.output, ns=(began, began))  # a file saved while the compiler ran counts as newer
         self.record.write_text(self.description())
 
 
 def run_stale(steps: list[Step]) -> None:
     """Run the stale ones, MAX_JOBS at a time; every failure's messages are shown, the first one is raised."""
-    jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(max(1, jobs)) as pool:
+    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    if not re.fullmatch("[1-9][0-9]*", jobs):
+        raise BuildError(f"MAX_JOBS is {jobs!r}: set it to a whole number above 0")
+    with ThreadPoolExecutor(int(jobs)) as pool:
         running = [pool.submit(step.run) for step in steps if step.is_stale()]
     for one in running:
         one.result()
@@ -228,20 +242,27 @@ def build_extension(objects: Path, toolkit: Toolkit | None) -> tuple[Path, dict[
     link = [*compiler, *LINK_FLAGS, *SANITIZE_FLAGS, "-L", str(torch / "lib")]
     libraries = ["-ltorch_cpu"]
     if toolkit:
-        sources = cuda_sources()
-        # nvcc's own threads work through the architectures; share the jobs out between the files.
-        for source in sources:
+        for source in cuda_sources():
             output = objects / ("-".join(source.parts[1:]) + ".o")
             depfile = output.with_suffix(".d")
             command = [toolkit.nvcc, *NVCC_FLAGS, *toolkit.gencode(), "--threads", "2", "-I", "csrc"]
             command += ["-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(output)]
             steps.append(Step(output, command, [ROOT / source], depfile, toolkit.release))
-        link += [word for name in ("lib64", "lib") if (toolkit.root / name).is_dir() for word in ("-L", str(toolkit.root / name))]
+        link += [
+            word
+            for name in ("lib64", "lib")
+            if (toolkit.root / name).is_dir()
+            for word in ("-L", str(toolkit.root / name))
+        ]
         libraries += CUDA_LIBRARIES
     run_stale(steps)
     library = objects / "_C.abi3.so"
+    exports = objects / "exports.map"  # nothing but the module's entry: libstdc++'s templates and ifuncs would leak out
+    if not exports.exists():
+        exports.write_text("{ global: PyInit_*; local: *; };\n")
     inputs = [step.output for step in steps]
-    run_stale([Step(library, [*link, *map(str, inputs), *libraries, "-o", str(library)], inputs, None, version)])
+    link += [f"-Wl,--version-script={exports}", *map(str, inputs), *libraries]
+    run_stale([Step(library, [*link, "-o", str(library)], inputs, None, version)])
     facts = {"compiler": version, "torch": torch_version, "cuda": toolkit.release if toolkit else None}
     facts["cuda_archs"] = toolkit.archs if toolkit else []
     return library, facts
@@ -278,8 +299,8 @@ def build() -> tuple[Path, dict[str, object]]:
         toolkit, why_no_cuda = find_toolkit()
         try:
             library, facts = build_extension(objects, toolkit)
-        except BuildError as error:
-            if toolkit is None or MODE == "cuda":
+        except CudaBuildError as error:
+            if MODE == "cuda":
                 raise
             why_no_cuda = str(error)
             warn(f"trying once more without CUDA: {error}")
@@ -363,9 +384,8 @@ class BuildPython(build_py):
 MODE = build_mode()
 WHY_NOT = why_not()
 BUILDS = not WHY_NOT or MODE in ("cpu", "cuda")  # these two fail aloud, in BuildExtension.run
-SOURCES = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.c*"))]
 setup(
-    ext_modules=[Extension("liif_fast._C", SOURCES, py_limited_api=True)] if BUILDS else [],
+    ext_modules=[Extension("liif_fast._C", [], py_limited_api=True)] if BUILDS else [],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if BUILDS and not FREE_THREADED else {},
 )

@@ -31,7 +31,7 @@ def path() -> Path:
 
 @cache
 def build_facts() -> dict[str, Any]:
-    """What setup.py noted beside the extension: compiler, torch, cuda, cuda_archs, why_no_cuda, or missing; {} if nothing."""
+    """What setup.py noted beside the extension: compiler, torch, cuda, cuda_archs, why_no_cuda; or only missing."""
     try:
         facts = json.loads((path().parent / "_build.json").read_text())
     except (OSError, ValueError):
@@ -48,7 +48,7 @@ def _load(file: Path) -> str:
         if os.environ.get("LIIF_FAST_EXTENSION"):
             return f"LIIF_FAST_EXTENSION names {str(file)!r}, which is not a file"
         if why := build_facts().get("missing"):
-            return f"the package was built without it ({why})"
+            return f"the package was built without it: {why}"
         return f"{file} does not exist; {_REBUILD}"
     try:
         torch.ops.load_library(str(file))

@@ -1,0 +1,56 @@
+"""Makes the development environment: `python3 .ci/venv.py .venv`. Run again, it only adds what is missing.
+
+A torch >= 2.11 that this Python can already import is reused, since torch is gigabytes; otherwise torch 2.13.0 is
+installed. Then liif_fast itself goes in, editable, with what the tests need.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+TORCH = "torch==2.13.0"
+FIND_TORCH = "import pathlib, torch; print(torch.__version__, pathlib.Path(torch.__file__).parent.parent, sep='\\n')"
+
+
+def importable_torch(python: Path | str) -> Path | None:
+    """The folder that holds this Python's torch, or None where there is none of version 2.11 or later."""
+    found = subprocess.run([python, "-c", FIND_TORCH], capture_output=True, text=True, check=False)
+    if found.returncode:
+        return None
+    version, folder = found.stdout.strip().splitlines()[-2:]
+    major, minor = version.split(".")[:2]
+    return Path(folder) if (int(major), int(minor)) >= (2, 11) else None
+
+
+def main() -> None:
+    if sys.version_info < (3, 10):  # noqa: UP036 - whoever calls this may well be older
+        sys.exit(
+            f"error: Python {sys.version.split()[0]} is too old, liif_fast needs 3.10; say `make PYTHON=python3.12`"
+        )
+    folder = Path(sys.argv[1])
+    python = folder / "bin" / "python"
+    if not python.exists():
+        print(f"creating {folder}", flush=True)
+        shared = importable_torch(sys.executable)
+        venv.create(folder, with_pip=True, symlinks=True, system_site_packages=shared is not None)
+        if shared and not importable_torch(python):
+            # This Python is itself a virtual environment: what it sees, `system_site_packages` does not.
+            packages = Path(next(folder.glob("lib/python*/site-packages")))
+            (packages / "reused_torch.pth").write_text(f"{shared}\n")
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    reused = importable_torch(python)
+    print(f"reusing the torch in {reused}" if reused else f"installing {TORCH}", flush=True)
+    subprocess.run([*pip, "setuptools>=77", *([] if reused else [TORCH])], check=True)
+    print("installing liif_fast and what its tests need", flush=True)
+    # Without isolation: with it, pip would fetch a second torch just to build.
+    subprocess.run([*pip, "--no-build-isolation", "--editable", ".[test]"], check=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"error: `{' '.join(map(str, error.cmd))}` failed; its messages stand above")

@@ -155,7 +155,7 @@ class Toolkit:
 
 @dataclass
 class Step:
-    """One compiler call; stale when its command changed, or an input or a header it has read is newer than its output."""
+    """One compiler call; stale when its command changed, or when an input or a header is newer than its output."""
 
     output: Path
     command: list[str]

@@ -48,8 +48,8 @@ clean: ## remove what was built; the environment in .venv stays
 	rm -f liif_fast/_C.abi3.so liif_fast/_build.json
 	find liif_fast tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/.installed: pyproject.toml setup.py .ci/venv.py
-	$(PYTHON) .ci/venv.py $(VENV)
+$(VENV)/.installed: pyproject.toml setup.py .ci/environment.py
+	$(PYTHON) .ci/environment.py $(VENV)
 	@touch $@
 
 # The linters' versions are pinned in pyproject.toml, under the extra `lint`.

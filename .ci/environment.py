@@ -1,4 +1,4 @@
-"""Makes the development environment: `python3 .ci/venv.py .venv`. Run again, it only adds what is missing.
+"""Makes the development environment: `python3 .ci/environment.py .venv`. Run again, it only adds what is missing.
 
 A torch >= 2.11 that this Python can already import is reused, since torch is gigabytes; otherwise torch 2.13.0 is
 installed. Then liif_fast itself goes in, editable, with what the tests need.

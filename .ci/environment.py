@@ -40,7 +40,9 @@ def main() -> None:
             venv.create(folder, with_pip=True, symlinks=True, system_site_packages=shared is not None)
         except subprocess.CalledProcessError:
             shutil.rmtree(folder, ignore_errors=True)  # without pip it would pass for a finished one
-            sys.exit(f"error: {sys.executable} cannot make an environment with pip (on Debian: apt install python3-venv)")
+            sys.exit(
+                f"error: {sys.executable} cannot make an environment with pip (on Debian: apt install python3-venv)"
+            )
         if shared and not importable_torch(python):
             # This Python is itself a virtual environment: what it sees, `system_site_packages` does not.
             packages = Path(next(folder.glob("lib/python*/site-packages")))

@@ -40,8 +40,9 @@ wheel: $(VENV)/.installed ## a wheel for every Python >= 3.10 and torch >= 2.11,
 sanitize: $(VENV)/.installed ## the kernels' tests under the address and undefined-behaviour sanitisers (GCC)
 	LIIF_FAST_SANITIZE=1 $(PY) setup.py -q build_ext --inplace
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 LIIF_FAST_EXTENSION="$$PWD/build/sanitize/_C.abi3.so" \
-	$(PY) -m pytest $(KERNEL_TESTS) $(PYTEST_ARGS)
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LIIF_FAST_EXTENSION="$$PWD/build/sanitize/_C.abi3.so" \
+	$(PY) -m pytest --capture=sys $(KERNEL_TESTS) $(PYTEST_ARGS)
 
 clean: ## remove what was built; the environment in .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -12,7 +12,6 @@ CXX, CUDA_HOME, MAX_JOBS   as in torch's own extension builder
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import json
 import os
@@ -39,6 +38,7 @@ MODES = ("auto", "cuda", "cpu", "none")
 MIN_TORCH = (2, 11)
 CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")
 SANITIZE = os.environ.get("LIIF_FAST_SANITIZE", "0") not in ("", "0")
+OBJECTS = ROOT / "build" / ("sanitize" if SANITIZE else "objects")
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 # No -march: what needs more than the baseline chooses it at run time, function by function.
@@ -139,10 +139,10 @@ class Toolkit:
         ]
         for word in wanted:
             if not re.fullmatch(r"\d+[af]?", word):
-                raise BuildError(f"LIIF_FAST_CUDA_ARCHS names {word!r}: write architectures like '80;90a'")
+                sys.exit(f"error: LIIF_FAST_CUDA_ARCHS names {word!r}: write architectures like '80;90a'")
         archs = [arch for arch in wanted or CUDA_ARCHS if arch.rstrip("af") in known]
         if missing := [arch for arch in wanted if arch not in archs]:
-            raise BuildError(f"nvcc {release.group(1)} does not know sm_{missing[0]} of LIIF_FAST_CUDA_ARCHS")
+            sys.exit(f"error: nvcc {release.group(1)} does not know sm_{missing[0]} of LIIF_FAST_CUDA_ARCHS")
         return cls(nvcc, Path(top.group(1).strip()).resolve(), release.group(1), archs)
 
     def gencode(self) -> list[str]:
@@ -213,6 +213,8 @@ def run_stale(steps: list[Step]) -> None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One build at a time in a folder."""
+    import fcntl  # not on every system, and this file has to say so itself
+
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -226,7 +228,6 @@ def build_extension(objects: Path, toolkit: Toolkit | None) -> tuple[Path, dict[
     python = Path(sysconfig.get_path("include"))
     version = ask(*compiler, "--version").splitlines()[0]
     flags = [*CXX_FLAGS, *SANITIZE_FLAGS, *DEFINES, "-I", "csrc", "-isystem", str(torch / "include")]
-    flags += ["-isystem", str(torch / "include/torch/csrc/api/include")]
     binding_flags = ["-DLIIF_FAST_WITH_CUDA"] if toolkit else []
     if (python / "Python.h").exists() and not FREE_THREADED:
         # Lets `import liif_fast._C` work as well. torch.ops.load_library does not need it, so neither do we.
@@ -294,18 +295,16 @@ def find_toolkit() -> tuple[Toolkit | None, str]:
 
 def build() -> tuple[Path, dict[str, object]]:
     """Build what LIIF_FAST_BUILD asks for; in auto a CUDA build that fails gives way to one without CUDA."""
-    objects = ROOT / "build" / ("sanitize" if SANITIZE else "objects")
-    with locked(objects):
-        toolkit, why_no_cuda = find_toolkit()
-        try:
-            library, facts = build_extension(objects, toolkit)
-        except CudaBuildError as error:
-            if MODE == "cuda":
-                raise
-            why_no_cuda = str(error)
-            warn(f"trying once more without CUDA: {error}")
-            library, facts = build_extension(objects, None)
-        return library, {**facts, "why_no_cuda": why_no_cuda}
+    toolkit, why_no_cuda = find_toolkit()
+    try:
+        library, facts = build_extension(OBJECTS, toolkit)
+    except CudaBuildError as error:
+        if MODE == "cuda":
+            raise
+        why_no_cuda = str(error)
+        warn(f"trying once more without CUDA: {error}")
+        library, facts = build_extension(OBJECTS, None)
+    return library, {**facts, "why_no_cuda": why_no_cuda}
 
 
 def why_not() -> str:
@@ -341,27 +340,27 @@ class BuildExtension(build_ext):
     def run(self) -> None:
         target = self.destination() / "_C.abi3.so"
         try:
-            if reason := why_not():
-                raise BuildError(reason)
-            library, facts = build()
+            if WHY_NOT:
+                raise BuildError(WHY_NOT)
+            with locked(OBJECTS):
+                library, facts = build()
+                if not SANITIZE:
+                    self.install(library, target)
+                    write_facts(self.destination(), facts)
+            print(f"built {library.relative_to(ROOT) if SANITIZE else target}")
         except BuildError as error:
-            if MODE not in ("auto", "none"):
+            if SANITIZE or MODE in ("cpu", "cuda"):
                 sys.exit(f"error: {error}")
-            if SANITIZE:
-                sys.exit(f"error: LIIF_FAST_SANITIZE=1: {error}")
             warn(f"the package is built without its C++ extension: {error}")
             target.unlink(missing_ok=True)  # one from older sources would pass for the current one
             write_facts(self.destination(), {"missing": str(error)})
-            return
-        if SANITIZE:
-            print(f"built {library.relative_to(ROOT)}")
-            return
+
+    def install(self, library: Path, target: Path) -> None:
+        """Put the library in its place in one step: a process that has the old one mapped keeps that."""
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(f"{target.name}.{os.getpid()}")
         shutil.copyfile(library, fresh)
-        os.replace(fresh, target)  # a process that has the old file mapped keeps it
-        write_facts(self.destination(), facts)
-        print(f"built {target}")
+        os.replace(fresh, target)
 
     def get_outputs(self) -> list[str]:
         if self.inplace or self.editable_mode:

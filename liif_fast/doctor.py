@@ -50,10 +50,13 @@ def _extension() -> Iterator[tuple[str, str]]:
         return
     facts = extension.build_facts()
     yield "file", str(extension.path())
-    yield "built with", f"{facts['compiler']}, torch {facts['torch']}" if facts else "unknown: no _build.json beside it"
-    if facts.get("cuda"):
+    if "compiler" not in facts:
+        yield "built with", "unknown: no _build.json beside it says so"
+        return
+    yield "built with", f"{facts['compiler']}, torch {facts['torch']}"
+    if facts["cuda"]:
         yield "CUDA toolkit", f"{facts['cuda']}, for sm_{', sm_'.join(facts['cuda_archs'])} and PTX for compute_80"
-    elif facts:
+    else:
         yield "CUDA toolkit", f"none ({facts['why_no_cuda']})"
 
 

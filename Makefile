@@ -38,6 +38,7 @@ wheel: $(VENV)/.installed ## a wheel for every Python >= 3.10 and torch >= 2.11,
 	$(PY) -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
 
 sanitize: $(VENV)/.installed ## the kernels' tests under the address and undefined-behaviour sanitisers (GCC)
+	$(if $(KERNEL_TESTS),,$(error there is no tests/test_cpu_*.py and no tests/test_ops_*.py to run))
 	LIIF_FAST_SANITIZE=1 $(PY) setup.py -q build_ext --inplace
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

@@ -76,11 +76,12 @@ def save(
     if spec is None:
         raise ValueError(f"this {type(model).__name__} has no spec to save: build it with make_model")
     _check_fits(model, spec, file)
-    header = {
-        "format": _FORMAT,
-        "spec": json.dumps(spec),
-        "data_norm": json.dumps(getattr(model, "data_norm", None) or default_data_norm()),
-    }
+    try:
+        text = json.dumps(spec)
+    except TypeError as error:
+        raise ValueError(f"{file} was not written because its spec is not plain numbers and strings: {error}") from None
+    data_norm = _checked_norm(getattr(model, "data_norm", None), file)
+    header = {"format": _FORMAT, "spec": text, "data_norm": json.dumps(data_norm)}
     for key, value in (metadata or {}).items():
         if key in header or not isinstance(value, str):
             raise ValueError(

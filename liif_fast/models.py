@@ -94,7 +94,6 @@ class _ImplicitModel(nn.Module):
     """
 
     encoder: nn.Module
-    spec: dict[str, Any]
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,15 +165,15 @@ class _ImplicitModel(nn.Module):
             raise RuntimeError("this model has no features to query yet: call gen_feat(inp) first")
         return self.feat
 
-    def _latent_map(self, weights: Sequence[Tensor], fold: Callable[[], Tensor]) -> Tensor | None:
-        """The current features' latent map from the cache, where gradients and tracing allow one."""
+    def _latent_map(self, op: str, weights: Sequence[Tensor], fold: Callable[[], Tensor]) -> Tensor | None:
+        """The current features' latent map from the cache, where gradients, tracing and op's backend allow one."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
         if torch.is_grad_enabled():
             self._latent_cache.clear()  # training: weights are about to change
             return None
         feat = self._current_feat()
-        if choose(Problem("query", feat.device.type, feat.dtype), self.backend) == "reference":
+        if choose(Problem(op, feat.device.type, feat.dtype), self.backend) == "reference":
             return None  # the one backend that does not fold
         return self._latent_cache.get(feat, weights, fold)
 
@@ -211,13 +210,25 @@ class LIIF(_ImplicitModel):
         self.cell_decode = cell_decode
         self.encoder = make_model(encoder_spec)
         self.imnet: nn.Module | None = None
-        flags = {"local_ensemble": local_ensemble, "feat_unfold": feat_unfold, "cell_decode": cell_decode}
         args: dict[str, Any] = {"encoder_spec": _without_weights(encoder_spec)}
         if imnet_spec is not None:
             in_dim = cast(int, self.encoder.out_dim) * (9 if feat_unfold else 1) + 2 + (2 if cell_decode else 0)
             self.imnet = make_model(imnet_spec, args={"in_dim": in_dim})
             args["imnet_spec"] = _without_weights(imnet_spec)
-        self.spec = {"name": "liif", "args": {**args, **flags}}
+        self.spec = {"name": "liif", "args": args}
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What `make_model` takes to build this model, with the switches as they stand now."""
+        args = dict(self._spec["args"])
+        for name in ("local_ensemble", "feat_unfold", "cell_decode"):
+            if args.get(name, True) != getattr(self, name):
+                args[name] = getattr(self, name)
+        return {"name": self._spec["name"], "args": args}
+
+    @spec.setter
+    def spec(self, spec: dict[str, Any]) -> None:
+        self._spec = spec
 
     def query_rgb(self, coord: Tensor, cell: Tensor | None = None) -> Tensor:
         """Decode the current features at coord [B,Q,2] with pixels of size cell [B,Q,2] -> [B,Q,out].
@@ -240,7 +251,7 @@ class LIIF(_ImplicitModel):
             local_ensemble=self.local_ensemble,
             feat_unfold=self.feat_unfold,
             cell_decode=self.cell_decode,
-            latent_map=self._folded(weights[0]),
+            latent_map=self._folded("query", weights[0]),
             backend=self.backend,
         )
 
@@ -271,16 +282,16 @@ class LIIF(_ImplicitModel):
             local_ensemble=self.local_ensemble,
             feat_unfold=self.feat_unfold,
             cell_decode=self.cell_decode,
-            latent_map=self._folded(weights[0]),
+            latent_map=self._folded("render", weights[0]),
             backend=self.backend,
         )
 
     def _reach(self) -> int:
         return 1 if self.feat_unfold and self.imnet is not None else 0
 
-    def _folded(self, weight: Tensor) -> Tensor | None:
+    def _folded(self, op: str, weight: Tensor) -> Tensor | None:
         feat = self._current_feat()
-        return self._latent_map([weight], lambda: ops.fold(feat, weight, feat_unfold=self.feat_unfold))
+        return self._latent_map(op, [weight], lambda: ops.fold(feat, weight, feat_unfold=self.feat_unfold))
 
     def _query_with_imnet(self, feat: Tensor, coord: Tensor, cell: Tensor | None) -> Tensor:
         assert self.imnet is not None
@@ -319,7 +330,9 @@ class MetaSR(_ImplicitModel):
             found = type(self.imnet).__name__
             raise TypeError(f"MetaSR's imnet must be Linear, ReLU, Linear without hooks, this {found} is not")
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        latent_map = self._latent_map([weights[-1], biases[-1]], lambda: ops.metasr_fold(feat, weights, biases))
+        latent_map = self._latent_map(
+            "metasr_query", [weights[-1], biases[-1]], lambda: ops.metasr_fold(feat, weights, biases)
+        )
         return ops.metasr_query(feat, coord, cell, weights, biases, latent_map=latent_map, backend=self.backend)
 
 

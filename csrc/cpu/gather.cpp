@@ -1,0 +1,197 @@
+// gather and ensemble on the CPU: from feat, coord and cell to imnet inputs and area weights in one pass, and back.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "../geometry.h"
+#include "ops.h"
+#include "parallel.h"
+
+namespace liif_fast {
+namespace {
+
+template <class T>
+struct Corners {
+  int64_t row[2], col[2];
+  T rel_row[2], rel_col[2], area_weight[4];
+};
+
+template <class T>
+Corners<T> find_corners(const GatherProblem<T>& p, int64_t at) {
+  Corners<T> found{};
+  const int sides = p.corners == 4 ? 2 : 1;
+  for (int side = 0; side < sides; ++side) {
+    const int direction = sides == 1 ? 0 : 2 * side - 1;
+    const Neighbour<T> row = find_neighbour(p.coord[2 * at], direction, p.height);
+    const Neighbour<T> col = find_neighbour(p.coord[2 * at + 1], direction, p.width);
+    found.row[side] = row.index;
+    found.col[side] = col.index;
+    found.rel_row[side] = row.rel;
+    found.rel_col[side] = col.rel;
+  }
+  if (sides == 2) {
+    area_weights(found.rel_row, found.rel_col, found.area_weight);
+  } else {
+    const T product = found.rel_row[0] * found.rel_col[0];
+    found.area_weight[0] = product == product ? T(1) : product;  // NaN in, NaN out
+  }
+  return found;
+}
+
+// f(source row, first source column, first neighbour of that row of the 3x3, count): the parts of the neighbourhood
+// inside the map.
+template <class F>
+void for_neighbour_rows(int64_t row, int64_t col, int64_t height, int64_t width, const F& f) {
+  const int64_t first = col > 0 ? col - 1 : 0, last = col + 1 < width ? col + 1 : width - 1;
+  for (int64_t ky = 0; ky < 3; ++ky) {
+    const int64_t source = row + ky - 1;
+    if (source >= 0 && source < height) f(source, first, ky * 3 + (first - (col - 1)), last - first + 1);
+  }
+}
+
+constexpr int64_t kGrain = 64;         // queries a thread takes at least
+constexpr int64_t kChannelBlock = 16;  // channels whose gradient one piece of work owns
+
+int64_t shares_for(int64_t count) { return std::max<int64_t>(1, std::min(thread_count(), count / kGrain)); }
+
+}  // namespace
+
+template <class T, class E>
+void gather_forward(const GatherProblem<T>& p, const E* feat, E* x, T* area_weight) {
+  const int64_t count = p.batch * p.queries, features = p.features(), depth = p.depth();
+  parallel_shares(count, shares_for(count), [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) {
+      const Corners<T> found = find_corners(p, at);
+      const E* entry = feat + at / p.queries * p.channels * p.height * p.width;
+      for (int corner = 0; corner < p.corners; ++corner) {
+        const int64_t row = found.row[corner >> 1], col = found.col[corner & 1];
+        E* out = x + (at * p.corners + corner) * depth;
+        if (p.feat_unfold) {
+          std::fill(out, out + features, E(0));
+          for (int64_t channel = 0; channel < p.channels; ++channel) {
+            const E* plane = entry + channel * p.height * p.width;
+            for_neighbour_rows(row, col, p.height, p.width, [&](int64_t source, int64_t first, int64_t k, int64_t n) {
+              std::copy_n(plane + source * p.width + first, n, out + channel * 9 + k);
+            });
+          }
+        } else {
+          for (int64_t channel = 0; channel < p.channels; ++channel)
+            out[channel] = entry[(channel * p.height + row) * p.width + col];
+        }
+        out[features] = static_cast<E>(found.rel_row[corner >> 1]);
+        out[features + 1] = static_cast<E>(found.rel_col[corner & 1]);
+        if (p.cell) {
+          out[features + 2] = static_cast<E>(p.cell[2 * at] * static_cast<T>(p.height));
+          out[features + 3] = static_cast<E>(p.cell[2 * at + 1] * static_cast<T>(p.width));
+        }
+        area_weight[at * p.corners + corner] = found.area_weight[corner];
+      }
+    }
+  });
+}
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+template void gather_forward(const GatherProblem<double>&, const double*, double*, double*);
+template void gather_forward(const GatherProblem<float>&, const float*, float*, float*);
+template void gather_forward(const GatherProblem<float>&, const BFloat16*, BFloat16*, float*);
+template void gather_forward(const GatherProblem<float>&, const Half*, Half*, float*);
+
+template <class T>
+void gather_backward(const GatherProblem<T>& p, const GatherGrads<T>& grads) {
+  const int64_t count = p.batch * p.queries, features = p.features(), depth = p.depth();
+  const T height = static_cast<T>(p.height), width = static_cast<T>(p.width);
+  parallel_shares(count, shares_for(count), [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) {
+      const Corners<T> found = find_corners(p, at);
+      T grad_row[2] = {0, 0}, grad_col[2] = {0, 0}, grad_cell[2] = {0, 0};
+      for (int corner = 0; corner < p.corners; ++corner) {
+        const T* grad = grads.x + (at * p.corners + corner) * depth + features;
+        grad_row[corner >> 1] += grad[0];
+        grad_col[corner & 1] += grad[1];
+        if (p.has_cell) {
+          grad_cell[0] += grad[2];
+          grad_cell[1] += grad[3];
+        }
+      }
+      if (p.corners == 4)
+        area_weights_backward(found.rel_row, found.rel_col, grads.area_weight + at * 4, grad_row, grad_col);
+      grads.coord[2 * at] = (grad_row[0] + grad_row[1]) * height;
+      grads.coord[2 * at + 1] = (grad_col[0] + grad_col[1]) * width;
+      if (p.has_cell) {
+        grads.cell[2 * at] = grad_cell[0] * height;
+        grads.cell[2 * at + 1] = grad_cell[1] * width;
+      }
+    }
+  });
+
+  // A block of channels belongs to one thread, which walks the queries in order: no atomics, no dependence on the
+  // threads.
+  const int64_t blocks = (p.channels + kChannelBlock - 1) / kChannelBlock, pieces = p.batch * blocks;
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t batch = piece / blocks, first = piece % blocks * kChannelBlock;
+      const int64_t last = std::min(first + kChannelBlock, p.channels);
+      T* entry = grads.feat + batch * p.channels * p.height * p.width;
+      for (int64_t q = 0; q < p.queries; ++q) {
+        const int64_t at = batch * p.queries + q;
+        const Corners<T> found = find_corners(p, at);
+        for (int corner = 0; corner < p.corners; ++corner) {
+          const int64_t row = found.row[corner >> 1], col = found.col[corner & 1];
+          const T* grad = grads.x + (at * p.corners + corner) * depth;
+          for (int64_t channel = first; channel < last; ++channel) {
+            T* plane = entry + channel * p.height * p.width;
+            if (p.feat_unfold)
+              for_neighbour_rows(row, col, p.height, p.width,
+                                 [&](int64_t source, int64_t column, int64_t k, int64_t n) {
+                                   for (int64_t i = 0; i < n; ++i)
+                                     plane[source * p.width + column + i] += grad[channel * 9 + k + i];
+                                 });
+            else
+              plane[row * p.width + col] += grad[channel];
+          }
+        }
+      }
+    }
+  });
+}
+template void gather_backward(const GatherProblem<double>&, const GatherGrads<double>&);
+template void gather_backward(const GatherProblem<float>&, const GatherGrads<float>&);
+
+template <class T>
+void ensemble_forward(const T* pred, const T* area_weight, int64_t rows, int64_t corners, int64_t outs, T* out) {
+  parallel_shares(rows, shares_for(rows), [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      T* sum = out + row * outs;
+      std::fill(sum, sum + outs, T(0));
+      for (int64_t corner = row * corners; corner < (row + 1) * corners; ++corner)
+        for (int64_t o = 0; o < outs; ++o) sum[o] += pred[corner * outs + o] * area_weight[corner];
+    }
+  });
+}
+template void ensemble_forward(const double*, const double*, int64_t, int64_t, int64_t, double*);
+template void ensemble_forward(const float*, const float*, int64_t, int64_t, int64_t, float*);
+
+template <class T>
+void ensemble_backward(const T* grad_out, const T* pred, const T* area_weight, int64_t rows, int64_t corners,
+                       int64_t outs, T* grad_pred, T* grad_area_weight) {
+  parallel_shares(rows, shares_for(rows), [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* grad = grad_out + row * outs;
+      for (int64_t corner = row * corners; corner < (row + 1) * corners; ++corner) {
+        T sum = T(0);
+        for (int64_t o = 0; o < outs; ++o) {
+          sum += grad[o] * pred[corner * outs + o];
+          grad_pred[corner * outs + o] = grad[o] * area_weight[corner];
+        }
+        grad_area_weight[corner] = sum;
+      }
+    }
+  });
+}
+template void ensemble_backward(const double*, const double*, const double*, int64_t, int64_t, int64_t, double*,
+                                double*);
+template void ensemble_backward(const float*, const float*, const float*, int64_t, int64_t, int64_t, float*, float*);
+
+}  // namespace liif_fast

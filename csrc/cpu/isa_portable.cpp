@@ -1,0 +1,12 @@
+// Kernels for any processor: 16-byte vectors, whatever the compiler makes of them.
+#define LIIF_SIMD_PORTABLE
+#include "kernel_table.h"
+
+namespace liif_fast {
+
+const Kernels& portable_kernels() {
+  static const Kernels table{"portable", make_table<float>(), make_table<double>()};
+  return table;
+}
+
+}  // namespace liif_fast

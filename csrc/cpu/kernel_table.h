@@ -1,0 +1,55 @@
+// Fills the table of the instruction set whose translation unit includes this.
+#pragma once
+
+#include "kernels.h"
+#include "metasr.h"
+#include "query_backward.h"
+#include "query_forward.h"
+
+namespace liif_fast {
+namespace {
+
+// What the arithmetic units reach when nothing waits for memory: the yardstick of the benchmarks.
+template <class T>
+static double multiply_add_loop(int64_t repetitions) {
+  using V = Vec<T>;
+  constexpr int kChains = kRows * kVecs;
+  typename V::Reg x[kChains];
+  for (int i = 0; i < kChains; ++i) x[i] = V::broadcast(T(i));
+  auto a = V::broadcast(T(0.999)), b = V::broadcast(T(0.001));
+  for (int64_t n = 0; n < repetitions; ++n) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kChains; ++i) x[i] = V::fma(x[i], a, b);
+    asm volatile("" : : : "memory");  // keeps the compiler from folding repetitions
+  }
+  auto total = V::zero();
+  for (int i = 0; i < kChains; ++i) total = V::add(total, x[i]);
+  volatile T sink = V::sum(total);
+  (void)sink;
+  return 2.0 * kChains * V::kLanes * static_cast<double>(repetitions);
+}
+
+template <class T>
+constexpr MatrixKernels<T> make_table() {
+  return {
+      kTileRows,
+      packed_bytes<FloatOp<T>>,
+      pack<FloatOp<T>>,
+      forward_scratch_bytes<FloatOp<T>>,
+      forward_tiles<FloatOp<T>, T>,
+      backward_scratch_bytes<T>,
+      sums_bytes<T>,
+      backward_tiles<T>,
+      scatter_rows<T>,
+      add_sums<T>,
+      metasr_scratch_bytes<T>,
+      metasr_forward<T>,
+      metasr_backward<T>,
+      metasr_add_sums<T>,
+      metasr_scatter<T>,
+      multiply_add_loop<T>,
+  };
+}
+
+}  // namespace
+}  // namespace liif_fast

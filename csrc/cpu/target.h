@@ -1,0 +1,17 @@
+// Compiles what stands between BEGIN and END for other instructions than the rest of the file.
+#pragma once
+
+#include <immintrin.h>
+
+#define LIIF_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define LIIF_BEGIN_TARGET(features) \
+  LIIF_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define LIIF_END_TARGET _Pragma("clang attribute pop")
+#else
+#define LIIF_BEGIN_TARGET(features) _Pragma("GCC push_options") LIIF_PRAGMA(GCC target(features))
+#define LIIF_END_TARGET _Pragma("GCC pop_options")
+// GCC 12 calls the "undefined" operand of its own intrinsics uninitialised.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif

@@ -1,0 +1,123 @@
+// Where a query finds its latents: centres, shifts, nearest indices, relative coordinates, areas, blending weights.
+//
+// Every line follows the original's order of operations in the dtype T of the coordinates, because a rounding decides
+// which latent is nearest (on odd scales a query lies exactly on a latent's centre). FMA contraction is off for the CPU
+// (setup.py) and impossible on the GPU (the _rn intrinsics). One axis at a time: rows and columns never mix.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define LIIF_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+// Internal linkage: each instruction set's translation unit keeps a copy of its own.
+#define LIIF_HOST_DEVICE static inline __attribute__((unused))
+#endif
+
+namespace liif_fast {
+
+#ifdef __CUDA_ARCH__
+LIIF_HOST_DEVICE float add_rounded(float a, float b) { return __fadd_rn(a, b); }
+LIIF_HOST_DEVICE double add_rounded(double a, double b) { return __dadd_rn(a, b); }
+LIIF_HOST_DEVICE float mul_rounded(float a, float b) { return __fmul_rn(a, b); }
+LIIF_HOST_DEVICE double mul_rounded(double a, double b) { return __dmul_rn(a, b); }
+#else
+LIIF_HOST_DEVICE float add_rounded(float a, float b) { return a + b; }
+LIIF_HOST_DEVICE double add_rounded(double a, double b) { return a + b; }
+LIIF_HOST_DEVICE float mul_rounded(float a, float b) { return a * b; }
+LIIF_HOST_DEVICE double mul_rounded(double a, double b) { return a * b; }
+#endif
+
+constexpr double kEpsShift = 1e-6;  // breaks ties between two equally near latents, as in the original
+constexpr double kEpsArea = 1e-9;   // keeps the weights finite where all areas vanish
+
+// Centre of pixel `index` of `size` that tile [-1, 1].
+template <class T>
+LIIF_HOST_DEVICE T pixel_center(int64_t index, int64_t size) {
+  const double half = 1.0 / static_cast<double>(size);
+  return add_rounded(static_cast<T>(-1.0 + half), mul_rounded(static_cast<T>(2.0 * half), static_cast<T>(index)));
+}
+
+// Keeps a coordinate inside the map; NaN stays NaN.
+template <class T>
+LIIF_HOST_DEVICE T clamp_coord(T coord) {
+  const T low = static_cast<T>(-1.0 + 1e-6), high = static_cast<T>(1.0 - 1e-6);
+  return coord < low ? low : (coord > high ? high : coord);
+}
+
+// Nearest latent of a clamped coordinate, ties to even, as grid_sample(mode="nearest", align_corners=False) rounds.
+// Always inside [0, size): NaN maps to 0 (its relative coordinate is NaN anyway).
+template <class T>
+LIIF_HOST_DEVICE int64_t nearest_index(T coord, int64_t size) {
+  const T scaled = mul_rounded(add_rounded(coord, T(1)), static_cast<T>(size));
+  const T position = mul_rounded(add_rounded(scaled, T(-1)), T(0.5));
+  const T rounded = std::rint(position);
+  if (!(rounded > T(0))) return 0;
+  return rounded < static_cast<T>(size) ? static_cast<int64_t>(rounded) : size - 1;
+}
+
+// A latent seen from a query, along one axis.
+template <class T>
+struct Neighbour {
+  int64_t index;  // in the whole map
+  T rel;          // (coord - centre) * size; inside the image |rel| <= 2
+};
+
+// The latent on `side` (-1 or +1; 0 without local ensemble) of a query.
+template <class T>
+LIIF_HOST_DEVICE Neighbour<T> find_neighbour(T coord, int side, int64_t size) {
+  T shifted = coord;
+  if (side != 0)
+    shifted = add_rounded(coord, static_cast<T>(side * (2.0 / static_cast<double>(size) / 2.0) + kEpsShift));
+  Neighbour<T> found;
+  found.index = nearest_index(clamp_coord(shifted), size);
+  found.rel = mul_rounded(add_rounded(coord, -pixel_center<T>(found.index, size)), static_cast<T>(size));
+  return found;
+}
+
+// MetaSR's: the latent under the query's upper left corner, relative to the latent's own upper left corner.
+template <class T>
+LIIF_HOST_DEVICE Neighbour<T> find_metasr_neighbour(T coord, T cell, int64_t size) {
+  const T corner = add_rounded(coord, -mul_rounded(cell, T(0.5)));
+  Neighbour<T> found;
+  found.index = nearest_index(clamp_coord(add_rounded(corner, static_cast<T>(kEpsShift))), size);
+  const T origin = add_rounded(pixel_center<T>(found.index, size), -static_cast<T>(1.0 / static_cast<double>(size)));
+  found.rel = mul_rounded(add_rounded(corner, -origin), static_cast<T>(static_cast<double>(size) / 2.0));
+  return found;
+}
+
+// Blending weights of the four corners (2*row_side + col_side) from their relative coordinates: each corner gets the
+// area towards the corner diagonally opposite.
+template <class T>
+LIIF_HOST_DEVICE void area_weights(const T rel_row[2], const T rel_col[2], T weight[4]) {
+  T area[4], total = T(0);
+  for (int corner = 0; corner < 4; ++corner) {
+    const T product = mul_rounded(rel_row[corner >> 1], rel_col[corner & 1]);
+    area[corner] = add_rounded(product < T(0) ? -product : product, static_cast<T>(kEpsArea));
+    total = add_rounded(total, area[corner]);
+  }
+  for (int corner = 0; corner < 4; ++corner) weight[corner] = area[3 - corner] / total;
+}
+
+// Adds the gradients of area_weights to those of the relative coordinates.
+template <class T>
+LIIF_HOST_DEVICE void area_weights_backward(const T rel_row[2], const T rel_col[2], const T grad_weight[4],
+                                            T grad_rel_row[2], T grad_rel_col[2]) {
+  T weight[4], total = T(0), mean = T(0);
+  area_weights(rel_row, rel_col, weight);
+  for (int corner = 0; corner < 4; ++corner) {
+    const T product = rel_row[corner >> 1] * rel_col[corner & 1];
+    total += (product < T(0) ? -product : product) + static_cast<T>(kEpsArea);
+    mean += grad_weight[corner] * weight[corner];
+  }
+  for (int corner = 0; corner < 4; ++corner) {
+    const T row = rel_row[corner >> 1], col = rel_col[corner & 1], product = row * col;
+    const T sign = product > T(0) ? T(1) : (product < T(0) ? T(-1) : T(0));
+    const T grad = (grad_weight[3 - corner] - mean) / total * sign;
+    grad_rel_row[corner >> 1] += grad * col;
+    grad_rel_col[corner & 1] += grad * row;
+  }
+}
+
+}  // namespace liif_fast

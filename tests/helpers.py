@@ -1,0 +1,112 @@
+"""Shapes, tolerances and random problems that the tests of every backend share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from liif_fast.ops import backends
+
+
+class Case(NamedTuple):
+    """One decode: feature map, number of queries, imnet and flags."""
+
+    batch: int = 1
+    channels: int = 3
+    height: int = 5
+    width: int = 7
+    queries: int = 129
+    hidden: tuple[int, ...] = (16,)
+    outs: int = 3
+    local_ensemble: bool = True
+    feat_unfold: bool = True
+    cell_decode: bool = True
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        return {
+            "local_ensemble": self.local_ensemble,
+            "feat_unfold": self.feat_unfold,
+            "cell_decode": self.cell_decode,
+        }
+
+    @property
+    def in_dim(self) -> int:
+        return self.channels * (9 if self.feat_unfold else 1) + 2 + (2 if self.cell_decode else 0)
+
+
+FLAGS = [(e, u, c) for e in (True, False) for u in (True, False) for c in (True, False)]
+
+# Awkward on purpose: one query, a remainder of one, no hidden layer, widths that fill no vector, many outputs, one latent.
+SHAPES = {
+    "plain": Case(),
+    "one-query": Case(queries=1, batch=2),
+    "no-query": Case(queries=0),
+    "batch-and-width-64": Case(batch=2, channels=64, height=6, width=4, queries=200, hidden=(32, 32)),
+    "linear": Case(hidden=()),
+    "paper-width": Case(channels=8, hidden=(256, 256, 256, 256), queries=70),
+    "odd-widths": Case(channels=5, hidden=(13, 37, 1), outs=4, queries=77),
+    "many-outputs": Case(outs=37, hidden=(24,)),
+    "one-latent": Case(height=1, width=1, queries=33),
+    "one-row": Case(height=1, width=9, queries=50, batch=2),
+    "deep": Case(hidden=(16,) * 7, queries=40),
+}
+
+
+def random_problem(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0, requires_grad: bool = False):
+    """feat, coord (some outside [-1, 1], some on the corners), cell, weights, biases of a case."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int, low: float = -1.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    feat = uniform(case.batch, case.channels, case.height, case.width)
+    coord = uniform(case.batch, case.queries, 2, low=-1.1, high=1.1)
+    corners = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [-1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    coord[:, : min(4, case.queries)] = corners[: min(4, case.queries)]
+    cell = uniform(case.batch, case.queries, 2, low=0.01, high=0.5)
+    widths = [case.in_dim, *case.hidden, case.outs]
+    weights = [uniform(o, i) * (3.0 / i) ** 0.5 for i, o in zip(widths[:-1], widths[1:], strict=True)]
+    biases = [uniform(o) * 0.3 for o in widths[1:]]
+    geometry = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = [feat.to(dtype), coord.to(geometry), cell.to(geometry), *(t.to(dtype) for t in weights + biases)]
+    if requires_grad:
+        tensors = [t.requires_grad_() for t in tensors]
+    feat, coord, cell, *layers = tensors
+    return feat, coord, cell, layers[: len(weights)], layers[len(weights) :]
+
+
+def as_float64(tensors):
+    """The same values in float64, as leaves of their own."""
+    return [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+
+
+def range_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest error as a fraction of the expected values' range (or of 1 where they are all equal)."""
+    if expected.numel() == 0:
+        return 0.0
+    span = (expected.max() - expected.min()).item() or 1.0
+    return (actual.double() - expected.double()).abs().max().item() / span
+
+
+def norm_error(actual: Tensor, expected: Tensor) -> float:
+    """Relative error in the 2-norm, absolute where the expected norm is 0."""
+    scale = expected.double().norm().item() or 1.0
+    return (actual.double() - expected.double()).norm().item() / scale
+
+
+def psnr(actual: Tensor, expected: Tensor) -> float:
+    """Of a result against the exact one, with the exact one's largest value as peak. In dB."""
+    mse = (actual.double() - expected.double()).square().mean()
+    return (10 * torch.log10(expected.double().abs().max() ** 2 / mse)).item()
+
+
+def reason_against(backend: str, op: str, dtype: torch.dtype, device: str = "cpu") -> str:
+    """Why a backend cannot run here; '' where it can."""
+    try:
+        backends.BACKENDS[backend](backends.Problem(op, device, dtype), raise_error=True)
+    except RuntimeError as error:
+        return str(error)
+    return ""

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from helpers import reason_against
 from safetensors import safe_open
 from torch import Tensor
 
 from liif_fast.coordinates import make_cell, make_coord
 from liif_fast.models import make_model
-from liif_fast.ops import backends
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
 GRIDS = [file for file in FILES if file.stem in ("liif-full", "metasr")]
@@ -89,10 +89,8 @@ def golden(file: Path) -> Golden:
 
 def build(case: Golden, backend: str, dtype: torch.dtype) -> torch.nn.Module:
     """The model of a golden file with its weights; skips where the backend cannot run here."""
-    try:
-        backends.choose(backends.Problem("query", "cpu", dtype), backend)
-    except RuntimeError as reason:
-        pytest.skip(str(reason))
+    if reason := reason_against(backend, "query", dtype):
+        pytest.skip(reason)
     model = make_model(case.spec).to(dtype)
     model.backend = backend
     with torch.no_grad():

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import reason_against
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -538,6 +539,16 @@ CHANGES = {
 }
 
 
+def test_a_view_of_the_features_folds_again(spy: Spy) -> None:
+    model, (coord, cell) = liif(), queries()
+    with torch.no_grad():
+        feat = model.gen_feat(image())
+        model.query_rgb(coord, cell)
+        model.feat = feat.transpose(2, 3)  # the same memory, the same count of changes
+        model.query_rgb(coord, cell)
+    assert spy.folds == 2
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_of_the_weights_folds_again(name: str, spy: Spy) -> None:
     model, (coord, cell) = liif(), queries()
@@ -671,9 +682,8 @@ def test_copies_and_pickles(make: Any, spy: Spy) -> None:
 @pytest.mark.parametrize("make", [liif, metasr, any_imnet, no_imnet])
 @pytest.mark.parametrize("backend", list(backends.BACKENDS))
 def test_compiled_models_give_the_same(make: Any, backend: str) -> None:
-    problem = backends.Problem("query", "cpu", torch.float64)
-    if not backends.BACKENDS[backend](problem):
-        pytest.skip(next(reason for name, _, reason in backends.report() if name == backend))
+    if reason := reason_against(backend, "query", torch.float64):
+        pytest.skip(reason)
     model, (coord, cell) = make(), queries()
     model.backend = backend
     expected = model(image(), coord, cell)

@@ -9,6 +9,8 @@ PY := $(VENV)/bin/python
 # Tests of what runs inside the extension: the ones worth running under the sanitisers.
 KERNEL_TESTS = $(wildcard tests/test_cpu_*.py tests/test_ops_*.py)
 CXX_FILES = find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+# Not $(VENV)/bin/clang-format: an environment that reuses another one's packages has no script of its own for them.
+CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench build wheel sanitize clean
@@ -25,7 +27,7 @@ test: build ## build, then run the tests (PYTEST_ARGS='-k name' for some of them
 lint: $(VENV)/.lint ## ruff, clang-format and mypy; changes nothing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(CXX_FILES) | tr '\n' '\0' | xargs -0 -r $(VENV)/bin/clang-format --dry-run -Werror
+	$(CXX_FILES) | tr '\n' '\0' | xargs -0 -r $(CLANG_FORMAT) --dry-run -Werror
 	$(PY) -m mypy
 
 bench: build ## time the ops against the original formulation

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from liif_fast import checkpoints, evaluation, training
+from liif_fast import checkpoints, evaluation, model_card, training
 from liif_fast.coordinates import make_cell, make_coord
 from liif_fast.initialization import start_as_bilinear
 from liif_fast.models import make_model
@@ -201,3 +201,29 @@ def test_command_trains_within_minutes_and_refuses_nonsense(folder, tmp_path, ca
     assert "--resume" in message and message.count("\n") == 1
     with pytest.raises(SystemExit):
         training.main([*arguments, "--minutes", "1", "--steps", "1"])
+
+
+def manifest(path, names):
+    columns = ("file", "author", "licence", "source_package", "source_version", "transform")
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*columns, "sha256"])
+        writer.writerows([name, "Ada | Bob", "CC0-1.0", "package", "1.0", "none", "00"] for name in names)
+    return path
+
+
+def test_model_card_says_what_the_run_saved(folder, tmp_path, capsys):
+    train(SPEC, folder, val=folder, out=tmp_path, steps=2, settings=SMALL, name="small", report=lambda line: None)
+    manifests = [manifest(tmp_path / name, ["a.png", "b.png"]) for name in ("train.csv", "val.csv")]
+    arguments = ["--run", str(tmp_path), "--name", "small", "--out", str(tmp_path / "small.md")]
+    arguments += ["--train-manifest", str(manifests[0]), "--val-manifest", str(manifests[1])]
+    assert model_card.main(arguments) == 0
+    card = (tmp_path / "small.md").read_text()
+    means = evaluation.mean_scores(evaluation.read_csv(tmp_path / "small-psnr.csv"))
+    assert evaluation.markdown_table(means) in card
+    assert card.count("| a.png | Ada \\| Bob | CC0-1.0 | package | 1.0 | none |") == 2
+    parameters = sum(value.numel() for value in make_model(SPEC).parameters() if value.requires_grad)
+    assert f"{parameters:,} parameters" in card and "| inp_size | 8 |" in card and "| shrink | 1 |" in card
+    (tmp_path / "val.csv").write_text("file,author\n")
+    assert model_card.main(arguments) == 1
+    assert "no column licence, source_package" in capsys.readouterr().err

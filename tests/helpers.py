@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ class Case(NamedTuple):
 
 FLAGS = [(e, u, c) for e in (True, False) for u in (True, False) for c in (True, False)]
 
-# Awkward on purpose: one query, a remainder of one, no hidden layer, widths that fill no vector, many outputs, one latent.
+# Awkward on purpose: one query, a remainder of one, no hidden layer, widths that fill no vector, one latent.
 SHAPES = {
     "plain": Case(),
     "one-query": Case(queries=1, batch=2),
@@ -68,7 +69,7 @@ def random_problem(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0
     coord[:, : min(4, case.queries)] = corners[: min(4, case.queries)]
     cell = uniform(case.batch, case.queries, 2, low=0.01, high=0.5)
     widths = [case.in_dim, *case.hidden, case.outs]
-    weights = [uniform(o, i) * (3.0 / i) ** 0.5 for i, o in zip(widths[:-1], widths[1:], strict=True)]
+    weights = [uniform(o, i) * (3.0 / i) ** 0.5 for i, o in itertools.pairwise(widths)]
     biases = [uniform(o) * 0.3 for o in widths[1:]]
     geometry = torch.float64 if dtype == torch.float64 else torch.float32
     tensors = [feat.to(dtype), coord.to(geometry), cell.to(geometry), *(t.to(dtype) for t in weights + biases)]

@@ -41,9 +41,7 @@ def can_run_cpu(problem: Problem, raise_error: bool = False) -> bool:
     """The C++ kernels: CPU tensors of a float dtype, and the compiled extension."""
     reason = ""
     if problem.device != "cpu":
-        reason = (
-            f"backend 'cpu' takes CPU tensors, these are on '{problem.device}': move them or choose another backend"
-        )
+        reason = f"backend 'cpu' takes CPU tensors, these are on '{problem.device}': move them there or name another"
     elif not extension.is_available():
         reason = f"backend 'cpu' needs the compiled extension: {extension.reason()}"
     elif problem.dtype not in _FLOATS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -44,7 +45,7 @@ def check_layers(
             f"imnet needs as many biases as weights and at least one, got {len(weights)} and {len(biases)}"
         )
     width = in_dim
-    for layer, (weight, bias) in enumerate(zip(weights, biases)):
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if weight.dim() != 2 or weight.shape[1] != width:
             raise ValueError(
                 f"weights[{layer}] must be [out, {width}], got {tuple(weight.shape)}: "
@@ -100,11 +101,13 @@ def check_region(region: Sequence[int] | None, feat: Tensor) -> tuple[int, int, 
 def reached(first: int, count: int, pixels: int, latents: int, reach: int) -> tuple[int, int]:
     """First and last latent that `count` pixels from `first` touch along an axis, widened by `reach` latents.
 
-    A pixel centre at (p + 0.5) * latents / pixels - 0.5 (in latents) has its nearest corners at most one latent away.
+    A pixel centre stands at (p + 0.5) * latents / pixels - 0.5, in latents, and takes the latents on both sides of it. The
+    margin covers centres that meet: there the 1e-6 of the shift and float32's rounding decide.
     """
-    low = (first + 0.5) * latents / pixels - 0.5
-    high = (first + count - 0.5) * latents / pixels - 0.5
-    return max(int(low // 1) - reach, 0), min(int(-(-high // 1)) + reach, latents - 1)
+    margin = 0.01
+    low = (first + 0.5) * latents / pixels - 0.5 - margin
+    high = (first + count - 0.5) * latents / pixels - 0.5 + margin
+    return max(math.floor(low) - reach, 0), min(math.floor(high) + 1 + reach, latents - 1)
 
 
 def check_reach(

@@ -1,7 +1,7 @@
 """The `cpu` backend: hands tensors to the C++ kernels in the layout and dtype these take.
 
-The kernels compute in float64 or float32; bfloat16 maps stay bfloat16 where the processor multiplies them natively, every
-other 16-bit tensor is widened to float32 here. One function for every op of `library.py`.
+The kernels compute in float64 or float32; bfloat16 maps stay bfloat16 where the processor multiplies them natively,
+every other 16-bit tensor is widened to float32 here. One function for every op of `library.py`.
 """
 
 from __future__ import annotations

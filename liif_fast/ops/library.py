@@ -1,8 +1,9 @@
 """The ops as PyTorch sees them: schema, fake, autograd, each once for every backend.
 
-Every op takes the chosen backend's name as its last argument and hands the call to that backend's module, which has one
-function of the same name. Gradients of the folded first layer's convolution are PyTorch's own: `query` and `render` begin at
-the latent map. What leaves an op has the compute dtype (float64 for float64 maps, otherwise float32); the doors cast.
+Every op takes the chosen backend's name as its last argument and hands the call to that backend's module, which has
+one function of the same name. Gradients of the folded first layer's convolution are PyTorch's own: `query` and `render`
+begin at the latent map. What leaves an op has the compute dtype (float64 for float64 maps, otherwise float32); the
+doors cast.
 """
 
 from __future__ import annotations
@@ -25,6 +26,17 @@ def _implementation(backend: str) -> ModuleType:
 def compute_dtype(values: Tensor) -> torch.dtype:
     """The dtype of geometry and of what the fused ops return."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def latent_dtype(backend: str, dtype: torch.dtype, trained: bool) -> torch.dtype:
+    """The dtype of the latent map when the op runs in `dtype`.
+
+    Rounding the map to 16 bits turns some ReLUs of the first layer round, which costs gradients several times the error
+    that PyTorch's own 16-bit layers make. On a CPU only inference in bfloat16 gains anything from it.
+    """
+    if backend == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and trained)):
+        return torch.float32
+    return dtype
 
 
 def _match(grad: Tensor, tensor: Tensor | None) -> Tensor | None:
@@ -141,8 +153,8 @@ def _ensemble_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
 ensemble.register_autograd(_ensemble_backward, setup_context=_ensemble_setup)
 
 # ---------------------------------------------------------------------------------------------------- query and render
-# weight_geometry is the first layer's part for rel_coord (and rel_cell): [K, 2 or 4]. `weights` holds the layers after the
-# first, `biases` those of all layers. Gradients come back as one flat list:
+# weight_geometry is the first layer's part for rel_coord (and rel_cell): [K, 2 or 4]. `weights` holds the layers after
+# the first, `biases` those of all layers. Gradients come back as one flat list:
 # latent_map, weight_geometry, *weights, *biases [, coord [, cell]].
 
 
@@ -229,7 +241,9 @@ def _query_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         grad_out, latent_map, coord, cell, weight_geometry, weights, biases, ctx.local_ensemble, ctx.backend
     )
     tensors = [latent_map, weight_geometry, *weights, *biases, coord] + ([] if cell is None else [cell])
-    grad_latent_map, grad_weight_geometry, *rest = [_match(grad, tensor) for grad, tensor in zip(grads, tensors)]
+    grad_latent_map, grad_weight_geometry, *rest = [
+        _match(grad, tensor) for grad, tensor in zip(grads, tensors, strict=True)
+    ]
     geometry = 2 * ctx.layers + 1
     grad_coord, grad_cell = rest[geometry], None if cell is None else rest[geometry + 1]
     return (
@@ -323,7 +337,9 @@ def _render_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     grads = render_backward(
         grad_out, latent_map, weight_geometry, weights, biases, ctx.grid, ctx.cell, ctx.local_ensemble, ctx.backend
     )
-    grad_latent_map, grad_weight_geometry, *rest = [_match(grad, tensor) for grad, tensor in zip(grads, tensors)]
+    grad_latent_map, grad_weight_geometry, *rest = [
+        _match(grad, tensor) for grad, tensor in zip(grads, tensors, strict=True)
+    ]
     return (
         grad_latent_map,
         grad_weight_geometry,
@@ -339,7 +355,8 @@ def _render_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
 render.register_autograd(_render_backward, setup_context=_render_setup)
 
 # ------------------------------------------------------------------------------------------------------- metasr_query
-# latent_map here is `metasr_fold`'s [B, H, W, O*(hidden + 1)]; weight [hidden, 3] and bias [hidden] are the first layer's.
+# latent_map here is `metasr_fold`'s [B, H, W, O*(hidden + 1)]; weight [hidden, 3] and bias [hidden] are the first
+# layer's.
 
 
 @torch.library.custom_op("liif_fast::metasr_query", mutates_args=())
@@ -375,7 +392,7 @@ def _metasr_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _metasr_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
     grads = metasr_query_backward(grad_out, *tensors, ctx.backend)
-    return *(_match(grad, tensor) for grad, tensor in zip(grads, tensors)), None
+    return *(_match(grad, tensor) for grad, tensor in zip(grads, tensors, strict=True)), None
 
 
 metasr_query.register_autograd(_metasr_backward, setup_context=_metasr_setup)

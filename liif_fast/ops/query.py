@@ -1,4 +1,4 @@
-"""`query` and `render`: the whole decode, at given coordinates and on a regular grid; `fold`: the first layer once a latent."""
+"""`query` and `render`: the whole decode, at given coordinates or on a regular grid; `fold`: its first layer."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ def fold(feat: Tensor, weight: Tensor, *, feat_unfold: bool = True) -> Tensor:
     kernels = weight[:, : channels * kernel * kernel].reshape(weight.shape[0], channels, kernel, kernel)
     feat = feat.contiguous(memory_format=torch.channels_last)
     return F.conv2d(feat, kernels, padding=kernel // 2).permute(0, 2, 3, 1).contiguous()
+
+
+def _folded(
+    feat: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], feat_unfold: bool, backend: str
+) -> Tensor:
+    """The latent map in the dtype in which `backend` wants it."""
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (feat, *weights, *biases))
+    dtype = library.latent_dtype(backend, checks.autocast_dtype(feat) or feat.dtype, trained)
+    with torch.autocast(feat.device.type, enabled=False):
+        return fold(feat.to(dtype), weights[0].to(dtype), feat_unfold=feat_unfold)
 
 
 def _in_dim(feat: Tensor, feat_unfold: bool, cell_decode: bool) -> int:
@@ -101,7 +111,7 @@ def query(
         out = ensemble(reference.imnet(x, weights, biases), area_weight, backend=name)
     else:
         if latent_map is None:
-            latent_map = fold(feat, weights[0], feat_unfold=feat_unfold)
+            latent_map = _folded(feat, weights, biases, feat_unfold, name)
         _check_latent_map(latent_map, feat, weights)
         geometry = library.compute_dtype(latent_map)
         out = library.query(
@@ -182,7 +192,7 @@ def render(
         )
     else:
         if latent_map is None:
-            latent_map = fold(feat, weights[0], feat_unfold=feat_unfold)
+            latent_map = _folded(feat, weights, biases, feat_unfold, name)
         _check_latent_map(latent_map, feat, weights)
         out = library.render(
             latent_map,

@@ -1,8 +1,9 @@
 """The paper in plain PyTorch: differentiable, any device, any float dtype, no speed tricks.
 
-This file is the oracle of every other backend, so it imports nothing of ours and repeats the original's formulation step by
-step: unfold, one `grid_sample` per corner, concatenation, MLP, area-weighted sum (Chen et al., "Learning Continuous Image
-Representation with Local Implicit Image Function", CVPR 2021, section 3; the MetaSR baseline is Hu et al., CVPR 2019).
+This file is the oracle of every other backend, so it imports nothing of ours and repeats the original's formulation
+step by step: unfold, one `grid_sample` per corner, concatenation, MLP, area-weighted sum (Chen et al., "Learning
+Continuous Image Representation with Local Implicit Image Function", CVPR 2021, section 3; the MetaSR baseline is Hu et
+al., CVPR 2019).
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def ensemble(pred: Tensor, area_weight: Tensor) -> Tensor:
 
 def imnet(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """Linear layers with ReLU between them: x [..., in] -> [..., out]."""
-    for layer, (weight, bias) in enumerate(zip(weights, biases)):
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         x = F.linear(x, weight, bias)
         if layer + 1 < len(weights):
             x = F.relu(x)
@@ -184,5 +185,7 @@ def metasr_query(
     centers = _center_map(feat, geometry, shift=(1 / height, 1 / width))
     rel_coord = (corner - _nearest(centers, nearest)) * half_size
     x = torch.cat([rel_coord, cell[..., :1] * half_size[0]], dim=-1).to(feat.dtype)
-    filters = imnet(x, weights, biases).view(batch * queries, latent.shape[-1], -1)
-    return torch.bmm(latent.reshape(batch * queries, 1, -1), filters.to(latent.dtype)).view(batch, queries, -1)
+    depth, outs = latent.shape[-1], weights[1].shape[0] // latent.shape[-1]
+    filters = imnet(x, weights, biases).view(batch * queries, depth, outs)
+    out = torch.bmm(latent.reshape(batch * queries, 1, depth), filters.to(latent.dtype))
+    return out.view(batch, queries, outs)

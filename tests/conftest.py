@@ -1,0 +1,23 @@
+"""What every test shares: two threads (the results' noise is judged at that), and no instruction set left selected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from liif_fast.ops import extension
+
+torch.set_num_threads(2)
+
+ISAS = ("avx512", "avx2", "portable")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Each instruction set of the CPU kernels that this processor runs."""
+    if not extension.is_available():
+        pytest.skip(extension.reason())
+    if not torch.ops.liif_fast_C.cpu_select_isa(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    torch.ops.liif_fast_C.cpu_select_isa("auto")

@@ -323,18 +323,25 @@ std::vector<Tensor> query_backward_op(const Tensor& grad_out, const Tensor& late
 
 template <class T>
 MetasrProblem<T> metasr_problem(const Tensor& latent_map, const Tensor& coord, const Tensor& cell, const Tensor& weight,
-                                const Tensor& bias) {
+                                const Tensor& bias, const Sizes& region) {
   MetasrProblem<T> p{};
   STD_TORCH_CHECK(latent_map.dim() == 4 && coord.dim() == 3 && weight.dim() == 2,
                   "latent_map, coord or weight has a wrong rank");
   p.batch = latent_map.size(0);
-  p.map_height = latent_map.size(1);
-  p.map_width = latent_map.size(2);
+  STD_TORCH_CHECK(region.size() == 4 && region[2] > 0 && region[3] > 0, "a region is top, left, map height, map width");
+  p.region_height = latent_map.size(1);
+  p.region_width = latent_map.size(2);
+  p.region_top = region[0];
+  p.region_left = region[1];
+  p.map_height = region[2];
+  p.map_width = region[3];
   p.queries = coord.size(1);
   p.hidden = weight.size(0);
   p.outs = latent_map.size(3) / (p.hidden + 1);
-  STD_TORCH_CHECK(p.map_height > 0 && p.map_width > 0 && p.hidden > 0 && p.outs > 0, "latent_map or weight is empty");
-  p.latent_map = checked<T>(latent_map, "latent_map", {p.batch, p.map_height, p.map_width, p.outs * (p.hidden + 1)});
+  STD_TORCH_CHECK(p.region_height > 0 && p.region_width > 0 && p.hidden > 0 && p.outs > 0,
+                  "latent_map or weight is empty");
+  p.latent_map =
+      checked<T>(latent_map, "latent_map", {p.batch, p.region_height, p.region_width, p.outs * (p.hidden + 1)});
   p.coord = checked<T>(coord, "coord", {p.batch, p.queries, 2});
   p.cell = checked<T>(cell, "cell", {p.batch, p.queries, 2});
   p.weight = checked<T>(weight, "weight", {p.hidden, 3});
@@ -344,8 +351,8 @@ MetasrProblem<T> metasr_problem(const Tensor& latent_map, const Tensor& coord, c
 
 template <class T>
 Tensor run_metasr(const Tensor& latent_map, const Tensor& coord, const Tensor& cell, const Tensor& weight,
-                  const Tensor& bias) {
-  MetasrProblem<T> p = metasr_problem<T>(latent_map, coord, cell, weight, bias);
+                  const Tensor& bias, const Sizes& region) {
+  MetasrProblem<T> p = metasr_problem<T>(latent_map, coord, cell, weight, bias, region);
   Tensor out = empty<T>(latent_map, {p.batch, p.queries, p.outs});
   p.out = data<T>(out);
   metasr_query_forward(p);
@@ -353,18 +360,19 @@ Tensor run_metasr(const Tensor& latent_map, const Tensor& coord, const Tensor& c
 }
 
 Tensor metasr_query(const Tensor& latent_map, const Tensor& coord, const Tensor& cell, const Tensor& weight,
-                    const Tensor& bias) {
+                    const Tensor& bias, const Sizes& region) {
   const auto run = latent_map.scalar_type() == ScalarType::Double ? run_metasr<double> : run_metasr<float>;
-  return run(latent_map, coord, cell, weight, bias);
+  return run(latent_map, coord, cell, weight, bias, region);
 }
 
 template <class T>
 std::vector<Tensor> run_metasr_backward(const Tensor& grad_out, const Tensor& latent_map, const Tensor& coord,
-                                        const Tensor& cell, const Tensor& weight, const Tensor& bias) {
-  const MetasrProblem<T> p = metasr_problem<T>(latent_map, coord, cell, weight, bias);
+                                        const Tensor& cell, const Tensor& weight, const Tensor& bias,
+                                        const Sizes& region) {
+  const MetasrProblem<T> p = metasr_problem<T>(latent_map, coord, cell, weight, bias, region);
   MetasrGrads<T> grads{};
   grads.grad_out = checked<T>(grad_out, "grad_out", {p.batch, p.queries, p.outs});
-  std::vector<Tensor> out{zeros<T>(latent_map, {p.batch, p.map_height, p.map_width, p.outs * (p.hidden + 1)}),
+  std::vector<Tensor> out{zeros<T>(latent_map, {p.batch, p.region_height, p.region_width, p.outs * (p.hidden + 1)}),
                           zeros<T>(coord, {p.batch, p.queries, 2}), zeros<T>(cell, {p.batch, p.queries, 2}),
                           zeros<T>(weight, {p.hidden, 3}), zeros<T>(bias, {p.hidden})};
   grads.latent_map = data<T>(out[0]);
@@ -377,10 +385,11 @@ std::vector<Tensor> run_metasr_backward(const Tensor& grad_out, const Tensor& la
 }
 
 std::vector<Tensor> metasr_query_backward_op(const Tensor& grad_out, const Tensor& latent_map, const Tensor& coord,
-                                             const Tensor& cell, const Tensor& weight, const Tensor& bias) {
+                                             const Tensor& cell, const Tensor& weight, const Tensor& bias,
+                                             const Sizes& region) {
   const auto run =
       latent_map.scalar_type() == ScalarType::Double ? run_metasr_backward<double> : run_metasr_backward<float>;
-  return run(grad_out, latent_map, coord, cell, weight, bias);
+  return run(grad_out, latent_map, coord, cell, weight, bias, region);
 }
 
 // ---------------------------------------------------------------------------------------------------------- processor
@@ -416,10 +425,12 @@ STABLE_TORCH_LIBRARY(liif_fast_C, m) {
       "query_backward(Tensor grad_out, Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, "
       "Tensor[] weights, "
       "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble) -> Tensor[]");
-  m.def("metasr_query(Tensor latent_map, Tensor coord, Tensor cell, Tensor weight, Tensor bias) -> Tensor");
+  m.def(
+      "metasr_query(Tensor latent_map, Tensor coord, Tensor cell, Tensor weight, Tensor bias, int[] region) -> Tensor");
   m.def(
       "metasr_query_backward(Tensor grad_out, Tensor latent_map, Tensor coord, Tensor cell, Tensor weight, Tensor "
-      "bias) -> Tensor[]");
+      "bias, "
+      "int[] region) -> Tensor[]");
   m.def("cpu_isa() -> str");
   m.def("cpu_has_bf16() -> bool");
   m.def("cpu_select_isa(str name) -> bool");

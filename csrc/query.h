@@ -52,7 +52,8 @@ struct QueryGrads {
 template <class T>
 struct MetasrProblem {
   int64_t batch, queries, map_height, map_width;
-  int64_t hidden, outs;  // latent_map: [batch, map_height, map_width, outs * (hidden + 1)]
+  int64_t region_top, region_left, region_height, region_width;  // the part of the map in memory, as above
+  int64_t hidden, outs;  // latent_map: [batch, region_height, region_width, outs * (hidden + 1)]
   const T *latent_map, *coord, *cell, *weight, *bias;  // weight: [hidden, 3]
   T* out;                                              // [batch, queries, outs]
 };

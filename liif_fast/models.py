@@ -145,16 +145,21 @@ class _ImplicitModel(nn.Module):
         if feat_region is not None:
             checks.check_reach(size, (top, left, rows, cols), region, feat, self._reach())
         geometry = torch.float64 if feat.dtype == torch.float64 else torch.float32
-        place, cell = _place_region(feat, region, cell or (2 / size[0], 2 / size[1]), geometry)
-        cells = torch.tensor(cell, dtype=geometry, device=feat.device)
+        cells = torch.tensor(cell or (2 / size[0], 2 / size[1]), dtype=geometry, device=feat.device)
         step = max(1, _RENDER_CHUNK // max(cols, 1))
         bands = []
         for row in range(top, top + max(rows, 1), step):  # an empty window still has a shape
             band = (row, left, min(step, top + rows - row), cols)
-            coord = place(window_coord(size, band, dtype=geometry, device=feat.device))
-            out = self.query_rgb(coord.expand(feat.shape[0], -1, 2), cells.expand(feat.shape[0], coord.shape[0], 2))
+            coord = window_coord(size, band, dtype=geometry, device=feat.device)
+            shape = (feat.shape[0], coord.shape[0], 2)
+            out = self._query_part(coord.expand(shape), cells.expand(shape), region)
             bands.append(out.transpose(1, 2).reshape(feat.shape[0], out.shape[-1], band[2], cols))
         return torch.cat(bands, dim=2)
+
+    def _query_part(self, coord: Tensor, cell: Tensor, region: tuple[int, int, int, int] | None) -> Tensor:
+        """query_rgb where the current features may be a part of a map, as feat_region says of it; None: all of it."""
+        feat = self._current_feat()
+        return self.query_rgb(*_place_region(feat, checks.check_region(region, feat), coord, cell))
 
     def _reach(self) -> int:
         """Latents that a query reads around its nearest corners."""
@@ -322,9 +327,12 @@ class MetaSR(_ImplicitModel):
 
     def query_rgb(self, coord: Tensor, cell: Tensor | None = None) -> Tensor:
         """Decode the current features at coord [B,Q,2] with pixels of size cell [B,Q,2] -> [B,Q,3]."""
-        feat = self._current_feat()
         if cell is None:
             raise ValueError("MetaSR needs the pixel sizes: give cell [B,Q,2]")
+        return self._query_part(coord, cell, None)
+
+    def _query_part(self, coord: Tensor, cell: Tensor, region: tuple[int, int, int, int] | None) -> Tensor:
+        feat = self._current_feat()
         layers = linear_layers(self.imnet)
         if layers is None:
             found = type(self.imnet).__name__
@@ -333,7 +341,9 @@ class MetaSR(_ImplicitModel):
         latent_map = self._latent_map(
             "metasr_query", [weights[-1], biases[-1]], lambda: ops.metasr_fold(feat, weights, biases)
         )
-        return ops.metasr_query(feat, coord, cell, weights, biases, latent_map=latent_map, backend=self.backend)
+        return ops.metasr_query(
+            feat, coord, cell, weights, biases, feat_region=region, latent_map=latent_map, backend=self.backend
+        )
 
 
 def _sample_nearest(feat: Tensor, coord: Tensor) -> Tensor:
@@ -345,24 +355,15 @@ def _sample_nearest(feat: Tensor, coord: Tensor) -> Tensor:
 
 
 def _place_region(
-    feat: Tensor,
-    region: tuple[int, int, int, int],
-    cell: tuple[float, float],
-    geometry: torch.dtype,
-) -> tuple[Callable[[Tensor], Tensor], tuple[float, float]]:
-    """How coordinates and cells of a whole map read on the part of it that feat is."""
+    feat: Tensor, region: tuple[int, int, int, int], coord: Tensor, cell: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Coordinates and cells of a whole map as they read on the part of it that feat is; exact up to rounding."""
     part = (feat.shape[-2], feat.shape[-1])
     if region[2:] == part:
-        return lambda coord: coord, cell
-    offset = torch.tensor(region[:2], dtype=torch.float64, device=feat.device)
-    whole = torch.tensor(region[2:], dtype=torch.float64, device=feat.device)
-    size = torch.tensor(part, dtype=torch.float64, device=feat.device)
-
-    def place(coord: Tensor) -> Tensor:
-        latents = (coord.double() + 1) / 2 * whole - offset
-        return (latents / size * 2 - 1).to(geometry)
-
-    return place, (cell[0] * region[2] / part[0], cell[1] * region[3] / part[1])
+        return coord, cell
+    offset, whole, size = (coord.new_tensor(v, dtype=torch.float64) for v in (region[:2], region[2:], part))
+    latents = (coord.double() + 1) / 2 * whole - offset
+    return (latents / size * 2 - 1).to(coord.dtype), (cell.double() * whole / size).to(cell.dtype)
 
 
 def _without_weights(spec: dict[str, Any]) -> dict[str, Any]:

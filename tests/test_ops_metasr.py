@@ -73,3 +73,15 @@ def test_metasr_does_not_depend_on_threads():
             torch.set_num_threads(2)
     for other in results[1:]:
         assert all(norm_error(a, b) <= 1e-5 for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_metasr_on_a_part_of_the_map(backend):
+    feat, _, _, w0, w1, b0, b1 = problem(torch.float32, size=(60, 9))
+    size, band = (150, 20), (60, 0, 31, 20)
+    coord = ops.reference.window_coord(size, band, dtype=torch.float32, device=None).expand(2, -1, 2)
+    cell = torch.tensor([2 / size[0], 2 / size[1]]).expand(coord.shape)
+    whole = ops.metasr_query(feat, coord, cell, [w0, w1], [b0, b1], backend=backend)
+    part = feat[:, :, 20:42]
+    out = ops.metasr_query(part, coord, cell, [w0, w1], [b0, b1], feat_region=(20, 0, 60, 9), backend=backend)
+    assert range_error(out, whole) <= 1e-6

@@ -42,7 +42,9 @@ LIIF_INLINE int64_t metasr_locate(const MetasrProblem<T>& p, int64_t at, T input
   input[0] = row.rel;
   input[1] = col.rel;
   input[2] = p.cell[2 * at] * static_cast<T>(static_cast<double>(p.map_height) / 2.0);
-  return (at / p.queries * p.map_height + row.index) * p.map_width + col.index;
+  const int64_t map_row = inside_region(row.index, p.region_top, p.region_height);
+  return (at / p.queries * p.region_height + map_row) * p.region_width +
+         inside_region(col.index, p.region_left, p.region_width);
 }
 
 template <class T>

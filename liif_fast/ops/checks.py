@@ -101,8 +101,8 @@ def check_region(region: Sequence[int] | None, feat: Tensor) -> tuple[int, int, 
 def reached(first: int, count: int, pixels: int, latents: int, reach: int) -> tuple[int, int]:
     """First and last latent that `count` pixels from `first` touch along an axis, widened by `reach` latents.
 
-    A pixel centre stands at (p + 0.5) * latents / pixels - 0.5, in latents, and takes the latents on both sides of it. The
-    margin covers centres that meet: there the 1e-6 of the shift and float32's rounding decide.
+    A pixel centre stands at (p + 0.5) * latents / pixels - 0.5, in latents, and takes the latents on both sides of it.
+    The margin covers centres that meet: there the 1e-6 of the shift and float32's rounding decide.
     """
     margin = 0.01
     low = (first + 0.5) * latents / pixels - 0.5 - margin

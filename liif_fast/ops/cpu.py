@@ -172,15 +172,22 @@ def render_backward(
     return _backward(grad_out, latent_map, None, None, weight_geometry, weights, biases, grid, cell, local_ensemble)
 
 
-def metasr_query(latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def metasr_query(
+    latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int]
+) -> Tensor:
     dtype = compute_dtype(latent_map)
     return _C.metasr_query(
-        _widen(latent_map, dtype), coord.contiguous(), cell.contiguous(), _widen(weight, dtype), _widen(bias, dtype)
+        _widen(latent_map, dtype),
+        coord.contiguous(),
+        cell.contiguous(),
+        _widen(weight, dtype),
+        _widen(bias, dtype),
+        region,
     )
 
 
 def metasr_query_backward(
-    grad_out: Tensor, latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor
+    grad_out: Tensor, latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int]
 ) -> list[Tensor]:
     dtype = compute_dtype(latent_map)
     return _C.metasr_query_backward(
@@ -190,4 +197,5 @@ def metasr_query_backward(
         cell.contiguous(),
         _widen(weight, dtype),
         _widen(bias, dtype),
+        region,
     )

@@ -356,43 +356,61 @@ render.register_autograd(_render_backward, setup_context=_render_setup)
 
 # ------------------------------------------------------------------------------------------------------- metasr_query
 # latent_map here is `metasr_fold`'s [B, H, W, O*(hidden + 1)]; weight [hidden, 3] and bias [hidden] are the first
-# layer's.
+# layer's. `region` = top, left, full map height, full map width.
 
 
 @torch.library.custom_op("liif_fast::metasr_query", mutates_args=())
-def metasr_query(latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
-    return _implementation(backend).metasr_query(latent_map, coord, cell, weight, bias)
+def metasr_query(
+    latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int], backend: str
+) -> Tensor:
+    return _implementation(backend).metasr_query(latent_map, coord, cell, weight, bias, region)
 
 
 @metasr_query.register_fake
-def _(latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
+def _(
+    latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int], backend: str
+) -> Tensor:
     shape = (coord.shape[0], coord.shape[1], latent_map.shape[-1] // (weight.shape[0] + 1))
     return latent_map.new_empty(shape, dtype=compute_dtype(latent_map))
 
 
 @torch.library.custom_op("liif_fast::metasr_query_backward", mutates_args=())
 def metasr_query_backward(
-    grad_out: Tensor, latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, backend: str
+    grad_out: Tensor,
+    latent_map: Tensor,
+    coord: Tensor,
+    cell: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    region: list[int],
+    backend: str,
 ) -> list[Tensor]:
-    return _implementation(backend).metasr_query_backward(grad_out, latent_map, coord, cell, weight, bias)
+    return _implementation(backend).metasr_query_backward(grad_out, latent_map, coord, cell, weight, bias, region)
 
 
 @metasr_query_backward.register_fake
 def _(
-    grad_out: Tensor, latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, backend: str
+    grad_out: Tensor,
+    latent_map: Tensor,
+    coord: Tensor,
+    cell: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    region: list[int],
+    backend: str,
 ) -> list[Tensor]:
     return _empty_grads([latent_map, coord, cell, weight, bias], compute_dtype(latent_map))
 
 
 def _metasr_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.backend = inputs
+    *tensors, ctx.region, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _metasr_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
-    grads = metasr_query_backward(grad_out, *tensors, ctx.backend)
-    return *(_match(grad, tensor) for grad, tensor in zip(grads, tensors, strict=True)), None
+    grads = metasr_query_backward(grad_out, *tensors, ctx.region, ctx.backend)
+    return *(_match(grad, tensor) for grad, tensor in zip(grads, tensors, strict=True)), None, None
 
 
 metasr_query.register_autograd(_metasr_backward, setup_context=_metasr_setup)

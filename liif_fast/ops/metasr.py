@@ -38,6 +38,7 @@ def metasr_query(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     *,
+    feat_region: Sequence[int] | None = None,
     latent_map: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -47,6 +48,8 @@ def metasr_query(
         feat: encoder output, [B, C, H, W].
         coord, cell: query centres and pixel sizes, [B, Q, 2], (row, col) in [-1, 1] units.
         weights: the filter-predicting MLP's, [hidden, 3] and [9C*O, hidden]. biases: [hidden] and [9C*O].
+        feat_region: (top, left, H, W): feat is the part of an H x W feature map that begins at latent (top, left). It
+            must hold every latent under a query and the eight around it. None: all of it.
         latent_map: `metasr_fold(feat, weights, biases)` where it is at hand already.
         backend: a name of `backends.BACKENDS`; None lets the table choose.
 
@@ -61,6 +64,7 @@ def metasr_query(
     checks.check_feat(feat)
     checks.check_points("coord", coord, feat)
     checks.check_cell(cell, coord, feat)
+    region = checks.check_region(feat_region, feat)
     autocast = checks.autocast_dtype(feat)
     if len(weights) != 2:
         raise ValueError(f"MetaSR's imnet has two layers, got {len(weights)}")
@@ -70,10 +74,12 @@ def metasr_query(
 
     name = choose(Problem("metasr_query", feat.device.type, feat.dtype), backend)
     if name == "reference":
-        out = reference.metasr_query(feat, coord, cell, weights, biases)
+        out = reference.metasr_query(feat, coord, cell, weights, biases, feat_region=region)
     else:
         if latent_map is None:
             latent_map = metasr_fold(feat, weights, biases)
         geometry = library.compute_dtype(latent_map)
-        out = library.metasr_query(latent_map, coord.to(geometry), cell.to(geometry), weights[0], biases[0], name)
+        out = library.metasr_query(
+            latent_map, coord.to(geometry), cell.to(geometry), weights[0], biases[0], list(region), name
+        )
     return out.float() if autocast is not None else out.to(feat.dtype)

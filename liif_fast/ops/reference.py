@@ -129,6 +129,12 @@ def window_coord(
     return torch.stack(torch.meshgrid(rows, cols, indexing="ij"), dim=-1).view(-1, 2)
 
 
+def _whole_map(feat: Tensor, feat_region: tuple[int, int, int, int]) -> Tensor:
+    """feat at its place (top, left) in an H x W map of zeros; feat_region = (top, left, H, W)."""
+    top, left, full_height, full_width = feat_region
+    return F.pad(feat, (left, full_width - left - feat.shape[-1], top, full_height - top - feat.shape[-2]))
+
+
 def render(
     feat: Tensor,  # [B, C, h, w], the part of the feature map that begins at feat_region[:2]
     size: tuple[int, int],
@@ -143,9 +149,7 @@ def render(
     cell_decode: bool = True,
 ) -> Tensor:
     """The whole decode on a window of a regular grid -> [B,O,h,w]; see `liif_fast.ops.render`."""
-    top, left, full_height, full_width = feat_region
-    bottom, right = full_height - top - feat.shape[-2], full_width - left - feat.shape[-1]
-    feat = F.pad(feat, (left, right, top, bottom))
+    feat = _whole_map(feat, feat_region)
     coord = window_coord(size, window, dtype=geometry_dtype(feat), device=feat.device)
     coord = coord.unsqueeze(0).expand(feat.shape[0], -1, 2)
     cells = coord.new_tensor(cell).expand(coord.shape)
@@ -171,8 +175,12 @@ def metasr_query(
     cell: Tensor,  # [B, Q, 2]
     weights: Sequence[Tensor],  # [hidden, 3], [9C*O, hidden]
     biases: Sequence[Tensor],
+    *,
+    feat_region: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
     """MetaSR: a predicted filter for every query, applied to the unfolded latent under it -> [B,Q,O]."""
+    if feat_region is not None:
+        feat = _whole_map(feat, feat_region)
     geometry = geometry_dtype(feat)
     coord, cell = coord.to(geometry), cell.to(geometry)
     batch, queries = coord.shape[:2]

@@ -1,7 +1,18 @@
-"""liif_fast: fused kernels for LIIF, arbitrary-scale super-resolution, behind a thin PyTorch model."""
+"""liif_fast: fused kernels for LIIF, arbitrary-scale super-resolution, behind a thin PyTorch model.
+
+import liif_fast
+large = liif_fast.upscale(image, scale=3.7)      # Pillow image, numpy array or tensor in, the same out
+model = liif_fast.load("epoch-best.pth")         # the original's, MMagic's or our own checkpoints
+rgb = model(inp, coord, cell)                    # the original's interface
+out = liif_fast.ops.query(feat, coord, cell, weights, biases)   # the kernels themselves, differentiable
+"""
 
 __version__ = "0.1.0"
 
 from . import ops
+from .checkpoints import load, save
+from .models import LIIF, MLP, MetaSR
+from .registry import make_model, register
+from .upscale import upscale
 
-__all__ = ["__version__", "ops"]
+__all__ = ["LIIF", "MLP", "MetaSR", "__version__", "load", "make_model", "ops", "register", "save", "upscale"]

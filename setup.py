@@ -234,10 +234,13 @@ def build_extension(objects: Path, toolkit: Toolkit | None) -> tuple[Path, dict[
         binding_flags += ["-DLIIF_FAST_PYTHON_MODULE", "-DPy_LIMITED_API=0x030a0000", "-isystem", str(python)]
 
     steps = []
-    for source in [Path("csrc/bindings.cpp"), *sorted(p.relative_to(ROOT) for p in ROOT.glob("csrc/cpu/*.cpp"))]:
+    cxx_sources = sorted(
+        p.relative_to(ROOT) for pattern in ("*.cpp", "cpu/*.cpp") for p in ROOT.glob(f"csrc/{pattern}")
+    )
+    for source in cxx_sources:
         output = objects / ("-".join(source.parts[1:]) + ".o")
         depfile = output.with_suffix(".d")
-        extra = binding_flags if source.name == "bindings.cpp" else []
+        extra = binding_flags if source.name.startswith("bindings") else []
         command = [*compiler, *flags, *extra, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(output)]
         steps.append(Step(output, command, [ROOT / source], depfile, f"{version}\ntorch {torch_version}"))
     link = [*compiler, *LINK_FLAGS, *SANITIZE_FLAGS, "-L", str(torch / "lib")]

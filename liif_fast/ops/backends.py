@@ -24,6 +24,8 @@ class Problem(NamedTuple):
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_CUDA_OPS = ("gather", "ensemble")
+_BUILT_WITH_CUDA = extension.is_available() and hasattr(torch.ops.liif_fast_C, "cuda_gather_backward")
 
 
 def _verdict(reason: str, raise_error: bool) -> bool:
@@ -49,7 +51,31 @@ def can_run_cpu(problem: Problem, raise_error: bool = False) -> bool:
     return _verdict(reason, raise_error)
 
 
+def can_run_cuda(problem: Problem, raise_error: bool = False) -> bool:
+    """The CUDA kernels: gather and ensemble of CUDA tensors of a float dtype, and an extension compiled with CUDA."""
+    reason = ""
+    if problem.device != "cuda":
+        reason = (
+            f"backend 'cuda' takes CUDA tensors, these are on '{problem.device}': move them or choose another backend"
+        )
+    elif problem.op not in _CUDA_OPS:
+        reason = f"backend 'cuda' has no {problem.op} yet, only {' and '.join(_CUDA_OPS)}: choose another backend"
+    elif not extension.is_available():
+        reason = f"backend 'cuda' needs the compiled extension: {extension.reason()}"
+    elif not _BUILT_WITH_CUDA:
+        why = extension.build_facts().get("why_no_cuda") or "nvcc was not asked"
+        reason = f"backend 'cuda' needs an extension compiled with CUDA, this one is without: {why}"
+    elif torch.version.cuda is None:
+        reason = "backend 'cuda' needs a torch built with CUDA, this one is without"
+    elif not torch.cuda.is_available():
+        reason = "backend 'cuda' needs an NVIDIA GPU, and torch finds none that it can use"
+    elif problem.dtype not in _FLOATS:
+        reason = f"backend 'cuda' takes float64, float32, bfloat16 or float16 features, not {problem.dtype}"
+    return _verdict(reason, raise_error)
+
+
 BACKENDS: dict[str, Callable[..., bool]] = {
+    "cuda": can_run_cuda,
     "cpu": can_run_cpu,
     "reference": can_run_reference,
 }
@@ -82,10 +108,10 @@ def choose(problem: Problem, backend: str | None = None) -> str:
 
 
 def report() -> list[tuple[str, bool, str]]:
-    """(name, runs here, reason why not) for every backend, judged by a float32 query on its natural device."""
+    """(name, runs here, reason why not) for every backend, judged by a float32 gather on its natural device."""
     rows = []
     for name, can_run in BACKENDS.items():
-        problem = Problem("query", "cpu", torch.float32)
+        problem = Problem("gather", "cuda" if name == "cuda" else "cpu", torch.float32)
         try:
             can_run(problem, raise_error=True)
             rows.append((name, True, ""))

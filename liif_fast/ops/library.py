@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MODULES = {"cpu": "liif_fast.ops.cpu"}
+_MODULES = {"cpu": "liif_fast.ops.cpu", "cuda": "liif_fast.ops.cuda"}
 
 
 def _implementation(backend: str) -> ModuleType:

@@ -1,0 +1,228 @@
+// The CUDA half of the extension's face to PyTorch: checks, allocation, dtype switch, device, stream.
+// liif_fast/ops/cuda.py is the only caller. It needs no CUDA torch and no CUDA header: built anywhere, it works where
+// the installed torch has CUDA.
+#ifdef LIIF_FAST_WITH_CUDA
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "cuda/launch.h"
+
+namespace liif_fast {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+using MaybeTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+template <class T>
+constexpr ScalarType kGeometry = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
+// torch's current stream of a device. Its library is asked at run time: RTLD_DEFAULT does not find the symbol, and a
+// link against it would tie the extension to a CUDA torch.
+void* current_stream(int32_t device) {
+  using Function = int32_t (*)(int32_t, void**);
+  static const Function function = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(function, "this torch has no CUDA");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(function(device, &stream) == 0, "the current stream of cuda:", device, " could not be found");
+  return stream;
+}
+
+void check_launch(const char* error) {
+  STD_TORCH_CHECK(!error, "a CUDA kernel could not be launched: ", error ? error : "", " (sm_80 or newer is needed)");
+}
+
+void check(const Tensor& tensor, const char* name, int32_t device, const Sizes& sizes) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device, name, " must be on cuda:", device);
+  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(sizes.size()), name, " must have ", sizes.size(), " dimensions");
+  for (size_t i = 0; i < sizes.size(); ++i)
+    STD_TORCH_CHECK(tensor.size(static_cast<int64_t>(i)) == sizes[i], name, " must have size ", sizes[i],
+                    " in dimension ", i, ", not ", tensor.size(static_cast<int64_t>(i)));
+}
+
+void check_contiguous(const Tensor& tensor, const char* name, int32_t device, const Sizes& sizes) {
+  check(tensor, name, device, sizes);
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+// A contiguous tensor of geometry's dtype.
+template <class T>
+const T* checked(const Tensor& tensor, const char* name, int32_t device, const Sizes& sizes) {
+  check_contiguous(tensor, name, device, sizes);
+  STD_TORCH_CHECK(tensor.scalar_type() == kGeometry<T>, name, " has the wrong dtype");
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <class T>
+Tensor empty(const Tensor& like, const Sizes& sizes) {
+  return torch::stable::new_empty(like, sizes, kGeometry<T>);
+}
+
+Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16");
+  }
+}
+
+template <class T>
+GatherProblem<T> gather_problem(const Tensor& coord, int64_t channels, int64_t height, int64_t width, bool has_cell,
+                                bool feat_unfold, bool local_ensemble) {
+  GatherProblem<T> p{};
+  STD_TORCH_CHECK(coord.dim() == 3, "coord must have 3 dimensions");
+  STD_TORCH_CHECK(channels > 0 && height > 0 && width > 0, "feat must not be empty");
+  p.batch = coord.size(0);
+  p.queries = coord.size(1);
+  p.channels = channels;
+  p.height = height;
+  p.width = width;
+  p.corners = local_ensemble ? 4 : 1;
+  p.feat_unfold = feat_unfold;
+  p.has_cell = has_cell;
+  p.coord = checked<T>(coord, "coord", coord.get_device_index(), {p.batch, p.queries, 2});
+  return p;
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> run_gather(const Tensor& feat, const Tensor& coord, const MaybeTensor& cell,
+                                      bool feat_unfold, bool local_ensemble) {
+  const int32_t device = feat.get_device_index();
+  GatherProblem<T> p =
+      gather_problem<T>(coord, feat.size(1), feat.size(2), feat.size(3), cell.has_value(), feat_unfold, local_ensemble);
+  check(coord, "coord", device, {feat.size(0), p.queries, 2});
+  if (cell) p.cell = checked<T>(*cell, "cell", device, {p.batch, p.queries, 2});
+  const FeatStrides strides{feat.stride(0), feat.stride(1), feat.stride(2), feat.stride(3)};
+  const DeviceGuard guard(device);
+  Tensor x = torch::stable::new_empty(feat, {p.batch, p.queries, p.corners, p.depth()});
+  Tensor area_weight = empty<T>(feat, {p.batch, p.queries, p.corners});
+  check_launch(launch_gather_forward(p, dtype_of(feat, "feat"), feat.const_data_ptr(), strides, x.mutable_data_ptr(),
+                                     data<T>(area_weight), current_stream(device)));
+  return {x, area_weight};
+}
+
+std::tuple<Tensor, Tensor> gather(const Tensor& feat, const Tensor& coord, const MaybeTensor& cell, bool feat_unfold,
+                                  bool local_ensemble) {
+  STD_TORCH_CHECK(feat.is_cuda() && feat.dim() == 4, "feat must be a CUDA tensor of 4 dimensions");
+  const auto run = feat.scalar_type() == ScalarType::Double ? run_gather<double> : run_gather<float>;
+  return run(feat, coord, cell, feat_unfold, local_ensemble);
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> run_gather_backward(const Tensor& grad_x, const Tensor& grad_area_weight,
+                                                       const Tensor& coord, int64_t channels, int64_t height,
+                                                       int64_t width, bool has_cell, bool feat_unfold,
+                                                       bool local_ensemble, bool deterministic) {
+  const int32_t device = coord.get_device_index();
+  const GatherProblem<T> p = gather_problem<T>(coord, channels, height, width, has_cell, feat_unfold, local_ensemble);
+  check_contiguous(grad_x, "grad_x", device, {p.batch, p.queries, p.corners, p.depth()});
+  const T* const grad_weights =
+      checked<T>(grad_area_weight, "grad_area_weight", device, {p.batch, p.queries, p.corners});
+  const DeviceGuard guard(device);
+  Tensor grad_feat = torch::stable::new_zeros(coord, {p.batch, channels, height, width}, kGeometry<T>);
+  Tensor grad_coord = empty<T>(coord, {p.batch, p.queries, 2});
+  Tensor grad_cell = has_cell ? empty<T>(coord, {p.batch, p.queries, 2}) : empty<T>(coord, {0});
+  check_launch(launch_gather_backward(p, dtype_of(grad_x, "grad_x"), grad_x.const_data_ptr(), grad_weights,
+                                      data<T>(grad_feat), data<T>(grad_coord), has_cell ? data<T>(grad_cell) : nullptr,
+                                      deterministic, current_stream(device)));
+  return {grad_feat, grad_coord, grad_cell};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gather_backward(const Tensor& grad_x, const Tensor& grad_area_weight,
+                                                   const Tensor& coord, int64_t channels, int64_t height, int64_t width,
+                                                   bool has_cell, bool feat_unfold, bool local_ensemble,
+                                                   bool deterministic) {
+  STD_TORCH_CHECK(coord.is_cuda(), "coord must be a CUDA tensor");
+  const auto run = coord.scalar_type() == ScalarType::Double ? run_gather_backward<double> : run_gather_backward<float>;
+  return run(grad_x, grad_area_weight, coord, channels, height, width, has_cell, feat_unfold, local_ensemble,
+             deterministic);
+}
+
+// [batch, queries, corners, outs] of a prediction, contiguous and on a GPU.
+Sizes prediction_sizes(const Tensor& pred) {
+  STD_TORCH_CHECK(pred.is_cuda() && pred.dim() == 4 && pred.is_contiguous(),
+                  "pred must be a contiguous CUDA tensor of 4 dimensions");
+  return {pred.size(0), pred.size(1), pred.size(2), pred.size(3)};
+}
+
+template <class T>
+Tensor run_ensemble(const Tensor& pred, const Tensor& area_weight) {
+  const int32_t device = pred.get_device_index();
+  const Sizes sizes = prediction_sizes(pred);
+  const T* const weights = checked<T>(area_weight, "area_weight", device, {sizes[0], sizes[1], sizes[2]});
+  const DeviceGuard guard(device);
+  Tensor out = empty<T>(pred, {sizes[0], sizes[1], sizes[3]});
+  check_launch(launch_ensemble_forward(dtype_of(pred, "pred"), pred.const_data_ptr(), weights, sizes[0] * sizes[1],
+                                       sizes[2], sizes[3], data<T>(out), current_stream(device)));
+  return out;
+}
+
+Tensor ensemble(const Tensor& pred, const Tensor& area_weight) {
+  const auto run = pred.scalar_type() == ScalarType::Double ? run_ensemble<double> : run_ensemble<float>;
+  return run(pred, area_weight);
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> run_ensemble_backward(const Tensor& grad_out, const Tensor& pred,
+                                                 const Tensor& area_weight) {
+  const int32_t device = pred.get_device_index();
+  const Sizes sizes = prediction_sizes(pred), corners{sizes[0], sizes[1], sizes[2]};
+  const T* const grads = checked<T>(grad_out, "grad_out", device, {sizes[0], sizes[1], sizes[3]});
+  const T* const weights = checked<T>(area_weight, "area_weight", device, corners);
+  const DeviceGuard guard(device);
+  Tensor grad_pred = empty<T>(pred, sizes), grad_area_weight = empty<T>(pred, corners);
+  check_launch(launch_ensemble_backward(dtype_of(pred, "pred"), grads, pred.const_data_ptr(), weights,
+                                        sizes[0] * sizes[1], sizes[2], sizes[3], data<T>(grad_pred),
+                                        data<T>(grad_area_weight), current_stream(device)));
+  return {grad_pred, grad_area_weight};
+}
+
+std::tuple<Tensor, Tensor> ensemble_backward(const Tensor& grad_out, const Tensor& pred, const Tensor& area_weight) {
+  const auto run =
+      pred.scalar_type() == ScalarType::Double ? run_ensemble_backward<double> : run_ensemble_backward<float>;
+  return run(grad_out, pred, area_weight);
+}
+
+}  // namespace
+}  // namespace liif_fast
+
+// The other schemas are bindings.cpp's. This one is CUDA's own: only here does the order of the sums need a choice.
+STABLE_TORCH_LIBRARY_FRAGMENT(liif_fast_C, m) {
+  m.def(
+      "cuda_gather_backward(Tensor grad_x, Tensor grad_area_weight, Tensor coord, int channels, int height, int width, "
+      "bool has_cell, bool feat_unfold, bool local_ensemble, bool deterministic) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(liif_fast_C, CUDA, m) {
+  m.impl("gather", TORCH_BOX(&liif_fast::gather));
+  m.impl("cuda_gather_backward", TORCH_BOX(&liif_fast::gather_backward));
+  m.impl("ensemble", TORCH_BOX(&liif_fast::ensemble));
+  m.impl("ensemble_backward", TORCH_BOX(&liif_fast::ensemble_backward));
+}
+#endif

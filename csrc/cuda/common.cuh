@@ -1,0 +1,76 @@
+// What every .cu shares: the size of a launch, the launch itself, conversions at loads and stores, the dtype switch.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "launch.h"
+
+namespace liif_fast {
+
+constexpr int kWarp = 32;
+constexpr int kWarps = 8;  // of a block
+constexpr int kThreads = kWarp * kWarps;
+constexpr unsigned kAllLanes = 0xffffffffu;
+// Kernels stride over their work by the grid, so this bounds nothing but the launch. With 2^19 warps in it the rounding
+// of the last wave is lost in the noise on any device.
+constexpr int64_t kMaxBlocks = int64_t{1} << 16;
+
+// Blocks for `warps` independent pieces of a warp's work.
+inline unsigned blocks_for(int64_t warps) {
+  const int64_t blocks = (warps + kWarps - 1) / kWarps;
+  return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
+}
+
+// nullptr, or CUDA's sentence why the kernel was not launched.
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), unsigned blocks, void* stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// This thread's warp among all of the grid, and how many there are.
+__device__ __forceinline__ int64_t grid_warp() {
+  return static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int64_t>(threadIdx.x) / kWarp;
+}
+__device__ __forceinline__ int64_t grid_warps() { return static_cast<int64_t>(gridDim.x) * kWarps; }
+
+// Between the stored dtype and the one that is computed in; rounds to nearest even.
+__device__ __forceinline__ double widen(double value) { return value; }
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+
+template <class E, class T>
+__device__ __forceinline__ E narrow(T value) {
+  if constexpr (std::is_same_v<E, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else if constexpr (std::is_same_v<E, __half>) {
+    return __float2half_rn(value);
+  } else {
+    return static_cast<E>(value);
+  }
+}
+
+// f(E{}) with the C++ type of a dtype; only the types that go with geometry in T are compiled.
+template <class T, class F>
+const char* with_type(Dtype dtype, const F& f) {
+  if constexpr (std::is_same_v<T, double>) {
+    if (dtype == Dtype::kFloat64) return f(double{});
+  } else {
+    if (dtype == Dtype::kFloat32) return f(float{});
+    if (dtype == Dtype::kBFloat16) return f(__nv_bfloat16{});
+    if (dtype == Dtype::kFloat16) return f(__half{});
+  }
+  return "this dtype does not go with the geometry's";
+}
+
+}  // namespace liif_fast

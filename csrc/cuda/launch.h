@@ -1,0 +1,45 @@
+// Launchers of the CUDA kernels in plain sizes and pointers; no CUDA and no torch header is needed to call them.
+//
+// T is the dtype of geometry (float or double), Dtype that of features and predictions: kFloat64 with T = double, the
+// others with T = float. Every pointer is device memory that the caller owns, every array contiguous unless strides are
+// given. A launcher puts its kernels on `stream` (a cudaStream_t of the current device), allocates nothing, waits for
+// nothing, and returns nullptr or CUDA's own sentence about what went wrong.
+#pragma once
+
+#include <cstdint>
+
+#include "../gather.h"
+
+namespace liif_fast {
+
+enum class Dtype { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+// Of feat [batch, channel, row, col], in elements. Any layout: NCHW, channels-last, slices, expanded maps.
+struct FeatStrides {
+  int64_t batch, channel, row, col;
+};
+
+// x: [batch, queries, corners, depth] of `dtype`; area_weight: [batch, queries, corners].
+template <class T>
+const char* launch_gather_forward(const GatherProblem<T>& problem, Dtype dtype, const void* feat,
+                                  const FeatStrides& strides, void* x, T* area_weight, void* stream);
+
+// grad_x: of `dtype`, in x's shape; grad_feat: [batch, channels, height, width], zeroed; grad_cell may be null without
+// cell. The order in which a latent's gradients are added is fixed with `deterministic`, otherwise the hardware's.
+template <class T>
+const char* launch_gather_backward(const GatherProblem<T>& problem, Dtype dtype, const void* grad_x,
+                                   const T* grad_area_weight, T* grad_feat, T* grad_coord, T* grad_cell,
+                                   bool deterministic, void* stream);
+
+// pred: [rows, corners, outs] of `dtype`; area_weight: [rows, corners]; out: [rows, outs].
+template <class T>
+const char* launch_ensemble_forward(Dtype dtype, const void* pred, const T* area_weight, int64_t rows, int64_t corners,
+                                    int64_t outs, T* out, void* stream);
+
+// grad_pred in pred's shape, grad_area_weight in area_weight's, both in T.
+template <class T>
+const char* launch_ensemble_backward(Dtype dtype, const T* grad_out, const void* pred, const T* area_weight,
+                                     int64_t rows, int64_t corners, int64_t outs, T* grad_pred, T* grad_area_weight,
+                                     void* stream);
+
+}  // namespace liif_fast

@@ -1,0 +1,57 @@
+// Stands in for CUDA's header of this name when a .cu is compiled for the CPU: the words of the language, the functions
+// of a thread, and the launch. Only what csrc/cuda uses; what is missing does not compile.
+#pragma once
+
+#include <cstdint>
+#include <tuple>
+
+#include "simt.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+inline void __syncthreads() { cuda_on_cpu::block.wait_block(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::block.wait_warp(mask, "__syncwarp"); }
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  const unsigned lane = cuda_on_cpu::block.thread() % cuda_on_cpu::kWarpSize;
+  return cuda_on_cpu::block.exchange(mask, value, lane ^ static_cast<unsigned>(lanes), "__shfl_xor_sync");
+}
+
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address = old + value;
+  return old;
+}
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "invalid configuration argument";
+}
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+// Throws std::runtime_error where a barrier is never reached by all.
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const dim3 grid = config->gridDim, threads = config->blockDim;
+  const uint64_t size = uint64_t{threads.x} * threads.y * threads.z;
+  if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y - 1 >= 65535 || grid.z - 1 >= 65535 || size == 0 || size > 1024)
+    return cudaErrorInvalidConfiguration;
+  const std::tuple<Parameters...> copies(arguments...);
+  cuda_on_cpu::run_grid(grid, threads, [&] { std::apply(kernel, copies); });
+  return cudaSuccess;
+}

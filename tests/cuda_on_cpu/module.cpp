@@ -1,0 +1,148 @@
+// The CUDA launchers on numpy arrays, for pytest. Outputs begin as NaN, so that a value nobody wrote is seen.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "simt.h"
+
+namespace py = pybind11;
+
+namespace liif_fast {
+namespace {
+
+using Shape = std::vector<py::ssize_t>;
+
+Dtype parse(const std::string& name) {
+  if (name == "float64") return Dtype::kFloat64;
+  if (name == "float32") return Dtype::kFloat32;
+  if (name == "bfloat16") return Dtype::kBFloat16;
+  if (name == "float16") return Dtype::kFloat16;
+  throw std::invalid_argument("no dtype is called " + name);
+}
+
+void check(const char* error) {
+  if (error) throw std::runtime_error(error);
+}
+
+py::array make(const py::dtype& dtype, const Shape& shape, int byte) {
+  py::array result(dtype, shape);
+  std::memset(result.mutable_data(), byte, static_cast<size_t>(result.nbytes()));
+  return result;
+}
+
+constexpr int kNaN = 0xff;  // every byte so: NaN in each of the four dtypes
+
+template <class T>
+const T* read(const py::array& array) {
+  if (!(array.flags() & py::array::c_style)) throw std::invalid_argument("an array is not contiguous");
+  if (!py::isinstance<py::array_t<T>>(array))
+    throw std::invalid_argument("an array does not have the geometry's dtype");
+  return static_cast<const T*>(array.data());
+}
+
+template <class T>
+T* write(py::array& array) {
+  return static_cast<T*>(array.mutable_data());
+}
+
+template <class T>
+GatherProblem<T> make_problem(const py::array& coord, int64_t channels, int64_t height, int64_t width, bool has_cell,
+                              bool feat_unfold, bool local_ensemble) {
+  GatherProblem<T> p{};
+  p.batch = coord.shape(0);
+  p.queries = coord.shape(1);
+  p.channels = channels;
+  p.height = height;
+  p.width = width;
+  p.corners = local_ensemble ? 4 : 1;
+  p.feat_unfold = feat_unfold;
+  p.has_cell = has_cell;
+  p.coord = read<T>(coord);
+  return p;
+}
+
+// 16-bit features come and go as their bits, in numpy's uint16.
+template <class T>
+py::tuple gather_forward(const std::string& dtype, const py::array& feat, const py::array& coord,
+                         const std::optional<py::array>& cell, bool feat_unfold, bool local_ensemble) {
+  GatherProblem<T> p = make_problem<T>(coord, feat.shape(1), feat.shape(2), feat.shape(3), cell.has_value(),
+                                       feat_unfold, local_ensemble);
+  if (cell) p.cell = read<T>(*cell);
+  const int64_t item = feat.itemsize();
+  const FeatStrides strides{feat.strides(0) / item, feat.strides(1) / item, feat.strides(2) / item,
+                            feat.strides(3) / item};
+  py::array x = make(feat.dtype(), {p.batch, p.queries, p.corners, p.depth()}, kNaN);
+  py::array area_weight = make(coord.dtype(), {p.batch, p.queries, p.corners}, kNaN);
+  check(launch_gather_forward(p, parse(dtype), feat.data(), strides, x.mutable_data(), write<T>(area_weight), nullptr));
+  return py::make_tuple(x, area_weight);
+}
+
+template <class T>
+py::tuple gather_backward(const std::string& dtype, const py::array& grad_x, const py::array& grad_area_weight,
+                          const py::array& coord, int64_t channels, int64_t height, int64_t width, bool has_cell,
+                          bool feat_unfold, bool local_ensemble, bool deterministic) {
+  const GatherProblem<T> p = make_problem<T>(coord, channels, height, width, has_cell, feat_unfold, local_ensemble);
+  py::array grad_feat = make(coord.dtype(), {p.batch, channels, height, width}, 0);
+  py::array grad_coord = make(coord.dtype(), {p.batch, p.queries, 2}, kNaN);
+  py::array grad_cell = make(coord.dtype(), has_cell ? Shape{p.batch, p.queries, 2} : Shape{0}, kNaN);
+  check(launch_gather_backward(p, parse(dtype), grad_x.data(), read<T>(grad_area_weight), write<T>(grad_feat),
+                               write<T>(grad_coord), has_cell ? write<T>(grad_cell) : nullptr, deterministic, nullptr));
+  return py::make_tuple(grad_feat, grad_coord, grad_cell);
+}
+
+template <class T>
+py::array ensemble_forward(const std::string& dtype, const py::array& pred, const py::array& area_weight) {
+  py::array out = make(area_weight.dtype(), {pred.shape(0), pred.shape(1), pred.shape(3)}, kNaN);
+  check(launch_ensemble_forward(parse(dtype), pred.data(), read<T>(area_weight), pred.shape(0) * pred.shape(1),
+                                pred.shape(2), pred.shape(3), write<T>(out), nullptr));
+  return out;
+}
+
+template <class T>
+py::tuple ensemble_backward(const std::string& dtype, const py::array& grad_out, const py::array& pred,
+                            const py::array& area_weight) {
+  const Shape corners{pred.shape(0), pred.shape(1), pred.shape(2)};
+  py::array grad_pred = make(area_weight.dtype(), {corners[0], corners[1], corners[2], pred.shape(3)}, kNaN);
+  py::array grad_area_weight = make(area_weight.dtype(), corners, kNaN);
+  check(launch_ensemble_backward(parse(dtype), read<T>(grad_out), pred.data(), read<T>(area_weight),
+                                 corners[0] * corners[1], corners[2], pred.shape(3), write<T>(grad_pred),
+                                 write<T>(grad_area_weight), nullptr));
+  return py::make_tuple(grad_pred, grad_area_weight);
+}
+
+}  // namespace
+}  // namespace liif_fast
+
+PYBIND11_MODULE(cuda_on_cpu_kernels, m) {
+  using namespace liif_fast;
+  const auto geometry = [](const std::string& dtype) { return dtype == "float64"; };
+  m.def("gather_forward", [=](const std::string& dtype, const py::array& feat, const py::array& coord,
+                              const std::optional<py::array>& cell, bool feat_unfold, bool local_ensemble) {
+    const auto run = geometry(dtype) ? gather_forward<double> : gather_forward<float>;
+    return run(dtype, feat, coord, cell, feat_unfold, local_ensemble);
+  });
+  m.def("gather_backward", [=](const std::string& dtype, const py::array& grad_x, const py::array& grad_area_weight,
+                               const py::array& coord, int64_t channels, int64_t height, int64_t width, bool has_cell,
+                               bool feat_unfold, bool local_ensemble, bool deterministic) {
+    const auto run = geometry(dtype) ? gather_backward<double> : gather_backward<float>;
+    return run(dtype, grad_x, grad_area_weight, coord, channels, height, width, has_cell, feat_unfold, local_ensemble,
+               deterministic);
+  });
+  m.def("ensemble_forward", [=](const std::string& dtype, const py::array& pred, const py::array& area_weight) {
+    return geometry(dtype) ? ensemble_forward<double>(dtype, pred, area_weight)
+                           : ensemble_forward<float>(dtype, pred, area_weight);
+  });
+  m.def("ensemble_backward",
+        [=](const std::string& dtype, const py::array& grad_out, const py::array& pred, const py::array& area_weight) {
+          return geometry(dtype) ? ensemble_backward<double>(dtype, grad_out, pred, area_weight)
+                                 : ensemble_backward<float>(dtype, grad_out, pred, area_weight);
+        });
+  m.def("set_schedule", [](unsigned most_blocks, bool backwards) { cuda_on_cpu::schedule = {most_blocks, backwards}; });
+}

@@ -1,0 +1,239 @@
+// Runs CUDA kernels on the CPU: every thread of a block is a fiber, blocks run one after the other.
+//
+// A fiber runs until it exits or waits: at a block's barrier, or at a warp's (shuffles wait there too). When none can
+// run, the complete barriers open; if none is complete the kernel has diverged, and the launch throws. What this shows:
+// the arithmetic, every address (together with the address sanitiser), barriers that not all threads reach. What it
+// cannot show: races between barriers, the order of memory operations, speed. Static shared memory keeps its contents
+// from block to block.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_on_cpu {
+
+constexpr unsigned kWarpSize = 32;
+constexpr size_t kStackBytes = 128 << 10;
+
+// How tests vary a launch that must not matter.
+struct Schedule {
+  unsigned most_blocks =
+      0;                   // 0: as many as the launch asks for; a kernel that strides by the grid needs no more than 1
+  bool backwards = false;  // blocks and threads from last to first
+};
+inline Schedule schedule;
+
+enum class Wait { kNothing, kWarp, kBlock };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  Wait wait;
+  bool done;
+  unsigned mask;       // of the warp's barrier it waits at
+  const char* what;    // the name of the function that waits
+  unsigned exchanges;  // counted, so that a slot is not written while it is still read
+  unsigned char slots[2][8];
+  void* fake_stack;  // the address sanitiser's
+};
+
+class Block {
+ public:
+  // Runs body once for every thread of a block.
+  void run(unsigned threads, const std::function<void()>& body) {
+    body_ = &body;
+    error_.clear();
+    while (fibers_.size() < threads) fibers_.push_back(std::make_unique<Fiber>());
+    threads_ = threads;
+    for (unsigned i = 0; i < threads; ++i) start(*fibers_[i]);
+    for (unsigned done = 0; done < threads;) {
+      bool ran = false;
+      done = 0;
+      for (unsigned i = 0; i < threads; ++i) {
+        const unsigned thread = schedule.backwards ? threads - 1 - i : i;
+        Fiber& fiber = *fibers_[thread];
+        if (!fiber.done && fiber.wait == Wait::kNothing) {
+          resume(thread);
+          ran = true;
+          if (!error_.empty()) throw std::runtime_error(error_);
+        }
+        done += fiber.done;
+      }
+      if (!ran && done < threads && !open_barriers()) throw std::runtime_error(describe());
+    }
+  }
+
+  unsigned thread() const { return current_; }
+
+  void wait_block() {
+    fibers_[current_]->wait = Wait::kBlock;
+    fibers_[current_]->what = "__syncthreads";
+    leave(false);
+  }
+
+  void wait_warp(unsigned mask, const char* what) {
+    Fiber& fiber = *fibers_[current_];
+    if (!(mask >> current_ % kWarpSize & 1u)) return fail(std::string(what) + ": a thread is not in its own mask");
+    fiber.wait = Wait::kWarp;
+    fiber.mask = mask;
+    fiber.what = what;
+    leave(false);
+  }
+
+  // The value that `lane` of this thread's warp hands in.
+  template <class T>
+  T exchange(unsigned mask, T value, unsigned lane, const char* what) {
+    static_assert(sizeof(T) <= sizeof(Fiber::slots[0]), "a shuffle moves at most 8 bytes");
+    Fiber& fiber = *fibers_[current_];
+    const unsigned slot = fiber.exchanges++ % 2;
+    std::memcpy(fiber.slots[slot], &value, sizeof(T));
+    wait_warp(mask, what);
+    if (lane >= kWarpSize || !(mask >> lane & 1u)) {
+      fail(std::string(what) + ": lane " + std::to_string(lane) + " is not in the mask");
+      return value;
+    }
+    std::memcpy(&value, fibers_[current_ / kWarpSize * kWarpSize + lane]->slots[slot], sizeof(T));
+    return value;
+  }
+
+ private:
+  static void enter();  // a fiber's first function
+
+  void start(Fiber& fiber) {
+    fiber.wait = Wait::kNothing;
+    fiber.done = false;
+    fiber.exchanges = 0;
+    fiber.fake_stack = nullptr;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, &Block::enter, 0);
+  }
+
+  void resume(unsigned thread) {
+    Fiber& fiber = *fibers_[thread];
+    current_ = thread;
+    threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y)};
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(&fake_stack_, fiber.stack.get(), kStackBytes);
+#endif
+    swapcontext(&context_, &fiber.context);
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(fake_stack_, nullptr, nullptr);
+#endif
+  }
+
+  // From a fiber back to run().
+  void leave(bool for_good) {
+    Fiber& fiber = *fibers_[current_];
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.fake_stack, stack_, stack_bytes_);
+#else
+    (void)for_good;
+#endif
+    swapcontext(&fiber.context, &context_);
+#ifdef __SANITIZE_ADDRESS__
+    __sanitizer_finish_switch_fiber(fiber.fake_stack, &stack_, &stack_bytes_);
+#endif
+  }
+
+  void fail(const std::string& error) {
+    error_ = error;
+    leave(false);
+  }
+
+  // Whether `thread` waits with its whole warp: all lanes of its mask at the same function.
+  bool is_warp_complete(unsigned thread) const {
+    const unsigned first = thread / kWarpSize * kWarpSize;
+    const Fiber& one = *fibers_[thread];
+    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+      if (!(one.mask >> lane & 1u)) continue;
+      if (first + lane >= threads_) return false;
+      const Fiber& other = *fibers_[first + lane];
+      if (other.done || other.wait != Wait::kWarp || other.mask != one.mask || std::strcmp(other.what, one.what) != 0)
+        return false;
+    }
+    return true;
+  }
+
+  bool open_barriers() {
+    std::vector<unsigned> free;
+    bool all_at_block = true;
+    for (unsigned i = 0; i < threads_; ++i) {
+      const Fiber& fiber = *fibers_[i];
+      if (!fiber.done && fiber.wait == Wait::kWarp && is_warp_complete(i)) free.push_back(i);
+      all_at_block = all_at_block && !fiber.done && fiber.wait == Wait::kBlock;
+    }
+    for (unsigned i = 0; i < threads_; ++i)
+      if (all_at_block) free.push_back(i);
+    for (const unsigned i : free) fibers_[i]->wait = Wait::kNothing;
+    return !free.empty();
+  }
+
+  // Where the block is stuck, in one sentence.
+  std::string describe() const {
+    unsigned exited = 0;
+    std::string where;
+    for (unsigned i = 0; i < threads_; ++i) {
+      exited += fibers_[i]->done;
+      if (!fibers_[i]->done && where.find(fibers_[i]->what) == std::string::npos)
+        where += std::string(where.empty() ? "" : " and ") + fibers_[i]->what;
+    }
+    return "the kernel diverged: threads wait at " + where + ", " + std::to_string(exited) + " of " +
+           std::to_string(threads_) + " have exited";
+  }
+
+  const std::function<void()>* body_ = nullptr;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  unsigned threads_ = 0, current_ = 0;
+  std::string error_;
+  ucontext_t context_;
+  void* fake_stack_ = nullptr;
+  const void* stack_ = nullptr;  // of run()'s caller
+  size_t stack_bytes_ = 0;
+};
+
+inline Block block;
+
+inline void Block::enter() {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(nullptr, &block.stack_, &block.stack_bytes_);
+#endif
+  (*block.body_)();
+  block.fibers_[block.current_]->done = true;
+  block.leave(true);
+}
+
+inline void run_grid(dim3 grid, dim3 threads, const std::function<void()>& body) {
+  if (schedule.most_blocks && grid.x > schedule.most_blocks) grid.x = schedule.most_blocks;
+  gridDim = grid;
+  blockDim = threads;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t i = 0; i < blocks; ++i) {
+    const uint64_t at = schedule.backwards ? blocks - 1 - i : i;
+    blockIdx = {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
+                static_cast<unsigned>(at / grid.x / grid.y)};
+    block.run(threads.x * threads.y * threads.z, body);
+  }
+}
+
+}  // namespace cuda_on_cpu

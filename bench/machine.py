@@ -1,0 +1,96 @@
+"""What a result file says about where it was made: processor, threads, instruction set, versions, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import liif_fast.ops  # noqa: F401  (loads the extension)
+from bench import timing
+
+_ROOT = Path(__file__).resolve().parent.parent
+# What decides a timing; results and documents do not.
+_MEASURED = ("csrc", "liif_fast", "bench/*.py", "setup.py")
+
+
+def describe() -> dict[str, Any]:
+    """The processor and how much of it is used."""
+    info = _cpuinfo()
+    ops = torch.ops.liif_fast_C
+    return {
+        "device": "cpu",
+        "cpu": info.get("model name") or platform.processor() or platform.machine(),
+        "architecture": _architecture(info),
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "instructions": ops.cpu_isa() if hasattr(ops, "cpu_isa") else "no extension",
+        "load_before": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of everything whose version can change a number."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("liif_fast", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def commit() -> str:
+    """The commit measured, with '+' behind it where the code measured differs from it; 'unknown' outside git."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        return head + ("+" if _git("status", "--porcelain", "--", *_MEASURED) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """The results' folder: cpu-amd-epyc-zen4-2-threads."""
+    name = re.sub(r"\((?:r|tm)\)|@.*|\b(?:cpu|processor)\b", " ", machine["cpu"].lower())
+    threads = machine["threads"]
+    parts = ["cpu", name, machine["architecture"], f"{threads}-thread{'s' if threads > 1 else ''}"]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(part for part in parts if part)).strip("-")
+
+
+def warn_if_busy(machine: dict[str, Any]) -> None:
+    """One sentence where other programs would spoil the numbers."""
+    if machine["load_before"] > 0.5:
+        timing.note(
+            f"The load average is {machine['load_before']}: something else is running here, and times will be too long."
+        )
+
+
+def _cpuinfo() -> dict[str, str]:
+    """/proc/cpuinfo's entry of the first processor."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _architecture(info: dict[str, str]) -> str:
+    """AMD's generation, which hosts of virtual machines leave out of the model's name; '' where it is not known."""
+    if info.get("vendor_id") != "AuthenticAMD":
+        return ""
+    family, model = int(info["cpu family"]), int(info["model"])
+    if family == 25:
+        return "zen4" if model in range(0x10, 0x20) or model >= 0x60 else "zen3"
+    return {23: "zen2" if model >= 0x30 else "zen", 26: "zen5"}.get(family, "")
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", *args], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()

@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
 # Tests of what runs inside the extension: the ones worth running under the sanitisers.
-KERNEL_TESTS = $(wildcard tests/test_cpu_*.py tests/test_ops_*.py)
+KERNEL_TESTS = $(wildcard tests/test_cpu_*.py tests/test_ops_*.py tests/test_cuda_on_cpu.py)
 CXX_FILES = find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 # Not $(VENV)/bin/clang-format: an environment that reuses another one's packages has no script of its own for them.
 CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
@@ -44,7 +44,7 @@ sanitize: $(VENV)/.installed ## the kernels' tests under the address and undefin
 	LIIF_FAST_SANITIZE=1 $(PY) setup.py -q build_ext --inplace
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	LIIF_FAST_EXTENSION="$$PWD/build/sanitize/_C.abi3.so" \
+	LIIF_FAST_SANITIZE=1 LIIF_FAST_EXTENSION="$$PWD/build/sanitize/_C.abi3.so" \
 	$(PY) -m pytest --capture=sys $(KERNEL_TESTS) $(PYTEST_ARGS)
 
 clean: ## remove what was built; the environment in .venv stays

@@ -35,7 +35,7 @@ Corners<T> find_corners(const GatherProblem<T>& p, int64_t at) {
     area_weights(found.rel_row, found.rel_col, found.area_weight);
   } else {
     const T product = found.rel_row[0] * found.rel_col[0];
-    found.area_weight[0] = product == product ? T(1) : product;  // NaN in, NaN out
+    found.area_weight[0] = product * T(0) + T(1);  // 1, or NaN where area / area is
   }
   return found;
 }

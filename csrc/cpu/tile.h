@@ -170,7 +170,7 @@ static void locate(const QueryProblem<T>& p, const TileSpan& span, Geometry<T>& 
       area_weights(rel_row, rel_col, weight);
     } else {
       const T product = rel_row[0] * rel_col[0];
-      weight[0] = product == product ? T(1) : product;  // NaN in, NaN out
+      weight[0] = product * T(0) + T(1);  // 1, or NaN where area / area is
     }
     for (int corner = 0; corner < p.corners; ++corner) {
       const int64_t at = q * p.corners + corner;

@@ -28,6 +28,8 @@ Progress = Callable[[int, int], None]
 AnyImage = TypeVar("AnyImage", bound=Image.Image | np.ndarray | Tensor | Picture)
 
 
+# Inference tensors cannot be watched: with them the latent map would be made anew for every window.
+@torch.inference_mode(False)
 def upscale(
     image: AnyImage,
     *,
@@ -283,7 +285,6 @@ def _borrowed(
         model.eval()
         if backend is not None:
             model.backend = backend
-        # Not inference_mode: inference tensors cannot be watched, so the latent map would be made anew for every step.
         with torch.no_grad(), autocast:
             yield model, parameter.dtype
     finally:

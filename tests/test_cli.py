@@ -81,6 +81,13 @@ def test_one_file(run, photo, weights, tmp_path, options, size):
     np.testing.assert_array_equal(np.asarray(Image.open(out)), expected)
 
 
+def test_without_a_model_the_shipped_one_is_used(photo, tmp_path):
+    assert cli.main(["upscale", str(photo), "-o", str(tmp_path / "out.png"), "--scale", "2"]) == 0
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(tmp_path / "out.png")), upscale(np.asarray(Image.open(photo)), scale=2)
+    )
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
 def test_formats(run, photo, tmp_path, suffix):
     assert run(photo, "-o", tmp_path / f"out{suffix}", "--scale", "2", "--quality", "80")[0] == 0
@@ -364,8 +371,8 @@ def test_module_and_exit_code(tmp_path):
     assert "'0' is not a positive number" in sentence(complained)
 
 
-def test_demo(weights, tmp_path, capsys):
-    assert demo.main(["--model", weights, "--output", str(tmp_path / "demo")]) == 0
+def test_demo(tmp_path, capsys):
+    assert demo.main(["--output", str(tmp_path / "demo")]) == 0
     said = capsys.readouterr().out
     for scale, size in ((4, (640, 480)), (2.7, (432, 324))):
         photo, beside = (tmp_path / "demo" / f"{kind}-x{scale}.png" for kind in ("photo", "comparison"))

@@ -11,7 +11,7 @@ import torch
 from helpers import psnr, reason_against
 from PIL import Image
 
-from liif_fast import checkpoints, memory, tiles
+from liif_fast import checkpoints, demo, memory, ops, tiles
 from liif_fast.image import ImageError, Picture
 from liif_fast.models import make_model
 from liif_fast.tiles import Window
@@ -117,15 +117,16 @@ def test_bands_of_long_images(size):
 def test_bands_of_a_wide_receptive_field():
     model, images = liif("rdn"), photo(1, 4, 300)
     assert model.encoder.halo > 100
-    assert steps(images, scale=1, model=model, working_memory=1) > 1
-    result = upscale(images, scale=1, model=model, working_memory=1)
+    done = []
+    result = upscale(images, scale=1, model=model, working_memory=1, progress=lambda *pixels: done.append(pixels))
+    assert len(done) > 1
     assert (result - unbanded(model, images, (4, 300))).abs().max() <= 1e-5
 
 
 def test_images_are_really_cut():
-    images = photo(1, 200, 150)
+    images = photo(1, 130, 100)
     assert steps(images, scale=1, model=liif(), working_memory=WHOLE) == 1
-    assert steps(images, scale=1, model=liif(), working_memory=400_000) > 4
+    assert steps(images, scale=1, model=liif(), working_memory=400_000) > 3
     assert steps(images, scale=1, model=liif(), working_memory=1) > steps(
         images, scale=1, model=liif(), working_memory=2_000_000
     )
@@ -344,12 +345,47 @@ def test_a_borrowed_model_comes_back_as_it_was(monkeypatch):
     assert torch.is_grad_enabled()
 
 
+def test_inside_inference_mode():
+    model = liif()
+    with torch.inference_mode():
+        images = photo(1, 12, 9)
+        result = upscale(images, scale=2, model=model)
+        assert torch.is_inference_mode_enabled()
+    assert images.is_inference()
+    assert (result - unbanded(model, images, (24, 18))).abs().max() <= 1e-6
+
+
+@NEEDS_CPU
+def test_the_first_layer_is_folded_once_a_band(monkeypatch):
+    folds = []
+    fold = ops.fold
+    monkeypatch.setattr(ops, "fold", lambda *args, **options: folds.append(1) or fold(*args, **options))
+    model, images = liif(), photo(1, 20, 400)
+    with torch.inference_mode():
+        windows = steps(images, scale=(30, 1), model=model, working_memory=600_000, backend="cpu")
+    assert windows > 2 * len(folds) > 0
+
+
 def test_models_by_path(tmp_path):
     model, image = liif(), photo(1, 6, 5)
     checkpoints.save(model, tmp_path / "model.safetensors")
     expected = upscale(image, scale=2, model=model)
     assert torch.equal(upscale(image, scale=2, model=tmp_path / "model.safetensors"), expected)
     assert torch.equal(upscale(image, scale=2, model=str(tmp_path / "model.safetensors"), device="cpu"), expected)
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_the_shipped_model_is_better_than_bicubic(scale):
+    photo = Image.open(demo.PHOTO)
+    small = photo.resize((photo.width // scale, photo.height // scale), Image.Resampling.BICUBIC)
+    truth = torch.from_numpy(np.asarray(photo.resize((small.width * scale, small.height * scale))) / 255.0)
+    size = truth.shape[:2]
+    bicubic = torch.from_numpy(np.asarray(small.resize(size[::-1], Image.Resampling.BICUBIC)) / 255.0)
+    inside = slice(scale + 6, -scale - 6)
+    result = torch.from_numpy(np.asarray(upscale(small, size=size)) / 255.0)
+    assert (
+        psnr(result[inside, inside], truth[inside, inside]) > psnr(bicubic[inside, inside], truth[inside, inside]) + 0.2
+    )
 
 
 @pytest.mark.parametrize(
@@ -435,20 +471,16 @@ def test_results_beyond_memory_are_refused(monkeypatch):
 
 
 @NEEDS_CPU
-def test_a_megapixel_by_four_stays_inside_1500_megabytes(tmp_path):
-    """Everything counted: Python, torch, model, input, result, bands."""
+def test_a_megapixel_by_four_stays_inside_1500_megabytes():
+    """Everything counted: Python, torch, the shipped model, input, result, bands."""
     script = textwrap.dedent(
         """
         import resource, numpy, torch
-        from liif_fast import make_model
-        from liif_fast.upscale import upscale
+        from liif_fast import upscale
 
         torch.set_num_threads(2)
-        encoder = {"name": "edsr-baseline", "args": {"n_resblocks": 8, "n_feats": 32, "no_upsampling": True}}
-        imnet = {"name": "mlp", "args": {"out_dim": 3, "hidden_list": [128, 128, 128]}}
-        model = make_model({"name": "liif", "args": {"encoder_spec": encoder, "imnet_spec": imnet}})
         image = numpy.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=numpy.uint8)
-        result = upscale(image, scale=4, model=model, backend="cpu")
+        result = upscale(image, scale=4, backend="cpu")
         assert result.shape == (4096, 4096, 3)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         """

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from bench import results, targets
+from liif_fast.evaluation import markdown_table, mean_scores, read_csv
 
 Results = list[dict[str, Any]]
 Column = tuple[str, Callable[[dict[str, Any]], str]]
@@ -129,6 +130,17 @@ def targets_table(found: Results) -> str | None:
     return f"{_table(['what', 'wanted', 'measured', 'met'], rows)}\n{lines}"
 
 
+def psnr_table(_: Results) -> str | None:
+    """The shipped weights against bicubic, from what their training run saved."""
+    path = results.FOLDER / "weights" / "tiny-psnr.csv"
+    if not path.exists():
+        return None
+    scores = read_csv(path)
+    pictures = len({score.image for score in scores})
+    source = f"Mean over {pictures} photographs: [{path.name}](bench/results/weights/{path.name})."
+    return f"{markdown_table(mean_scores(scores))}\n\n{source}\n"
+
+
 BLOCKS: dict[str, Callable[[Results], str | None]] = {
     "targets": targets_table,
     "decode": partial(methods_table, workload="decode-64-to-256", columns=[*_TIMES, *_WORK, _ACCURACY]),
@@ -146,6 +158,7 @@ BLOCKS: dict[str, Callable[[Results], str | None]] = {
         ],
     ),
     "sweep": sweep_table,
+    "psnr": psnr_table,
     "gather": partial(methods_table, workload="gather", columns=[*_TIMES, _ACCURACY]),
     "ensemble": partial(methods_table, workload="ensemble", columns=[*_TIMES, _ACCURACY]),
     "encoder": partial(methods_table, workload="encoder", columns=[_TIMES[0], _ACCURACY]),

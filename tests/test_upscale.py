@@ -106,10 +106,10 @@ def test_bands_change_nothing(name, scale):
     assert (result - expected).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("size", [(1200, 4), (4, 1200)])
-def test_bands_of_long_images(size):
+@pytest.mark.parametrize(("name", "size"), [("edsr", (1200, 4)), ("edsr", (4, 1200)), ("metasr", (1200, 4))])
+def test_bands_of_long_images(name, size):
     """Where a coordinate's last bit is widest, and many bands meet."""
-    model, images = liif(), photo(1, *size)
+    model, images = MODELS[name](), photo(1, *size)
     whole = upscale(images, scale=3, model=model, working_memory=WHOLE)
     assert (upscale(images, scale=3, model=model, working_memory=1) - whole).abs().max() <= 1e-5
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bench import memory, timing
 from bench.methods import Method, exact, methods_for
+from bench.targets import CREDIBLE_FRACTION
 from bench.timing import Contender, note, pair_ratios, summary
 from bench.workloads import Problem, Workload, folded_flop, make_problem, original_flop
 
@@ -61,16 +62,29 @@ def measure(workload: Workload, *, quick: bool, rounds: int | None = None) -> di
             _add_times(entries[method.name], workload, method, contenders, loops)
             _tell(method, entries[method.name])
     record["loop_flop_per_second"] = {dtype: summary(rates) for dtype, rates in loops.items()}
-    record["steady"] = all(_is_steady(rates) for rates in record["loop_flop_per_second"].values())
     record["methods"] = entries
-    if not record["steady"]:
-        note("  The multiply-add loop's rate wavered: the processor was shared, do not rely on these numbers.")
+    record["warnings"] = doubts(record)
+    for doubt in record["warnings"]:
+        note(f"  {doubt}")
     return record
 
 
-def _is_steady(rates: dict[str, Any]) -> bool:
-    """Whether the loop, which nothing but another program slows down, kept its rate: 4 of 5 samples within 5 %."""
-    return rates["p20"] >= 0.95 * rates["median"]
+def doubts(record: dict[str, Any]) -> list[str]:
+    """Reasons not to believe a record: the loop's rate has to be steady, and above every method's."""
+    found = []
+    # Only another program slows the loop down. 4 of 5 samples within 5 % of the median are steady.
+    if any(rates["p20"] < 0.95 * rates["median"] for rates in record["loop_flop_per_second"].values()):
+        found.append("The processor was shared with other programs: do not rely on these numbers.")
+    fractions = [entry["fraction_of_loop"]["median"] for entry in record["methods"].values() if _has_fraction(entry)]
+    if max(fractions, default=0.0) > CREDIBLE_FRACTION:
+        found.append(
+            "A method outran the multiply-add loop, so that its rate is no peak: do not rely on fractions of it."
+        )
+    return found
+
+
+def _has_fraction(entry: dict[str, Any]) -> bool:
+    return "fraction_of_loop" in entry
 
 
 def _describe(method: Method) -> dict[str, Any]:

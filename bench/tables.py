@@ -58,8 +58,8 @@ def _source(result: dict[str, Any], workloads: list[str]) -> str:
     rates = [f"{rate['median'] / 1e9:.0f} GFLOP/s {dtype}" for dtype, rate in loops[0].items()]
     where = " ".join(part for part in (machine["cpu"], machine["architecture"]) if part)
     loop = f"; multiply-add loop {', '.join(rates)}" if rates else ""
-    steady = all(result["workloads"][name].get("steady", True) for name in workloads)
-    warning = "" if steady else " **The processor was shared with other programs: do not rely on these numbers.**"
+    doubts = sorted({doubt for name in workloads for doubt in result["workloads"][name].get("warnings", [])})
+    warning = f" **{' '.join(doubts)}**" if doubts else ""
     return (
         f"{where}, {machine['threads']} threads, {machine['instructions']}{loop}; torch {result['versions']['torch']}; "
         f"commit {result['commit']}, {result['date'][:10]}: "

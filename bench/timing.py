@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import statistics
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -63,7 +62,6 @@ def interleave(contenders: Sequence[Contender], rounds: int, loop_dtypes: Sequen
 
     A contender that fails keeps its error and drops out. Returns the loop's rate in FLOP/s, a number a round, by dtype.
     """
-    threads = torch.get_num_threads()
     loops: dict[str, list[float]] = {dtype: [] for dtype in loop_dtypes}
     collecting = gc.isenabled()
     gc.collect()
@@ -71,7 +69,7 @@ def interleave(contenders: Sequence[Contender], rounds: int, loop_dtypes: Sequen
     try:
         for _ in range(rounds):
             for dtype, rates in loops.items():
-                rates.append(loop_rate(dtype, threads))
+                rates.append(loop_rate(dtype))
             for contender in contenders:
                 if not contender.error:
                     _sample(contender)
@@ -107,10 +105,10 @@ def loop_dtypes() -> list[str]:
     return ["float32", "bfloat16"] if ops.cpu_has_bf16() else ["float32"]
 
 
-def loop_rate(dtype: str, threads: int, tries: int = 3) -> float:
-    """FLOP/s of the register-only multiply-add loop on `threads` threads together: the best of a few tries."""
+def loop_rate(dtype: str, tries: int = 3) -> float:
+    """FLOP/s of the register-only multiply-add loop on all of torch's threads together: the best of a few tries."""
     repetitions = _loop_repetitions(dtype)
-    return max(_run_loops(dtype, threads, repetitions) for _ in range(tries))
+    return max(_run_loop(dtype, repetitions)[1] for _ in range(tries))
 
 
 _repetitions: dict[str, int] = {}
@@ -120,34 +118,18 @@ def _loop_repetitions(dtype: str) -> int:
     """How many repetitions take about `_LOOP_S`."""
     if dtype not in _repetitions:
         count = 1000
-        while True:
-            begin = perf_counter()
-            torch.ops.liif_fast_C.cpu_multiply_add_loop(dtype, count)
-            spent = perf_counter() - begin
-            if spent > _LOOP_S / 4:
-                break
+        while (spent := _run_loop(dtype, count)[0]) < _LOOP_S / 4:
             count *= 4
         _repetitions[dtype] = round(count * _LOOP_S / spent)
     return _repetitions[dtype]
 
 
-def _run_loops(dtype: str, threads: int, repetitions: int) -> float:
-    barrier = threading.Barrier(threads)
-    spans: list[tuple[float, float, float]] = []
-
-    def work() -> None:
-        barrier.wait()
-        begin = perf_counter()
-        flop = torch.ops.liif_fast_C.cpu_multiply_add_loop(dtype, repetitions)
-        spans.append((begin, perf_counter(), flop))
-
-    workers = [threading.Thread(target=work) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    seconds = max(end for _, end, _ in spans) - min(begin for begin, _, _ in spans)
-    return sum(flop for _, _, flop in spans) / seconds
+def _run_loop(dtype: str, repetitions: int) -> tuple[float, float]:
+    """Seconds spent, and FLOP/s."""
+    begin = perf_counter()
+    operations = torch.ops.liif_fast_C.cpu_multiply_add_loop(dtype, repetitions)
+    spent = perf_counter() - begin
+    return spent, operations / spent
 
 
 def note(text: str) -> None:

@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -14,6 +15,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/ops.h"
+#include "cpu/parallel.h"
 
 namespace liif_fast {
 namespace {
@@ -398,12 +400,17 @@ std::string cpu_isa() { return std::string(kernels().name) + (bf16_kernels() ? "
 bool cpu_has_bf16() { return bf16_kernels() != nullptr; }
 bool cpu_select_isa(std::string name) { return select_kernels(name.c_str()); }
 
-// Floating point operations done by one thread's register-only multiply-add loop; the caller takes the time.
+// Floating point operations done by the register-only multiply-add loops of all threads; the caller takes the time.
 double cpu_multiply_add_loop(std::string dtype, int64_t repetitions) {
   STD_TORCH_CHECK(dtype != "bfloat16" || bf16_kernels(), "this processor has no AVX-512-BF16");
-  if (dtype == "bfloat16") return bf16_kernels()->multiply_add_loop(repetitions);
-  if (dtype == "float64") return kernels().double_kernels.multiply_add_loop(repetitions);
-  return kernels().single_kernels.multiply_add_loop(repetitions);
+  const auto loop = dtype == "bfloat16"  ? bf16_kernels()->multiply_add_loop
+                    : dtype == "float64" ? kernels().double_kernels.multiply_add_loop
+                                         : kernels().single_kernels.multiply_add_loop;
+  const int64_t threads = thread_count();
+  std::vector<double> operations(static_cast<size_t>(threads));
+  parallel_shares(threads, threads,
+                  [&](int64_t share, int64_t, int64_t) { operations[static_cast<size_t>(share)] = loop(repetitions); });
+  return std::accumulate(operations.begin(), operations.end(), 0.0);
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ static double multiply_add_loop(int64_t repetitions) {
   using V = Vec<T>;
   constexpr int kChains = kRows * kVecs;
   typename V::Reg x[kChains];
+#pragma GCC unroll 32  // all three loops: an index known only at run time would keep x in memory
   for (int i = 0; i < kChains; ++i) x[i] = V::broadcast(T(i));
   auto a = V::broadcast(T(0.999)), b = V::broadcast(T(0.001));
   for (int64_t n = 0; n < repetitions; ++n) {
@@ -23,6 +24,7 @@ static double multiply_add_loop(int64_t repetitions) {
     asm volatile("" : : : "memory");  // keeps the compiler from folding repetitions
   }
   auto total = V::zero();
+#pragma GCC unroll 32
   for (int i = 0; i < kChains; ++i) total = V::add(total, x[i]);
   volatile T sink = V::sum(total);
   (void)sink;

@@ -132,12 +132,12 @@ def targets_table(found: Results) -> str | None:
 
 def psnr_table(_: Results) -> str | None:
     """The shipped weights against bicubic, from what their training run saved."""
-    path = results.FOLDER / "weights" / "tiny-psnr.csv"
+    path = results.FOLDER / "weights" / "tiny" / "tiny-psnr.csv"
     if not path.exists():
         return None
     scores = read_csv(path)
     pictures = len({score.image for score in scores})
-    source = f"Mean over {pictures} photographs: [{path.name}](bench/results/weights/{path.name})."
+    source = f"Mean over {pictures} photographs: [{path.name}](bench/results/weights/tiny/{path.name})."
     return f"{markdown_table(mean_scores(scores))}\n\n{source}\n"
 
 

@@ -163,10 +163,17 @@ template <class T>
 void ensemble_forward(const T* pred, const T* area_weight, int64_t rows, int64_t corners, int64_t outs, T* out) {
   parallel_shares(rows, shares_for(rows), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      T* sum = out + row * outs;
-      std::fill(sum, sum + outs, T(0));
-      for (int64_t corner = row * corners; corner < (row + 1) * corners; ++corner)
-        for (int64_t o = 0; o < outs; ++o) sum[o] += pred[corner * outs + o] * area_weight[corner];
+      const T *const values = pred + row * corners * outs, *const weight = area_weight + row * corners;
+      T* const blended = out + row * outs;
+      if (corners == 4) {  // the sum stays in a register
+        const T w0 = weight[0], w1 = weight[1], w2 = weight[2], w3 = weight[3];
+        for (int64_t o = 0; o < outs; ++o)
+          blended[o] = values[o] * w0 + values[outs + o] * w1 + values[2 * outs + o] * w2 + values[3 * outs + o] * w3;
+        continue;
+      }
+      std::fill(blended, blended + outs, T(0));
+      for (int64_t corner = 0; corner < corners; ++corner)
+        for (int64_t o = 0; o < outs; ++o) blended[o] += values[corner * outs + o] * weight[corner];
     }
   });
 }

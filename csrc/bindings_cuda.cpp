@@ -4,29 +4,14 @@
 #ifdef LIIF_FAST_WITH_CUDA
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <optional>
-#include <tuple>
-#include <type_traits>
-#include <vector>
-
+#include "bindings.h"
 #include "cuda/launch.h"
 
 namespace liif_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
-using MaybeTensor = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
-
-template <class T>
-constexpr ScalarType kGeometry = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
 // torch's current stream of a device. Its library is asked at run time: RTLD_DEFAULT does not find the symbol, and a
 // link against it would tie the extension to a CUDA torch.
@@ -48,10 +33,7 @@ void check_launch(const char* error) {
 
 void check(const Tensor& tensor, const char* name, int32_t device, const Sizes& sizes) {
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device, name, " must be on cuda:", device);
-  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(sizes.size()), name, " must have ", sizes.size(), " dimensions");
-  for (size_t i = 0; i < sizes.size(); ++i)
-    STD_TORCH_CHECK(tensor.size(static_cast<int64_t>(i)) == sizes[i], name, " must have size ", sizes[i],
-                    " in dimension ", i, ", not ", tensor.size(static_cast<int64_t>(i)));
+  check_sizes(tensor, name, sizes);
 }
 
 void check_contiguous(const Tensor& tensor, const char* name, int32_t device, const Sizes& sizes) {
@@ -63,18 +45,8 @@ void check_contiguous(const Tensor& tensor, const char* name, int32_t device, co
 template <class T>
 const T* checked(const Tensor& tensor, const char* name, int32_t device, const Sizes& sizes) {
   check_contiguous(tensor, name, device, sizes);
-  STD_TORCH_CHECK(tensor.scalar_type() == kGeometry<T>, name, " has the wrong dtype");
+  STD_TORCH_CHECK(tensor.scalar_type() == kDtype<T>, name, " has the wrong dtype");
   return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-template <class T>
-Tensor empty(const Tensor& like, const Sizes& sizes) {
-  return torch::stable::new_empty(like, sizes, kGeometry<T>);
 }
 
 Dtype dtype_of(const Tensor& tensor, const char* name) {
@@ -145,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> run_gather_backward(const Tensor& grad_x, con
   const T* const grad_weights =
       checked<T>(grad_area_weight, "grad_area_weight", device, {p.batch, p.queries, p.corners});
   const DeviceGuard guard(device);
-  Tensor grad_feat = torch::stable::new_zeros(coord, {p.batch, channels, height, width}, kGeometry<T>);
+  Tensor grad_feat = zeros<T>(coord, {p.batch, channels, height, width});
   Tensor grad_coord = empty<T>(coord, {p.batch, p.queries, 2});
   Tensor grad_cell = has_cell ? empty<T>(coord, {p.batch, p.queries, 2}) : empty<T>(coord, {0});
   check_launch(launch_gather_backward(p, dtype_of(grad_x, "grad_x"), grad_x.const_data_ptr(), grad_weights,

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from liif_fast.ops.checks import reached
+
 DEFAULT_MEMORY = 256 << 20
 
 # Copies of its widest layer's input and output that an encoder holds at once: measured on EDSR and RDN, with the
@@ -144,11 +146,9 @@ def _reached(first: int, count: int, pixels: int, latents: int) -> tuple[int, in
     A pixel's centre is at (p + 0.5) * latents / pixels - 0.5. Its corners lie less than one latent away, MetaSR's
     single one half an output pixel further; unfolding takes one more, and one more is for the rounding of coordinates.
     """
-    ratio = latents / pixels
-    reach = 3 + math.ceil(ratio / 2)
-    low = math.floor((first + 0.5) * ratio - 0.5) - reach
-    high = math.ceil((first + count - 0.5) * ratio - 0.5) + reach
-    return max(0, low), min(latents, high + 1)
+    reach = 3 + math.ceil(latents / pixels / 2)
+    low, high = reached(first, count, pixels, latents, reach)
+    return low, high + 1
 
 
 def _with_halo(span: tuple[int, int], length: int, halo: int | None, fineness: int) -> tuple[int, int]:

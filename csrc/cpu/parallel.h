@@ -22,7 +22,7 @@ void parallel_shares(int64_t count, int64_t shares, const F& f) {
   });
 }
 
-// `count` zeroed or raw blocks of `bytes` each, 64-byte aligned, a block for every thread.
+// `count` raw blocks of `bytes` each, 64-byte aligned, a block for every thread.
 class Blocks {
  public:
   Blocks(int64_t count, size_t bytes)

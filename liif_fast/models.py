@@ -18,7 +18,7 @@ from liif_fast import ops
 from liif_fast.coordinates import window_coord
 from liif_fast.latent_cache import LatentCache
 from liif_fast.ops import checks
-from liif_fast.ops.backends import Problem, choose
+from liif_fast.ops.backends import Problem, choose_fused
 from liif_fast.registry import make_model, register
 
 __all__ = ["LIIF", "MLP", "MetaSR", "default_data_norm", "linear_layers", "make_model", "register"]
@@ -170,7 +170,9 @@ class _ImplicitModel(nn.Module):
             raise RuntimeError("this model has no features to query yet: call gen_feat(inp) first")
         return self.feat
 
-    def _latent_map(self, op: str, weights: Sequence[Tensor], fold: Callable[[], Tensor]) -> Tensor | None:
+    def _latent_map(
+        self, op: str, weights: Sequence[Tensor], fold: Callable[[], Tensor], widths: tuple[int, ...] = ()
+    ) -> Tensor | None:
         """The current features' latent map from the cache, where gradients, tracing and op's backend allow one."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
@@ -178,8 +180,8 @@ class _ImplicitModel(nn.Module):
             self._latent_cache.clear()  # training: weights are about to change
             return None
         feat = self._current_feat()
-        if choose(Problem(op, feat.device.type, feat.dtype), self.backend) == "reference":
-            return None  # the one backend that does not fold
+        if not choose_fused(Problem(op, feat.device.type, feat.dtype, widths), self.backend)[1]:
+            return None  # what runs it layer by layer does not fold
         return self._latent_cache.get(feat, weights, fold)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -197,6 +199,7 @@ class LIIF(_ImplicitModel):
     encoder_spec, imnet_spec: what `make_model` takes; the imnet's in_dim is filled in. Without imnet_spec the nearest
     feature is the output, for an encoder that upsamples by itself.
     local_ensemble, feat_unfold, cell_decode: the paper's switches.
+    recompute: an attribute, False: whether training computes activations again in the backward instead of keeping them.
 
     An imnet that is not plain Linear and ReLU layers is run as it is, between `ops.gather` and `ops.ensemble`.
     """
@@ -213,6 +216,7 @@ class LIIF(_ImplicitModel):
         self.local_ensemble = local_ensemble
         self.feat_unfold = feat_unfold
         self.cell_decode = cell_decode
+        self.recompute = False
         self.encoder = make_model(encoder_spec)
         self.imnet: nn.Module | None = None
         args: dict[str, Any] = {"encoder_spec": _without_weights(encoder_spec)}
@@ -256,7 +260,8 @@ class LIIF(_ImplicitModel):
             local_ensemble=self.local_ensemble,
             feat_unfold=self.feat_unfold,
             cell_decode=self.cell_decode,
-            latent_map=self._folded("query", weights[0]),
+            latent_map=self._folded("query", weights),
+            recompute=self.recompute,
             backend=self.backend,
         )
 
@@ -287,16 +292,18 @@ class LIIF(_ImplicitModel):
             local_ensemble=self.local_ensemble,
             feat_unfold=self.feat_unfold,
             cell_decode=self.cell_decode,
-            latent_map=self._folded("render", weights[0]),
+            latent_map=self._folded("render", weights),
+            recompute=self.recompute,
             backend=self.backend,
         )
 
     def _reach(self) -> int:
         return 1 if self.feat_unfold and self.imnet is not None else 0
 
-    def _folded(self, op: str, weight: Tensor) -> Tensor | None:
-        feat = self._current_feat()
-        return self._latent_map(op, [weight], lambda: ops.fold(feat, weight, feat_unfold=self.feat_unfold))
+    def _folded(self, op: str, weights: Sequence[Tensor]) -> Tensor | None:
+        feat, first = self._current_feat(), weights[0]
+        widths = tuple(weight.shape[0] for weight in weights)
+        return self._latent_map(op, [first], lambda: ops.fold(feat, first, feat_unfold=self.feat_unfold), widths)
 
     def _query_with_imnet(self, feat: Tensor, coord: Tensor, cell: Tensor | None) -> Tensor:
         assert self.imnet is not None

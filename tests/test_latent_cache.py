@@ -65,7 +65,7 @@ class Spy:
         monkeypatch.setattr(ops, "render", spy_render)
         monkeypatch.setattr(ops, "metasr_query", spy_metasr_query)
         # The reference does not fold; the cache is there for every other backend, installed or not.
-        monkeypatch.setattr(models, "choose", lambda _problem, _backend: "any that folds")
+        monkeypatch.setattr(models, "choose_fused", lambda _problem, _backend: ("any that folds", True))
 
 
 @pytest.fixture

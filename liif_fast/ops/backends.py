@@ -21,6 +21,7 @@ class Problem(NamedTuple):
     op: str  # gather | ensemble | query | render | metasr_query
     device: str  # torch device type
     dtype: torch.dtype  # of the features
+    widths: tuple[int, ...] = ()  # query, render: the imnet's layers, (K, *hidden, O)
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -105,6 +106,18 @@ def choose(problem: Problem, backend: str | None = None) -> str:
         if can_run(problem):
             return candidate
     raise RuntimeError(f"no backend can run {problem}")  # unreachable while the reference is in the table
+
+
+def choose_fused(problem: Problem, backend: str | None = None) -> tuple[str, bool]:
+    """(backend, whether it runs `problem` in one kernel) for query and render.
+
+    Where only the reference would run it, but something faster gathers, that one's gather and ensemble around PyTorch's
+    layers take its place. Raises as `choose` does.
+    """
+    name = choose(problem, backend)
+    if name != "reference":
+        return name, True
+    return choose(problem._replace(op="gather"), backend), False
 
 
 def report() -> list[tuple[str, bool, str]]:

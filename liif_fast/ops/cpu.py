@@ -122,6 +122,11 @@ def _backward(
     )
 
 
+def saved_bytes(queries: int, rows: int, widths: Sequence[int], operands: torch.dtype, coord_grad: bool) -> int:
+    """The backward computes activations again, tile by tile: on a CPU memory is slower than that."""
+    return 0
+
+
 def query(
     latent_map: Tensor,
     coord: Tensor,
@@ -130,12 +135,16 @@ def query(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     local_ensemble: bool,
+    operands: torch.dtype,
+    coord_grad: bool,
+    saved: Tensor,
 ) -> Tensor:
     return _forward(latent_map, coord, cell, weight_geometry, weights, biases, [], [], local_ensemble)
 
 
 def query_backward(
     grad_out: Tensor,
+    saved: Tensor,
     latent_map: Tensor,
     coord: Tensor,
     cell: Tensor | None,
@@ -143,8 +152,11 @@ def query_backward(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     local_ensemble: bool,
+    operands: torch.dtype,
+    coord_grad: bool,
 ) -> list[Tensor]:
-    return _backward(grad_out, latent_map, coord, cell, weight_geometry, weights, biases, [], [], local_ensemble)
+    grads = _backward(grad_out, latent_map, coord, cell, weight_geometry, weights, biases, [], [], local_ensemble)
+    return grads if coord_grad else grads[: 3 + 2 * len(weights)]
 
 
 def render(
@@ -155,12 +167,15 @@ def render(
     grid: list[int],
     cell: list[float],
     local_ensemble: bool,
+    operands: torch.dtype,
+    saved: Tensor,
 ) -> Tensor:
     return _forward(latent_map, None, None, weight_geometry, weights, biases, grid, cell, local_ensemble)
 
 
 def render_backward(
     grad_out: Tensor,
+    saved: Tensor,
     latent_map: Tensor,
     weight_geometry: Tensor,
     weights: Sequence[Tensor],
@@ -168,6 +183,7 @@ def render_backward(
     grid: list[int],
     cell: list[float],
     local_ensemble: bool,
+    operands: torch.dtype,
 ) -> list[Tensor]:
     return _backward(grad_out, latent_map, None, None, weight_geometry, weights, biases, grid, cell, local_ensemble)
 

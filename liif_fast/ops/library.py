@@ -32,11 +32,17 @@ def latent_dtype(backend: str, dtype: torch.dtype, trained: bool) -> torch.dtype
     """The dtype of the latent map when the op runs in `dtype`.
 
     Rounding the map to 16 bits turns some ReLUs of the first layer round, which costs gradients several times the error
-    that PyTorch's own 16-bit layers make. On a CPU only inference in bfloat16 gains anything from it.
+    that PyTorch's own 16-bit layers make: training keeps float32. On a CPU only bfloat16 gains anything from 16 bits.
     """
-    if backend == "cpu" and (dtype == torch.float16 or (dtype == torch.bfloat16 and trained)):
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    if narrow and (trained or (backend == "cpu" and dtype == torch.float16)):
         return torch.float32
     return dtype
+
+
+def allows_tf32() -> bool:
+    """Whether the user lets float32 products on an accelerator round their operands to TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # what allow_tf32 and its successors set
 
 
 def _match(grad: Tensor, tensor: Tensor | None) -> Tensor | None:
@@ -154,8 +160,10 @@ ensemble.register_autograd(_ensemble_backward, setup_context=_ensemble_setup)
 
 # ---------------------------------------------------------------------------------------------------- query and render
 # weight_geometry is the first layer's part for rel_coord (and rel_cell): [K, 2 or 4]. `weights` holds the layers after
-# the first, `biases` those of all layers. Gradients come back as one flat list:
-# latent_map, weight_geometry, *weights, *biases [, coord [, cell]].
+# the first, `biases` those of all layers. `operands` is the dtype in which matrix products multiply: the latent map may
+# be wider (latent_dtype). With `save` the forward keeps what the backward wants to know, in one tensor of bytes that
+# only the backend can read; without it that tensor is empty and the backward computes it again. Gradients come back as
+# one flat list: latent_map, weight_geometry, *weights, *biases, and with `coord_grad` coord [, cell].
 
 
 def _out_channels(latent_map: Tensor, weights: Sequence[Tensor]) -> int:
@@ -164,6 +172,25 @@ def _out_channels(latent_map: Tensor, weights: Sequence[Tensor]) -> int:
 
 def _empty_grads(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor]:
     return [tensor.new_empty(tensor.shape, dtype=dtype) for tensor in tensors if tensor is not None]
+
+
+def _empty_saved(
+    latent_map: Tensor,
+    queries: int,
+    weights: Sequence[Tensor],
+    local_ensemble: bool,
+    operands: torch.dtype,
+    save: bool,
+    coord_grad: bool,
+    backend: str,
+) -> Tensor:
+    """`saved`, unwritten. queries: of the whole batch."""
+    size = 0
+    if save:
+        widths = [latent_map.shape[-1], *(weight.shape[0] for weight in weights)]
+        rows = queries * (4 if local_ensemble else 1)
+        size = _implementation(backend).saved_bytes(queries, rows, widths, operands, coord_grad)
+    return latent_map.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.custom_op("liif_fast::query", mutates_args=())
@@ -175,9 +202,17 @@ def query(
     weights: list[Tensor],
     biases: list[Tensor],
     local_ensemble: bool,
+    operands: torch.dtype,
+    save: bool,
+    coord_grad: bool,
     backend: str,
-) -> Tensor:
-    return _implementation(backend).query(latent_map, coord, cell, weight_geometry, weights, biases, local_ensemble)
+) -> tuple[Tensor, Tensor]:
+    queries = coord.shape[0] * coord.shape[1]
+    saved = _empty_saved(latent_map, queries, weights, local_ensemble, operands, save, coord_grad, backend)
+    out = _implementation(backend).query(
+        latent_map, coord, cell, weight_geometry, weights, biases, local_ensemble, operands, coord_grad, saved
+    )
+    return out, saved
 
 
 @query.register_fake
@@ -189,15 +224,23 @@ def _(
     weights: list[Tensor],
     biases: list[Tensor],
     local_ensemble: bool,
+    operands: torch.dtype,
+    save: bool,
+    coord_grad: bool,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     shape = (coord.shape[0], coord.shape[1], _out_channels(latent_map, weights))
-    return latent_map.new_empty(shape, dtype=compute_dtype(latent_map))
+    queries = coord.shape[0] * coord.shape[1]
+    return (
+        latent_map.new_empty(shape, dtype=compute_dtype(latent_map)),
+        _empty_saved(latent_map, queries, weights, local_ensemble, operands, save, coord_grad, backend),
+    )
 
 
 @torch.library.custom_op("liif_fast::query_backward", mutates_args=())
 def query_backward(
     grad_out: Tensor,
+    saved: Tensor,
     latent_map: Tensor,
     coord: Tensor,
     cell: Tensor | None,
@@ -205,16 +248,29 @@ def query_backward(
     weights: list[Tensor],
     biases: list[Tensor],
     local_ensemble: bool,
+    operands: torch.dtype,
+    coord_grad: bool,
     backend: str,
 ) -> list[Tensor]:
     return _implementation(backend).query_backward(
-        grad_out, latent_map, coord, cell, weight_geometry, weights, biases, local_ensemble
+        grad_out,
+        saved,
+        latent_map,
+        coord,
+        cell,
+        weight_geometry,
+        weights,
+        biases,
+        local_ensemble,
+        operands,
+        coord_grad,
     )
 
 
 @query_backward.register_fake
 def _(
     grad_out: Tensor,
+    saved: Tensor,
     latent_map: Tensor,
     coord: Tensor,
     cell: Tensor | None,
@@ -222,30 +278,33 @@ def _(
     weights: list[Tensor],
     biases: list[Tensor],
     local_ensemble: bool,
+    operands: torch.dtype,
+    coord_grad: bool,
     backend: str,
 ) -> list[Tensor]:
-    tensors = [latent_map, weight_geometry, *weights, *biases, coord, cell]
+    tensors = [latent_map, weight_geometry, *weights, *biases, *((coord, cell) if coord_grad else ())]
     return _empty_grads(tensors, compute_dtype(latent_map))
 
 
-def _query_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    latent_map, coord, cell, weight_geometry, weights, biases, ctx.local_ensemble, ctx.backend = inputs
+def _query_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    latent_map, coord, cell, weight_geometry, weights, biases, *ctx.how, _save, coord_grad, backend = inputs
+    ctx.how += [coord_grad, backend]  # local_ensemble, operands, coord_grad, backend
     ctx.layers = len(weights)
-    ctx.save_for_backward(latent_map, coord, cell, weight_geometry, *weights, *biases)
+    ctx.save_for_backward(output[1], latent_map, coord, cell, weight_geometry, *weights, *biases)
 
 
-def _query_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-    latent_map, coord, cell, weight_geometry, *layers = ctx.saved_tensors
+def _query_backward(ctx: Any, grad_out: Tensor, _grad_saved: Tensor) -> tuple[Any, ...]:
+    saved, latent_map, coord, cell, weight_geometry, *layers = ctx.saved_tensors
     weights, biases = layers[: ctx.layers], layers[ctx.layers :]
-    grads = query_backward(
-        grad_out, latent_map, coord, cell, weight_geometry, weights, biases, ctx.local_ensemble, ctx.backend
-    )
-    tensors = [latent_map, weight_geometry, *weights, *biases, coord] + ([] if cell is None else [cell])
+    coord_grad = ctx.how[2]
+    grads = query_backward(grad_out, saved, latent_map, coord, cell, weight_geometry, weights, biases, *ctx.how)
+    points = [tensor for tensor in (coord, cell) if tensor is not None] if coord_grad else []
+    tensors = [latent_map, weight_geometry, *weights, *biases, *points]
     grad_latent_map, grad_weight_geometry, *rest = [
         _match(grad, tensor) for grad, tensor in zip(grads, tensors, strict=True)
     ]
     geometry = 2 * ctx.layers + 1
-    grad_coord, grad_cell = rest[geometry], None if cell is None else rest[geometry + 1]
+    grad_coord, grad_cell = [*rest[geometry:], None, None][:2]
     return (
         grad_latent_map,
         grad_coord,
@@ -253,8 +312,7 @@ def _query_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         grad_weight_geometry,
         rest[: ctx.layers],
         rest[ctx.layers : geometry],
-        None,
-        None,
+        *(None,) * 5,
     )
 
 
@@ -272,9 +330,16 @@ def render(
     grid: list[int],
     cell: list[float],
     local_ensemble: bool,
+    operands: torch.dtype,
+    save: bool,
     backend: str,
-) -> Tensor:
-    return _implementation(backend).render(latent_map, weight_geometry, weights, biases, grid, cell, local_ensemble)
+) -> tuple[Tensor, Tensor]:
+    queries = latent_map.shape[0] * grid[4] * grid[5]
+    saved = _empty_saved(latent_map, queries, weights, local_ensemble, operands, save, False, backend)
+    out = _implementation(backend).render(
+        latent_map, weight_geometry, weights, biases, grid, cell, local_ensemble, operands, saved
+    )
+    return out, saved
 
 
 @render.register_fake
@@ -286,15 +351,22 @@ def _(
     grid: list[int],
     cell: list[float],
     local_ensemble: bool,
+    operands: torch.dtype,
+    save: bool,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     shape = (latent_map.shape[0], _out_channels(latent_map, weights), grid[4], grid[5])
-    return latent_map.new_empty(shape, dtype=compute_dtype(latent_map))
+    queries = latent_map.shape[0] * grid[4] * grid[5]
+    return (
+        latent_map.new_empty(shape, dtype=compute_dtype(latent_map)),
+        _empty_saved(latent_map, queries, weights, local_ensemble, operands, save, False, backend),
+    )
 
 
 @torch.library.custom_op("liif_fast::render_backward", mutates_args=())
 def render_backward(
     grad_out: Tensor,
+    saved: Tensor,
     latent_map: Tensor,
     weight_geometry: Tensor,
     weights: list[Tensor],
@@ -302,16 +374,18 @@ def render_backward(
     grid: list[int],
     cell: list[float],
     local_ensemble: bool,
+    operands: torch.dtype,
     backend: str,
 ) -> list[Tensor]:
     return _implementation(backend).render_backward(
-        grad_out, latent_map, weight_geometry, weights, biases, grid, cell, local_ensemble
+        grad_out, saved, latent_map, weight_geometry, weights, biases, grid, cell, local_ensemble, operands
     )
 
 
 @render_backward.register_fake
 def _(
     grad_out: Tensor,
+    saved: Tensor,
     latent_map: Tensor,
     weight_geometry: Tensor,
     weights: list[Tensor],
@@ -319,37 +393,28 @@ def _(
     grid: list[int],
     cell: list[float],
     local_ensemble: bool,
+    operands: torch.dtype,
     backend: str,
 ) -> list[Tensor]:
     return _empty_grads([latent_map, weight_geometry, *weights, *biases], compute_dtype(latent_map))
 
 
-def _render_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    latent_map, weight_geometry, weights, biases, ctx.grid, ctx.cell, ctx.local_ensemble, ctx.backend = inputs
+def _render_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    latent_map, weight_geometry, weights, biases, *ctx.how, _save, backend = inputs
+    ctx.how.append(backend)  # grid, cell, local_ensemble, operands, backend
     ctx.layers = len(weights)
-    ctx.save_for_backward(latent_map, weight_geometry, *weights, *biases)
+    ctx.save_for_backward(output[1], latent_map, weight_geometry, *weights, *biases)
 
 
-def _render_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-    tensors = ctx.saved_tensors
+def _render_backward(ctx: Any, grad_out: Tensor, _grad_saved: Tensor) -> tuple[Any, ...]:
+    saved, *tensors = ctx.saved_tensors
     latent_map, weight_geometry, *layers = tensors
     weights, biases = layers[: ctx.layers], layers[ctx.layers :]
-    grads = render_backward(
-        grad_out, latent_map, weight_geometry, weights, biases, ctx.grid, ctx.cell, ctx.local_ensemble, ctx.backend
-    )
+    grads = render_backward(grad_out, saved, latent_map, weight_geometry, weights, biases, *ctx.how)
     grad_latent_map, grad_weight_geometry, *rest = [
         _match(grad, tensor) for grad, tensor in zip(grads, tensors, strict=True)
     ]
-    return (
-        grad_latent_map,
-        grad_weight_geometry,
-        rest[: ctx.layers],
-        rest[ctx.layers :],
-        None,
-        None,
-        None,
-        None,
-    )
+    return grad_latent_map, grad_weight_geometry, rest[: ctx.layers], rest[ctx.layers :], *(None,) * 6
 
 
 render.register_autograd(_render_backward, setup_context=_render_setup)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, library, reference
-from .backends import Problem, choose
+from .backends import Problem, choose_fused
 from .ensemble import ensemble
 from .gather import gather
 
@@ -33,14 +34,18 @@ def fold(feat: Tensor, weight: Tensor, *, feat_unfold: bool = True) -> Tensor:
     return F.conv2d(feat, kernels, padding=kernel // 2).permute(0, 2, 3, 1).contiguous()
 
 
-def _folded(
-    feat: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], feat_unfold: bool, backend: str
-) -> Tensor:
-    """The latent map in the dtype in which `backend` wants it."""
-    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (feat, *weights, *biases))
-    dtype = library.latent_dtype(backend, checks.autocast_dtype(feat) or feat.dtype, trained)
+def _is_trained(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _folded(feat: Tensor, weight: Tensor, feat_unfold: bool, dtype: torch.dtype) -> Tensor:
+    """The latent map in `dtype`, whatever autocast says."""
     with torch.autocast(feat.device.type, enabled=False):
-        return fold(feat.to(dtype), weights[0].to(dtype), feat_unfold=feat_unfold)
+        return fold(feat.to(dtype), weight.to(dtype), feat_unfold=feat_unfold)
+
+
+def _widths(weights: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(weight.shape[0] for weight in weights)
 
 
 def _in_dim(feat: Tensor, feat_unfold: bool, cell_decode: bool) -> int:
@@ -56,6 +61,24 @@ def _check_latent_map(latent_map: Tensor, feat: Tensor, weights: Sequence[Tensor
         )
 
 
+def _query_by_layers(
+    feat: Tensor,
+    coord: Tensor,
+    cell: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    *,
+    local_ensemble: bool,
+    feat_unfold: bool,
+    cell_decode: bool,
+    backend: str,
+) -> Tensor:
+    """The decode for any imnet: gather and ensemble of `backend` around PyTorch's own layers."""
+    flags = {"local_ensemble": local_ensemble, "feat_unfold": feat_unfold}
+    x, area_weight = gather(feat, coord, cell if cell_decode else None, backend=backend, **flags)
+    return ensemble(reference.imnet(x, weights, biases), area_weight, backend=backend)
+
+
 def query(
     feat: Tensor,
     coord: Tensor,
@@ -67,6 +90,7 @@ def query(
     feat_unfold: bool = True,
     cell_decode: bool = True,
     latent_map: Tensor | None = None,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Decode every coordinate to O values; differentiable in feat, coord, cell and every weight and bias.
@@ -79,6 +103,8 @@ def query(
         biases: imnet's biases, [out] each.
         local_ensemble, feat_unfold, cell_decode: the paper's switches.
         latent_map: `fold(feat, weights[0])` where it is at hand already, [B, H, W, K].
+        recompute: whether the backward computes activations again instead of keeping them; less memory, more time. The
+            cpu backend always does.
         backend: a name of `backends.BACKENDS`; None lets the table choose.
 
     Returns:
@@ -102,19 +128,20 @@ def query(
     checks.check_layers(weights, biases, in_dim, feat, autocast=autocast is not None)
     flags = {"local_ensemble": local_ensemble, "feat_unfold": feat_unfold}
 
-    name = choose(Problem("query", feat.device.type, feat.dtype), backend)
+    name, fused = choose_fused(Problem("query", feat.device.type, feat.dtype, _widths(weights)), backend)
+    few = latent_map is None and 4 * coord.shape[1] < feat.shape[2] * feat.shape[3]
     if name == "reference":
         out = reference.query(feat, coord, cell, weights, biases, cell_decode=cell_decode, **flags)
-    elif latent_map is None and 4 * coord.shape[1] < feat.shape[2] * feat.shape[3]:
-        # So few queries that folding the whole map would cost more than it saves.
-        x, area_weight = gather(feat, coord, cell, backend=name, **flags)
-        out = ensemble(reference.imnet(x, weights, biases), area_weight, backend=name)
+    elif few or not fused:  # few: folding the whole map would cost more than it saves
+        out = _query_by_layers(feat, coord, cell, weights, biases, cell_decode=cell_decode, backend=name, **flags)
     else:
+        operands = autocast or feat.dtype
+        trained = _is_trained(feat, coord, *weights, *biases, *(() if cell is None else (cell,)))
         if latent_map is None:
-            latent_map = _folded(feat, weights, biases, feat_unfold, name)
+            latent_map = _folded(feat, weights[0], feat_unfold, library.latent_dtype(name, operands, trained))
         _check_latent_map(latent_map, feat, weights)
         geometry = library.compute_dtype(latent_map)
-        out = library.query(
+        out, _ = library.query(
             latent_map,
             coord.to(geometry),
             None if cell is None else cell.to(geometry),
@@ -122,6 +149,9 @@ def query(
             list(weights[1:]),
             list(biases),
             local_ensemble,
+            operands,
+            trained and not recompute,
+            _is_trained(coord) or (cell is not None and _is_trained(cell)),
             name,
         )
     return out.float() if autocast is not None else out.to(feat.dtype)
@@ -140,6 +170,7 @@ def render(
     feat_unfold: bool = True,
     cell_decode: bool = True,
     latent_map: Tensor | None = None,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Decode the regular grid of an image, or a window of it; coord and cell tensors never exist.
@@ -154,6 +185,8 @@ def render(
             must hold every latent that the window reaches, and one more on each side with feat_unfold. None: all of it.
         local_ensemble, feat_unfold, cell_decode: the paper's switches.
         latent_map: `fold(feat, weights[0])` where it is at hand already, [B, H, W, K].
+        recompute: whether the backward computes activations again instead of keeping them; less memory, more time. The
+            cpu backend always does.
         backend: a name of `backends.BACKENDS`; None lets the table choose.
 
     Returns:
@@ -176,8 +209,8 @@ def render(
     in_dim = _in_dim(feat, feat_unfold, cell_decode)
     checks.check_layers(weights, biases, in_dim, feat, autocast=autocast is not None)
 
-    name = choose(Problem("render", feat.device.type, feat.dtype), backend)
-    if name == "reference":
+    name, fused = choose_fused(Problem("render", feat.device.type, feat.dtype, _widths(weights)), backend)
+    if not fused:
         out = reference.render(
             feat,
             image,
@@ -189,12 +222,15 @@ def render(
             local_ensemble=local_ensemble,
             feat_unfold=feat_unfold,
             cell_decode=cell_decode,
+            decode=reference.query if name == "reference" else partial(_query_by_layers, backend=name),
         )
     else:
+        operands = autocast or feat.dtype
+        trained = _is_trained(feat, *weights, *biases)
         if latent_map is None:
-            latent_map = _folded(feat, weights, biases, feat_unfold, name)
+            latent_map = _folded(feat, weights[0], feat_unfold, library.latent_dtype(name, operands, trained))
         _check_latent_map(latent_map, feat, weights)
-        out = library.render(
+        out, _ = library.render(
             latent_map,
             weights[0][:, in_dim - (4 if cell_decode else 2) :],
             list(weights[1:]),
@@ -202,6 +238,8 @@ def render(
             [*image, *area, *region],
             list(cells),
             local_ensemble,
+            operands,
+            trained and not recompute,
             name,
         )
     return out.float() if autocast is not None else out.to(feat.dtype)

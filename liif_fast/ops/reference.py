@@ -8,7 +8,7 @@ al., CVPR 2019).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -147,14 +147,18 @@ def render(
     local_ensemble: bool = True,
     feat_unfold: bool = True,
     cell_decode: bool = True,
+    decode: Callable[..., Tensor] = query,
 ) -> Tensor:
-    """The whole decode on a window of a regular grid -> [B,O,h,w]; see `liif_fast.ops.render`."""
+    """The whole decode on a window of a regular grid -> [B,O,h,w]; see `liif_fast.ops.render`.
+
+    decode: what answers a chunk of queries in `query`'s place.
+    """
     feat = _whole_map(feat, feat_region)
     coord = window_coord(size, window, dtype=geometry_dtype(feat), device=feat.device)
     coord = coord.unsqueeze(0).expand(feat.shape[0], -1, 2)
     cells = coord.new_tensor(cell).expand(coord.shape)
     parts = [
-        query(
+        decode(
             feat,
             coord[:, begin : begin + _RENDER_CHUNK],
             cells[:, begin : begin + _RENDER_CHUNK],

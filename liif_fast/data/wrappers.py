@@ -1,0 +1,312 @@
+"""Wrappers: they turn images into the items that LIIF trains and is tested on.
+
+An item is {'inp': [C, h, w], 'coord': [Q, 2], 'cell': [Q, 2], 'gt': [Q, C]} in float32, colours in [0, 1].
+Source: original datasets/wrappers.py; paper, section 4.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from liif_fast.coordinates import make_coord
+from liif_fast.data.pictures import (
+    ENERGY_BLOCK,
+    Item,
+    gradient_energy,
+    resize_bicubic,
+    shrink_whole,
+    to_bytes,
+    to_tensor,
+    to_unit,
+)
+from liif_fast.data.registry import register
+
+FLAT_ENERGY = 0.1  # levels of 255 added to every block, so that flat ones keep a small share
+
+
+class Crop(NamedTuple):
+    """A square of an image, and how it is turned: flip the rows, flip the columns, transpose, in this order.
+
+    scale: of the large crop to the small one, before rounding; side: of the square in pixels.
+    """
+
+    scale: float
+    top: int
+    left: int
+    side: int
+    flips: tuple[bool, bool, bool]
+
+
+class _Wrapper(Dataset[Item]):
+    """What the wrappers share: item `number` is a function of the seed and the number alone."""
+
+    dataset: Any
+    sample_q: int | None
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.item(index, np.random.default_rng((self.seed, index)))
+
+    def item(self, index: int, rng: np.random.Generator) -> Item:
+        """One item of image `index`; all its random decisions are drawn from `rng`."""
+        raise NotImplementedError
+
+    def _samples(self, low: np.ndarray, high: np.ndarray, rng: np.random.Generator) -> Item:
+        """Input and targets from the small and the large picture, uint8 or float [H, W, C]."""
+        height, width = high.shape[:2]
+        if self.sample_q is None:
+            chosen = np.arange(height * width)
+        else:
+            if self.sample_q > height * width:
+                raise ValueError(f"sample_q is {self.sample_q}, but this image has {height}x{width} pixels; lower it")
+            chosen = rng.choice(height * width, self.sample_q, replace=False, shuffle=False)
+        row, column = np.divmod(chosen, width)
+        axes = [make_coord((side,), flatten=False)[:, 0] for side in (height, width)]
+        coord = torch.stack([axes[0][torch.from_numpy(row)], axes[1][torch.from_numpy(column)]], dim=-1)
+        cell = torch.tensor([2 / height, 2 / width]).expand(len(chosen), 2).contiguous()
+        return {"inp": to_tensor(low), "coord": coord, "cell": cell, "gt": to_unit(high[row, column])}
+
+
+@register("sr-implicit-paired")
+class SRImplicitPaired(_Wrapper):
+    """Items from pairs of a small and a large image whose sizes differ by a whole factor s = H // h.
+
+    dataset: gives pairs, such as PairedImageFolders. inp_size: side of a random crop of the small image; None takes all
+    of it, with the large one cut to h*s x w*s. augment: flip rows, flip columns, transpose, each with probability one
+    half. sample_q: number of pixels sampled without replacement, None takes all. seed: of the random decisions.
+    Raises ValueError for a bad argument, a pair that does not fit or an image smaller than a crop, naming it.
+    Source: original datasets/wrappers.py, SRImplicitPaired.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        inp_size: int | None = None,
+        augment: bool = False,
+        sample_q: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        _check_at_least_one("inp_size", inp_size, "whole images")
+        _check_at_least_one("sample_q", sample_q, "all pixels")
+        self.dataset, self.inp_size, self.augment, self.sample_q, self.seed = dataset, inp_size, augment, sample_q, seed
+
+    def item(self, index: int, rng: np.random.Generator) -> Item:
+        low, high = _pair(self.dataset, index)
+        scale = self.factor(index, low.shape, high.shape)
+        flips = (False, False, False)
+        if self.inp_size is None:
+            high = high[: low.shape[0] * scale, : low.shape[1] * scale]
+            if self.augment:
+                flips = _draw_flips(rng)
+        else:
+            crop = self.draw_crop(index, low.shape, rng)
+            side, flips = crop.side, crop.flips
+            low = low[crop.top : crop.top + side, crop.left : crop.left + side]
+            top, left, side = crop.top * scale, crop.left * scale, side * scale
+            high = high[top : top + side, left : left + side]
+        return self._samples(_augmented(low, flips), _augmented(high, flips), rng)
+
+    def factor(self, index: int, low: tuple[int, ...], high: tuple[int, ...]) -> int:
+        """s of a pair of these shapes [h, w, ...] and [H, W, ...]."""
+        scale = high[0] // low[0]
+        if scale < 1 or high[1] // low[1] != scale:
+            raise ValueError(
+                f"{_name(self.dataset, index)!r} has {low[0]}x{low[1]} pixels and its large image {high[0]}x{high[1]}: "
+                "these differ by no whole factor; pair each image with its own enlargement"
+            )
+        return scale
+
+    def draw_crop(self, index: int, shape: tuple[int, ...], rng: np.random.Generator) -> Crop:
+        """A crop of the small image, of this shape [h, w, ...]; the large one's is at s times its place."""
+        assert self.inp_size is not None
+        side = self.inp_size
+        _check_holds(self.dataset, index, shape, side, f"inp_size {side}", "inp_size")
+        top, left = int(rng.integers(shape[0] - side + 1)), int(rng.integers(shape[1] - side + 1))
+        return Crop(1.0, top, left, side, _draw_flips(rng) if self.augment else (False, False, False))
+
+
+@register("sr-implicit-downsampled")
+class SRImplicitDownsampled(_Wrapper):
+    """Items from single images: a shrunken image and samples of the image it came from.
+
+    dataset: gives uint8 images (`array`, `name`, `image_count`), such as ImageFolder, or float tensors [C, H, W].
+    inp_size: side of the shrunken crop; None takes the whole image. scale_min..scale_max: s is uniform in between.
+    augment: flip rows, flip columns, transpose, each with probability one half. sample_q: number of pixels sampled
+    without replacement, None takes all. energy: draw crops in proportion to gradient energy to this power (0:
+    uniformly, as in the paper). seed: item i of a dataset object is always the same; call `item` for other draws.
+    Raises ValueError for a bad argument or an image smaller than a crop, naming it.
+    Source: original datasets/wrappers.py, SRImplicitDownsampled.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        inp_size: int | None = None,
+        scale_min: float = 1,
+        scale_max: float | None = None,
+        augment: bool = False,
+        sample_q: int | None = None,
+        energy: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        scale_max = scale_min if scale_max is None else scale_max
+        if not 1 <= scale_min <= scale_max:
+            raise ValueError(f"scales {scale_min} to {scale_max} are not a range; they must satisfy 1 <= min <= max")
+        _check_at_least_one("inp_size", inp_size, "whole images")
+        _check_at_least_one("sample_q", sample_q, "all pixels")
+        if sample_q is not None and inp_size is not None and sample_q > round(inp_size * scale_min) ** 2:
+            raise ValueError(
+                f"sample_q is {sample_q}, but the smallest crop has {round(inp_size * scale_min) ** 2} pixels; lower it"
+            )
+        self.dataset, self.inp_size, self.augment, self.sample_q = dataset, inp_size, augment, sample_q
+        self.scale_min, self.scale_max, self.energy, self.seed = scale_min, scale_max, energy, seed
+        self._block_weights = [
+            (gradient_energy(dataset.array(index)) + FLAT_ENERGY) ** energy
+            for index in range(dataset.image_count if energy else 0)
+        ]
+        self._block_sums = [np.cumsum(weights) for weights in self._block_weights]
+
+    def draw(self, rng: np.random.Generator) -> Item:
+        """An item of an image that is drawn too: uniformly, or by the image's sum of energy."""
+        return self.item(self.draw_image(rng), rng)
+
+    def draw_image(self, rng: np.random.Generator) -> int:
+        """The number of an image: uniformly, or by the image's sum of energy."""
+        if not self.energy:
+            return int(rng.integers(self.dataset.image_count))
+        totals = np.cumsum([sums[-1] for sums in self._block_sums])
+        return int(np.searchsorted(totals, rng.random() * totals[-1], side="right"))
+
+    def item(self, index: int, rng: np.random.Generator) -> Item:
+        image = _single(self.dataset, index)
+        if self.inp_size is None:
+            low, high = shrink_whole(image, float(rng.uniform(self.scale_min, self.scale_max)))
+            flips = _draw_flips(rng) if self.augment else (False, False, False)
+        else:
+            crop = self.draw_crop(index, image.shape, rng)
+            high = image[crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
+            low, flips = resize_bicubic(to_bytes(high), (self.inp_size, self.inp_size)), crop.flips
+        return self._samples(_augmented(low, flips), _augmented(high, flips), rng)
+
+    def draw_crop(self, index: int, shape: tuple[int, ...], rng: np.random.Generator) -> Crop:
+        """A crop of image `index`, of this shape [H, W, ...]."""
+        assert self.inp_size is not None
+        scale = float(rng.uniform(self.scale_min, self.scale_max))
+        side = round(self.inp_size * scale)
+        advice = "inp_size or scale_max"
+        _check_holds(self.dataset, index, shape, side, f"inp_size {self.inp_size} at this scale", advice)
+        top, left = self._corner(index, shape, side, rng)
+        return Crop(scale, top, left, side, _draw_flips(rng) if self.augment else (False, False, False))
+
+    def _corner(self, index: int, shape: tuple[int, ...], side: int, rng: np.random.Generator) -> tuple[int, int]:
+        height, width = shape[:2]
+        if not self.energy:
+            return int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+        sums = self._block_sums[index % self.dataset.image_count]
+        weights = self._block_weights[index % self.dataset.image_count]
+        block = min(int(np.searchsorted(sums, rng.random() * sums[-1], side="right")), len(sums) - 1)
+        # The crop's centre falls anywhere in the chosen block, as far as the borders allow.
+        centre = (np.array(divmod(block, weights.shape[1])) + rng.random(2)) * ENERGY_BLOCK
+        corner = np.clip(np.rint(centre - side / 2), 0, (height - side, width - side))
+        return int(corner[0]), int(corner[1])
+
+
+@register("sr-implicit-uniform-varied")
+class SRImplicitUniformVaried(_Wrapper):
+    """Items from pairs whose large image is resized to a size that grows with the item's number.
+
+    dataset: gives pairs, such as PairedImageFolders. size_min..size_max: shorter side of the large image, from the
+    first item to the last (size_max None: size_min). augment: flip left-right with probability one half. gt_resize:
+    resize the large image to this shorter side afterwards, so that every item has as many pixels. sample_q: number of
+    pixels sampled without replacement, None takes all.
+    Raises ValueError for a bad argument. Source: original datasets/wrappers.py, SRImplicitUniformVaried.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        size_min: int,
+        size_max: int | None = None,
+        augment: bool = False,
+        gt_resize: int | None = None,
+        sample_q: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        size_max = size_min if size_max is None else size_max
+        if not 1 <= size_min <= size_max:
+            raise ValueError(f"sizes {size_min} to {size_max} are not a range; they must satisfy 1 <= min <= max")
+        _check_at_least_one("gt_resize", gt_resize, "no second resize")
+        _check_at_least_one("sample_q", sample_q, "all pixels")
+        self.dataset, self.size_min, self.size_max, self.augment = dataset, size_min, size_max, augment
+        self.gt_resize, self.sample_q, self.seed = gt_resize, sample_q, seed
+
+    def item(self, index: int, rng: np.random.Generator) -> Item:
+        low, high = _pair(self.dataset, index)
+        # The item's place in an epoch decides the size, not the image's, which a `repeat` would bring back.
+        progress = (index % len(self)) / max(1, len(self) - 1)
+        high = _resize_shorter(high, round(self.size_min + (self.size_max - self.size_min) * progress))
+        if self.augment and rng.random() < 0.5:
+            low, high = low[:, ::-1], high[:, ::-1]
+        if self.gt_resize is not None:
+            high = _resize_shorter(high, self.gt_resize)
+        return self._samples(low, high, rng)
+
+
+def _check_at_least_one(name: str, value: int | None, meaning: str) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1, or None for {meaning}")
+
+
+def _check_holds(dataset: Any, index: int, shape: tuple[int, ...], side: int, cause: str, advice: str) -> None:
+    if min(shape[:2]) < side:
+        raise ValueError(
+            f"{_name(dataset, index)!r} has {shape[0]}x{shape[1]} pixels, less than a crop of {side}x{side} "
+            f"({cause}); remove the image or lower {advice}"
+        )
+
+
+def _draw_flips(rng: np.random.Generator) -> tuple[bool, bool, bool]:
+    rows, columns, transpose = (bool(flip) for flip in rng.random(3) < 0.5)
+    return rows, columns, transpose
+
+
+def _name(dataset: Any, index: int) -> str:
+    return dataset.name(index) if hasattr(dataset, "name") else f"item {index}"
+
+
+def _single(dataset: Any, index: int) -> np.ndarray:
+    """Image `index` of a dataset of ours as uint8, of a user's own as float32: [H, W, C]."""
+    return dataset.array(index) if hasattr(dataset, "array") else _as_array(dataset[index % len(dataset)])
+
+
+def _pair(dataset: Any, index: int) -> tuple[np.ndarray, np.ndarray]:
+    if hasattr(dataset, "arrays"):
+        return dataset.arrays(index)
+    low, high = dataset[index % len(dataset)]
+    return _as_array(low), _as_array(high)
+
+
+def _as_array(image: Any) -> np.ndarray:
+    return torch.as_tensor(image).float().permute(1, 2, 0).numpy()
+
+
+def _resize_shorter(image: np.ndarray, side: int) -> np.ndarray:
+    """Resized so that the shorter side has `side` pixels; the longer one is rounded down, as torchvision's Resize."""
+    height, width = image.shape[:2]
+    size = (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
+    return resize_bicubic(to_bytes(image), size)
+
+
+def _augmented(image: np.ndarray, flips: tuple[bool, bool, bool]) -> np.ndarray:
+    if flips[0]:
+        image = image[::-1]
+    if flips[1]:
+        image = image[:, ::-1]
+    return image.transpose(1, 0, 2) if flips[2] else image

@@ -18,7 +18,7 @@ from liif_fast.data.pictures import (
     shrink_whole,
     to_tensor,
 )
-from liif_fast.data.registry import build, dataset_class, make_dataset, register
+from liif_fast.data.registry import build, dataset_class, make_dataset, register, registered
 from liif_fast.data.wrappers import Crop, SRImplicitDownsampled, SRImplicitPaired, SRImplicitUniformVaried
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "read_pixels",
     "read_rgb",
     "register",
+    "registered",
     "resize_bicubic",
     "shrink_whole",
     "to_tensor",

@@ -20,6 +20,11 @@ def register(name: str) -> Callable[[_Class], _Class]:
     return decorate
 
 
+def registered() -> dict[str, Callable[..., Any]]:
+    """What is registered by which name: datasets and wrappers. A copy."""
+    return dict(_registry)
+
+
 def dataset_class(name: object) -> Callable[..., Any]:
     """The class registered under `name`; raises ValueError, naming those there are, where nobody registered it."""
     if not isinstance(name, str) or name not in _registry:

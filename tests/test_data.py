@@ -1,6 +1,7 @@
 """Items against the formulas of the paper's data pipeline, each computed here a second time."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,10 +11,15 @@ from PIL import Image
 from liif_fast.data import (
     ENERGY_BLOCK,
     ImageFolder,
+    PairedImageFolders,
     SRImplicitDownsampled,
+    SRImplicitPaired,
+    SRImplicitUniformVaried,
     gradient_energy,
     make_dataset,
+    read_pixels,
     register,
+    resize_bicubic,
     shrink_whole,
 )
 
@@ -22,17 +28,36 @@ from liif_fast.data import (
 def folder(tmp_path):
     """Three random photographs' worth of noise: 70x90, 80x64 and 61x300 pixels; and a file that is no image."""
     rng = np.random.default_rng(0)
+    images = tmp_path / "images"
+    images.mkdir()
     for name, (height, width) in {"a.png": (70, 90), "b.png": (80, 64), "c.png": (61, 300)}.items():
-        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("not an image")
-    return tmp_path
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(images / name)
+    (images / "notes.txt").write_text("not an image")
+    return images
 
 
 def wrapper(folder, **arguments):
     return SRImplicitDownsampled(ImageFolder(folder, cache="in_memory"), **arguments)
 
 
-@pytest.mark.parametrize("cache", ["none", "in_memory"])
+def halves(folder):
+    """A folder beside the images with every second pixel of each."""
+    small = folder.parent / "small"
+    small.mkdir()
+    for path in sorted(folder.glob("*.png")):
+        Image.fromarray(np.array(Image.open(path))[: Image.open(path).height // 2 * 2 : 2, ::2]).save(small / path.name)
+    return {"root_path_1": small, "root_path_2": folder}
+
+
+def pairs(folder, **arguments):
+    return SRImplicitPaired(PairedImageFolders(**halves(folder)), **arguments)
+
+
+def uniform(folder, **arguments):
+    return SRImplicitUniformVaried(PairedImageFolders(**halves(folder), repeat=2), **arguments)
+
+
+@pytest.mark.parametrize("cache", ["none", "in_memory", "bin"])
 def test_folder_gives_the_pixels_of_its_files(folder, cache):
     images = ImageFolder(folder, cache=cache, repeat=2)
     assert len(images) == 6 and images.image_count == 3 and images.name(4) == "b.png"
@@ -42,10 +67,53 @@ def test_folder_gives_the_pixels_of_its_files(folder, cache):
 
 
 def test_folder_takes_a_split_and_the_first_k(folder):
-    (folder / "split.json").write_text(json.dumps({"val": ["c.png", "a.png"]}))
+    (folder / "split.json").write_text(json.dumps({"val": ["c.png", "a.png"], "gone": ["a.png", "d.png"]}))
     images = ImageFolder(folder, split_file=folder / "split.json", split_key="val")
     assert [images.name(index) for index in range(len(images))] == ["c.png", "a.png"]
     assert [path.name for path in ImageFolder(folder, first_k=2).paths] == ["a.png", "b.png"]
+    for key, message in (("test", "'test'.*'val', 'gone'"), ("gone", r"'d\.png'.*1 of 2")):
+        with pytest.raises(ValueError, match=message):
+            ImageFolder(folder, split_file=folder / "split.json", split_key=key)
+
+
+def test_disk_cache_is_made_once_and_anew_for_a_newer_image(folder):
+    images = ImageFolder(folder, cache="bin")
+    copy = folder.parent / f"_bin_{folder.name}" / "b.png.3.npy"
+    made = copy.stat().st_mtime_ns
+    assert np.array_equal(np.load(copy), np.array(Image.open(folder / "b.png")))
+    assert isinstance(images.array(1), np.memmap) and images.size(1) == (80, 64)
+    ImageFolder(folder, cache="bin")
+    assert copy.stat().st_mtime_ns == made
+    Image.fromarray(np.full((20, 30, 3), 7, np.uint8)).save(folder / "b.png")
+    os.utime(folder / "b.png", (made / 1e9 + 10,) * 2)
+    assert ImageFolder(folder, cache="bin")[1].shape == (3, 20, 30)
+
+
+@pytest.mark.parametrize(("n_colors", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+@pytest.mark.parametrize("cache", ["none", "in_memory", "bin"])
+def test_folder_gives_as_many_colours_as_asked_for(tmp_path, n_colors, mode, cache):
+    (tmp_path / "images").mkdir()
+    rgba = np.random.default_rng(0).integers(0, 256, (20, 24, 4), dtype=np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "images" / "a.png")
+    images = ImageFolder(tmp_path / "images", n_colors=n_colors, cache=cache)
+    expected = np.asarray(Image.fromarray(rgba).convert(mode)).reshape(20, 24, n_colors)
+    assert np.array_equal(images.array(0), expected) and images[0].shape == (n_colors, 20, 24)
+    item = SRImplicitDownsampled(images, 8, 2, sample_q=10)[0]
+    assert item["inp"].shape == (n_colors, 8, 8) and item["gt"].shape == (10, n_colors)
+
+
+def test_a_fourth_colour_does_not_weigh_the_others():
+    """Pillow's own resize of RGBA multiplies by the opacity first."""
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    planes = [Image.fromarray(image[..., each]).resize((5, 6), Image.Resampling.BICUBIC) for each in range(4)]
+    assert np.array_equal(resize_bicubic(image, (6, 5)), np.stack([np.asarray(plane) for plane in planes], axis=-1))
+
+
+def test_deep_grey_files_are_scaled_not_cut_off(tmp_path):
+    deep = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert np.array_equal(read_pixels(tmp_path / "deep.png", 1)[..., 0], deep // 257)
+    assert np.array_equal(read_pixels(tmp_path / "deep.png")[..., 2], deep // 257)
 
 
 def test_shrunken_copies_follow_the_images_and_small_ones_are_left_out(folder):
@@ -96,6 +164,73 @@ def test_crop_item_is_a_shrunken_crop_and_samples_of_it(folder, energy, augment)
         image = np.array(Image.open(images.dataset.paths[index % 3]))
         low = find_crop_and_shrink(image, item, pixel.numpy(), side, augment)
         assert np.array_equal(np.rint(item["inp"].permute(1, 2, 0).numpy() * 255), low)
+
+
+def test_pairs_whole(folder):
+    """The large image is cut to twice the small one: 61 rows to 60."""
+    item = pairs(folder)[2]
+    image = np.array(Image.open(folder / "c.png"))
+    assert torch.equal(item["inp"], torch.from_numpy(image[:60:2, ::2].copy()).permute(2, 0, 1) / 255)
+    assert torch.equal(item["gt"].view(60, 300, 3), torch.from_numpy(image[:60]) / 255)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_pairs_cut_at_the_same_place(folder, augment):
+    images = pairs(folder, inp_size=10, augment=augment)
+    turned = []
+    for index in range(9):
+        item = images[index]
+        inp = np.rint(item["inp"].permute(1, 2, 0).numpy() * 255)
+        gt = np.rint(item["gt"].view(20, 20, 3).numpy() * 255)
+        # Every second pixel of the large crop, from a corner that the flips decide, is the small crop.
+        starts = [at for at in ((0, 0), (0, 1), (1, 0), (1, 1)) if np.array_equal(gt[at[0] :: 2, at[1] :: 2], inp)]
+        turned += starts
+        assert len(starts) == 1
+    assert len(set(turned)) > 1 if augment else set(turned) == {(0, 0)}
+
+
+def test_pairs_that_do_not_belong_together_are_refused(folder, tmp_path):
+    roots = halves(folder)
+    with pytest.raises(ValueError, match="differ by no whole factor"):
+        swapped = PairedImageFolders(roots["root_path_2"], roots["root_path_1"])
+        SRImplicitPaired(swapped)[0]
+    (roots["root_path_1"] / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"holds 2 images and .* 3"):
+        PairedImageFolders(**roots)
+
+
+def test_uniform_varied_grows_with_the_items_number(folder):
+    images = uniform(folder, size_min=20, size_max=40, sample_q=100)
+    for index, side in enumerate([20, 24, 28, 32, 36, 40]):
+        item = images[index]
+        path = sorted(folder.glob("*.png"))[index % 3]
+        height, width = np.array(Image.open(path)).shape[:2]
+        size = (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
+        assert torch.allclose(item["cell"][0], torch.tensor([2 / size[0], 2 / size[1]]))
+        large = np.asarray(Image.open(path).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+        row, col = (torch.round(((item["coord"][:, a] + 1) * size[a] - 1) / 2).long().numpy() for a in (0, 1))
+        assert np.array_equal(np.rint(item["gt"].numpy() * 255), large[row, col])
+
+
+def test_uniform_varied_resizes_again_and_flips_columns_only(folder):
+    images = uniform(folder, size_min=20, size_max=40, gt_resize=16, augment=True)
+    plain = uniform_again(images)
+    flipped = 0
+    for index in range(6):
+        item, other = images[index], plain[index]
+        assert item["gt"].shape == other["gt"].shape and min(item["inp"].shape[1:]) >= 30
+        width = round(float(2 / item["cell"][0, 1]))
+        gt, straight = (each["gt"].view(-1, width, 3) for each in (item, other))
+        assert gt.shape[0] == 16 or width == 16
+        if not torch.equal(item["inp"], other["inp"]):
+            flipped += 1
+            item["inp"], gt = item["inp"].flip(-1), gt.flip(1)
+        assert torch.equal(item["inp"], other["inp"]) and (gt - straight).abs().max() < 2 / 255
+    assert 0 < flipped < 6
+
+
+def uniform_again(images):
+    return SRImplicitUniformVaried(images.dataset, images.size_min, images.size_max, gt_resize=images.gt_resize)
 
 
 def find_crop_and_shrink(image, item, pixel, side, augment):
@@ -186,6 +321,15 @@ def test_registry_builds_by_name_and_leaves_the_spec_alone(folder):
         (lambda folder: ImageFolder(folder / "none"), "does not exist"),
         (lambda folder: ImageFolder(folder, cache="disk"), "'disk'"),
         (lambda folder: ImageFolder(folder, repeat=0), "repeat"),
+        (lambda folder: ImageFolder(folder, first_k=0), "first_k is 0"),
+        (lambda folder: ImageFolder(folder, n_colors=2), "n_colors is 2"),
+        (lambda folder: ImageFolder(folder, cache="bin", shrink=(2,)), "in_memory"),
+        (lambda folder: ImageFolder(folder, split_file=folder / "none.json"), r"none\.json"),
+        (lambda folder: ImageFolder(folder, split_file=folder / "notes.txt"), "not JSON"),
+        (lambda folder: uniform(folder, size_min=9, size_max=8), "9 to 8"),
+        (lambda folder: pairs(folder, sample_q=0), "sample_q is 0"),
+        (lambda folder: pairs(folder, inp_size=60)[0], "'a.png' has 35x45"),
+        (lambda folder: make_dataset({"name": "image-folder", "args": {"root": "."}}), "'image-folder'.*root"),
         (lambda folder: wrapper(folder, scale_min=3, scale_max=2), "3 to 2"),
         (lambda folder: wrapper(folder, inp_size=0), "inp_size is 0"),
         (lambda folder: wrapper(folder, inp_size=8, sample_q=65), "sample_q is 65"),

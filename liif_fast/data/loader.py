@@ -62,9 +62,7 @@ def make_loader(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}; it must be a whole number from 1")
     if split == "batches" and batch_size % world:
-        raise ValueError(
-            f"batch_size is {batch_size}, which {world} processes cannot share; take a multiple of {world}"
-        )
+        raise ValueError(f"batch_size is {batch_size}; {world} processes need a multiple of {world} to share")
     dataset = build(section)
     place = torch.device(device or "cpu")
     numbers = Numbers(len(dataset), batch_size, seed=seed, shuffle=shuffle, rank=rank, world=world, split=split)
@@ -127,6 +125,7 @@ class WorkerLoader:
             batch_sampler=cast(Any, self._batches),
             num_workers=workers,
             pin_memory=pin_memory,
+            generator=torch.Generator(),  # otherwise every epoch would draw from the training's generator
             **ahead,
         )
 

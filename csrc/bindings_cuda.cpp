@@ -1,20 +1,16 @@
-// The CUDA half of the extension's face to PyTorch: checks, allocation, dtype switch, device, stream.
+// The CUDA half of the extension's face to PyTorch: checks, allocation, dtype switch, device, stream. gather and
+// ensemble are here; the other ops in the other bindings_cuda_*.cpp.
 // liif_fast/ops/cuda.py is the only caller. It needs no CUDA torch and no CUDA header: built anywhere, it works where
 // the installed torch has CUDA.
 #ifdef LIIF_FAST_WITH_CUDA
 #include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
 
-#include "bindings.h"
-#include "cuda/launch.h"
+#include "bindings_cuda.h"
 
 namespace liif_fast {
-namespace {
 
-using torch::stable::accelerator::DeviceGuard;
-
-// torch's current stream of a device. Its library is asked at run time: RTLD_DEFAULT does not find the symbol, and a
-// link against it would tie the extension to a CUDA torch.
+// Its library is asked at run time: RTLD_DEFAULT does not find the symbol, and a link against it would tie the
+// extension to a CUDA torch.
 void* current_stream(int32_t device) {
   using Function = int32_t (*)(int32_t, void**);
   static const Function function = [] {
@@ -27,42 +23,7 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-void check_launch(const char* error) {
-  STD_TORCH_CHECK(!error, "a CUDA kernel could not be launched: ", error ? error : "", " (sm_80 or newer is needed)");
-}
-
-void check(const Tensor& tensor, const char* name, int32_t device, const Sizes& sizes) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device, name, " must be on cuda:", device);
-  check_sizes(tensor, name, sizes);
-}
-
-void check_contiguous(const Tensor& tensor, const char* name, int32_t device, const Sizes& sizes) {
-  check(tensor, name, device, sizes);
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-}
-
-// A contiguous tensor of geometry's dtype.
-template <class T>
-const T* checked(const Tensor& tensor, const char* name, int32_t device, const Sizes& sizes) {
-  check_contiguous(tensor, name, device, sizes);
-  STD_TORCH_CHECK(tensor.scalar_type() == kDtype<T>, name, " has the wrong dtype");
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float64, float32, bfloat16 or float16");
-  }
-}
+namespace {
 
 template <class T>
 GatherProblem<T> gather_problem(const Tensor& coord, int64_t channels, int64_t height, int64_t width, bool has_cell,

@@ -1,8 +1,8 @@
-"""Compiles the CUDA kernels for the CPU, into a folder of build/ named after what went in, and loads the result.
+"""Compiles the CUDA kernels for the CPU, into files of build/ named after what went in, and loads the result.
 
-`cuda_on_cpu_kernels` is a pybind11 module of csrc/cuda/*.cu, compiled with the headers beside this file in the place of
-CUDA's: nothing of CUDA is needed. It is tied to the running Python, and never shipped. LIIF_FAST_SANITIZE=1, as `make
-sanitize` sets it, puts the address and undefined-behaviour sanitisers in.
+`cuda_on_cpu_kernels` is a pybind11 module of csrc/cuda/*.cu and module*.cpp, compiled with the headers beside this file
+in the place of CUDA's: nothing of CUDA is needed. It is tied to the running Python, and never shipped.
+LIIF_FAST_SANITIZE=1, as `make sanitize` sets it, puts the address and undefined-behaviour sanitisers in.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -62,37 +63,64 @@ def _run(command: Sequence[str]) -> None:
         raise RuntimeError(f"{shlex.join(command)}\n{result.stderr}")
 
 
-def _folder(flags: Sequence[str]) -> Path:
-    """Where the results of these flags and of the sources as they are belong."""
+@cache
+def _tools() -> str:
+    """What the sources do not show of a result: the versions of Python, torch and the compiler."""
     command = compiler()
     assert command is not None
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256("\0".join([sys.version, torch.__version__, version, *flags]).encode())
-    for folder in (ROOT / "csrc", ROOT / "csrc" / "cuda", HERE):
-        for path in sorted(folder.iterdir()):
-            if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
-                digest.update(path.name.encode() + path.read_bytes())
-    return CACHE / digest.hexdigest()[:16]
+    return "\0".join([sys.version, torch.__version__, version])
+
+
+def _read_files(source: Path) -> set[Path]:
+    """The source and those of our own files that it includes, directly or not."""
+    found, waiting = set(), [source]
+    while waiting:
+        path = waiting.pop()
+        found.add(path)
+        for name in re.findall(r'^\s*#\s*include\s*["<]([^">]+)', path.read_text(), re.MULTILINE):
+            candidates = [(folder / name).resolve() for folder in (path.parent, HERE, ROOT / "csrc")]
+            waiting += [candidate for candidate in candidates if candidate.is_file() and candidate not in found]
+    return found
+
+
+def _object(source: Path, flags: Sequence[str]) -> Path:
+    """Where the object of this source as it is belongs."""
+    digest = hashlib.sha256("\0".join([_tools(), *flags]).encode())
+    for path in sorted(_read_files(source)):
+        digest.update(f"\0{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return CACHE / f"{source.name}-{digest.hexdigest()[:16]}.o"
+
+
+def _compile_one(source: Path, made: Path, flags: Sequence[str]) -> None:
+    command = compiler()
+    assert command is not None
+    fresh = made.with_suffix(".fresh")
+    _run([*command, *flags, *_include_flags(), "-c", "-x", "c++", str(source), "-o", str(fresh)])
+    os.replace(fresh, made)
 
 
 def _compile(output: str, sources: Sequence[Path], flags: Sequence[str], link: Sequence[str]) -> Path:
-    """Compile and link once; whoever comes second waits, then finds the result."""
+    """Compile what is new, two at a time, and link once; whoever comes second waits, then finds the result."""
     command = compiler()
     assert command is not None
-    folder = _folder([*flags, *link])
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{output}.lock", "w") as lock:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        target = folder / output
+        objects = [_object(source, flags) for source in sources]
+        digest = hashlib.sha256("\0".join([*link, *(made.name for made in objects)]).encode())
+        target = CACHE / digest.hexdigest()[:16] / output
         if not target.exists():
-            objects = [folder / f"{source.name}.o" for source in sources]
-            commands = [
-                [*command, *flags, *_include_flags(), "-c", "-x", "c++", str(source), "-o", str(made)]
-                for source, made in zip(sources, objects)
-            ]
             with ThreadPoolExecutor(2) as pool:
-                list(pool.map(_run, commands))
-            fresh = folder / f"{output}.fresh"
+                jobs = [
+                    pool.submit(_compile_one, source, made, flags)
+                    for source, made in zip(sources, objects, strict=True)
+                    if not made.exists()
+                ]
+            for job in jobs:
+                job.result()
+            target.parent.mkdir(exist_ok=True)
+            fresh = target.with_name(f"{output}.fresh")
             _run([*command, *flags, *link, *map(str, objects), "-o", str(fresh)])
             os.replace(fresh, target)
     return target
@@ -101,7 +129,7 @@ def _compile(output: str, sources: Sequence[Path], flags: Sequence[str], link: S
 @cache
 def load() -> ModuleType:
     """The module, compiled if the sources have changed since it last was."""
-    sources = [HERE / "module.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    sources = [*sorted(HERE.glob("module*.cpp")), *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
     flags = [*FLAGS, "-O1", *(SANITIZERS if SANITIZE else [])]
     path = _compile(NAME + sysconfig.get_config_var("EXT_SUFFIX"), sources, flags, ["-shared"])
     spec = importlib.util.spec_from_file_location(NAME, path)

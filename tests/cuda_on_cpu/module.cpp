@@ -1,56 +1,9 @@
-// The CUDA launchers on numpy arrays, for pytest. Outputs begin as NaN, so that a value nobody wrote is seen.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <cstring>
-#include <optional>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
-#include "cuda/launch.h"
+// The CUDA launchers on numpy arrays, for pytest: gather's and ensemble's here, the others in module_*.cpp.
+#include "numpy_arrays.h"
 #include "simt.h"
-
-namespace py = pybind11;
 
 namespace liif_fast {
 namespace {
-
-using Shape = std::vector<py::ssize_t>;
-
-Dtype parse(const std::string& name) {
-  if (name == "float64") return Dtype::kFloat64;
-  if (name == "float32") return Dtype::kFloat32;
-  if (name == "bfloat16") return Dtype::kBFloat16;
-  if (name == "float16") return Dtype::kFloat16;
-  throw std::invalid_argument("no dtype is called " + name);
-}
-
-void check(const char* error) {
-  if (error) throw std::runtime_error(error);
-}
-
-py::array make(const py::dtype& dtype, const Shape& shape, int byte) {
-  py::array result(dtype, shape);
-  std::memset(result.mutable_data(), byte, static_cast<size_t>(result.nbytes()));
-  return result;
-}
-
-constexpr int kNaN = 0xff;  // every byte so: NaN in each of the four dtypes
-
-template <class T>
-const T* read(const py::array& array) {
-  if (!(array.flags() & py::array::c_style)) throw std::invalid_argument("an array is not contiguous");
-  if (!py::isinstance<py::array_t<T>>(array))
-    throw std::invalid_argument("an array does not have the geometry's dtype");
-  return static_cast<const T*>(array.data());
-}
-
-template <class T>
-T* write(py::array& array) {
-  return static_cast<T*>(array.mutable_data());
-}
 
 template <class T>
 GatherProblem<T> make_problem(const py::array& coord, int64_t channels, int64_t height, int64_t width, bool has_cell,
@@ -68,7 +21,6 @@ GatherProblem<T> make_problem(const py::array& coord, int64_t channels, int64_t 
   return p;
 }
 
-// 16-bit features come and go as their bits, in numpy's uint16.
 template <class T>
 py::tuple gather_forward(const std::string& dtype, const py::array& feat, const py::array& coord,
                          const std::optional<py::array>& cell, bool feat_unfold, bool local_ensemble) {
@@ -118,10 +70,8 @@ py::tuple ensemble_backward(const std::string& dtype, const py::array& grad_out,
 }
 
 }  // namespace
-}  // namespace liif_fast
 
-PYBIND11_MODULE(cuda_on_cpu_kernels, m) {
-  using namespace liif_fast;
+void bind_gather(py::module_& m) {
   const auto geometry = [](const std::string& dtype) { return dtype == "float64"; };
   m.def("gather_forward", [=](const std::string& dtype, const py::array& feat, const py::array& coord,
                               const std::optional<py::array>& cell, bool feat_unfold, bool local_ensemble) {
@@ -144,5 +94,11 @@ PYBIND11_MODULE(cuda_on_cpu_kernels, m) {
           return geometry(dtype) ? ensemble_backward<double>(dtype, grad_out, pred, area_weight)
                                  : ensemble_backward<float>(dtype, grad_out, pred, area_weight);
         });
+}
+
+}  // namespace liif_fast
+
+PYBIND11_MODULE(cuda_on_cpu_kernels, m) {
+  liif_fast::bind_gather(m);
   m.def("set_schedule", [](unsigned most_blocks, bool backwards) { cuda_on_cpu::schedule = {most_blocks, backwards}; });
 }

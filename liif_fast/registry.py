@@ -22,6 +22,11 @@ def register(name: str) -> Callable[[_Factory], _Factory]:
     return decorate
 
 
+def registered() -> dict[str, Callable[..., nn.Module]]:
+    """What is registered by which name: models, encoders, imnets. A copy."""
+    return dict(_registry)
+
+
 def make_model(spec: dict[str, Any], args: dict[str, Any] | None = None, load_sd: bool = False) -> nn.Module:
     """Build the module that a spec describes.
 

@@ -1,8 +1,9 @@
 """Training a LIIF on a folder of photographs: random crops and scales as in the paper, L1, Adam, averaged weights.
 
-`python -m liif_fast.training --images DIR --val DIR --minutes 60 --out DIR` trains, and ends by writing the weights,
-the PSNR table and the curve into the out folder; after a kill, the same line with `--resume` goes on. The budget is
-minutes or steps, and the learning rate follows the elapsed fraction of it, so a busy machine only means fewer steps.
+`python -m liif_fast.training.budget --images DIR --val DIR --minutes 60 --out DIR` trains, and ends by writing the
+weights, the PSNR table and the curve into the out folder; after a kill, the same line with `--resume` goes on. The
+budget is minutes or steps, and the learning rate follows the elapsed fraction of it, so a busy machine only means
+fewer steps.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Settings:
     inp_size, sample_q, scale_min, scale_max, augment, energy: as in data.SRImplicitDownsampled; shrink: as in
     data.ImageFolder. lr: highest learning rate, after `warmup` steps; it falls to `final_lr` of that on a cosine.
     ema: decay of the averaged weights a step. clip: largest gradient norm (None: any). autocast: bfloat16 where PyTorch
-    sees fit. bilinear_start: begin as exact bilinear interpolation. workers: processes that prepare the batches.
+    sees fit. bilinear_start: begin as exact bilinear interpolation, unless `init` names a trained model to begin with,
+    whole (init_part 'model') or with its encoder alone ('encoder'). workers: processes that prepare the batches.
     """
 
     batch_size: int = 16
@@ -67,6 +69,8 @@ class Settings:
     autocast: bool = True
     channels_last: bool = True
     bilinear_start: bool = True
+    init: str = ""
+    init_part: str = "model"
     seed: int = 0
     workers: int = 1
 
@@ -110,7 +114,9 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.spec, self.settings = spec, settings
         self.model = cast(Any, make_model(spec))
-        if settings.bilinear_start:
+        if settings.init:
+            self._start_from(settings.init, settings.init_part)
+        elif settings.bilinear_start:
             start_as_bilinear(self.model)
         self.model.backend = backend
         if settings.channels_last:
@@ -123,6 +129,17 @@ class Trainer:
         self.curve: list[list[float]] = []
         norm = self.model.data_norm
         self._norm = {side: [torch.tensor(norm[side][key]) for key in ("sub", "div")] for side in ("inp", "gt")}
+
+    def _start_from(self, path: str, part: str) -> None:
+        """Take over a trained model's weights, or those of its encoder alone."""
+        if part not in ("model", "encoder"):
+            raise ValueError(f"init_part is {part!r}; it must be 'model' or 'encoder'")
+        weights = cast(Any, checkpoints.load(path))
+        ours, theirs = (self.model, weights) if part == "model" else (self.model.encoder, weights.encoder)
+        try:
+            ours.load_state_dict(theirs.state_dict())
+        except RuntimeError:
+            raise ValueError(f"the weights of {path!r} do not fit this model's {part}") from None
 
     def batches(self, images: ImageFolder) -> Iterator[Item]:
         """Batches without end, from the one that belongs to the current step on."""
@@ -316,7 +333,7 @@ def _reloaded(weights: Path, trainer: Trainer) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m liif_fast.training", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m liif_fast.training.budget", description=__doc__.splitlines()[0])
     parser.add_argument("--images", required=True, help="folder of photographs to train on")
     parser.add_argument("--val", help="folder of photographs to validate on")
     parser.add_argument("--out", required=True, help="folder for checkpoint, weights, table and curve")
@@ -328,6 +345,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--blocks", type=int, default=8, help="residual blocks of the encoder (%(default)s)")
     parser.add_argument("--feats", type=int, default=48, help="channels of the encoder (%(default)s)")
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 64], help="widths of the imnet (%(default)s)")
+    parser.add_argument("--metasr", action="store_true", help="train MetaSR on the same encoder instead of LIIF")
     parser.add_argument("--threads", type=int, help="threads of PyTorch and of the ops")
     parser.add_argument("--backend", help="backend of the ops; the first that can run when left out")
     for field in dataclasses.fields(Settings):
@@ -351,8 +369,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     try:
+        spec = small_spec(options["blocks"], options["feats"], options["hidden"])
+        if options["metasr"]:
+            spec = {"name": "metasr", "args": {"encoder_spec": spec["args"]["encoder_spec"]}}
         train(
-            small_spec(options["blocks"], options["feats"], options["hidden"]),
+            spec,
             settings=Settings(**chosen),
             report=lambda line: print(line, flush=True),
             **{key: options[key] for key in ("images", "out", "minutes", "steps", "val", "name", "resume", "backend")},

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from liif_fast import checkpoints, evaluation, model_card, training
+from liif_fast import checkpoints, evaluation, model_card
 from liif_fast.coordinates import make_cell, make_coord
 from liif_fast.initialization import start_as_bilinear
 from liif_fast.models import make_model
-from liif_fast.training import Budget, Settings, Trainer, small_spec, train
+from liif_fast.training import budget
+from liif_fast.training.budget import Budget, Settings, Trainer, small_spec, train
 
 SPEC = small_spec(1, 8, (8, 8))
 SMALL = Settings(batch_size=2, inp_size=8, sample_q=32, warmup=2, workers=0, autocast=False)
@@ -88,7 +89,7 @@ def test_a_run_lowers_the_loss_and_writes_its_results(folder, tmp_path, capsys):
     run = json.loads((tmp_path / "model-run.json").read_text())
     assert run["steps"] == 80 and run["spec"] == SPEC and run["stored_as"] in ("float16", "float32")
     saved = evaluation.read_csv(tmp_path / "model-psnr.csv")
-    again = evaluation.evaluate(checkpoints.load(weights), evaluation.read_folder(folder), training.TABLE_SCALES)
+    again = evaluation.evaluate(checkpoints.load(weights), evaluation.read_folder(folder), budget.TABLE_SCALES)
     assert [row.model for row in saved] == pytest.approx([row.model for row in again], abs=1e-3)
     assert f"wrote {weights}" in capsys.readouterr().out
 
@@ -191,16 +192,16 @@ def test_averaged_weights_follow_the_model():
 def test_command_trains_within_minutes_and_refuses_nonsense(folder, tmp_path, capsys):
     small = ["--blocks", "1", "--feats", "8", "--hidden", "8", "--inp-size", "8", "--sample-q", "32", "--workers", "0"]
     arguments = ["--images", str(folder), "--val", str(folder), "--out", str(tmp_path / "run"), *small]
-    assert training.main([*arguments, "--minutes", "0.02", "--shrink", "1", "--no-augment"]) == 0
+    assert budget.main([*arguments, "--minutes", "0.02", "--shrink", "1", "--no-augment"]) == 0
     assert (tmp_path / "run" / "tiny.safetensors").exists() and (tmp_path / "run" / "tiny-psnr.csv").exists()
     settings = json.loads((tmp_path / "run" / "tiny-run.json").read_text())["settings"]
     assert settings["inp_size"] == 8 and settings["augment"] is False and settings["shrink"] == [1]
     capsys.readouterr()
-    assert training.main([*arguments, "--minutes", "1"]) == 1
+    assert budget.main([*arguments, "--minutes", "1"]) == 1
     message = capsys.readouterr().err
     assert "--resume" in message and message.count("\n") == 1
     with pytest.raises(SystemExit):
-        training.main([*arguments, "--minutes", "1", "--steps", "1"])
+        budget.main([*arguments, "--minutes", "1", "--steps", "1"])
 
 
 def manifest(path, names):
@@ -227,3 +228,17 @@ def test_model_card_says_what_the_run_saved(folder, tmp_path, capsys):
     (tmp_path / "val.csv").write_text("file,author\n")
     assert model_card.main(arguments) == 1
     assert "no column licence, source_package" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spec", [SPEC, {"name": "metasr", "args": {"encoder_spec": SPEC["args"]["encoder_spec"]}}])
+def test_a_run_can_begin_with_a_trained_model_or_its_encoder(tmp_path, spec):
+    torch.manual_seed(5)
+    trained = make_model(SPEC)
+    checkpoints.save(trained, tmp_path / "trained.safetensors")
+    begin = dataclasses.replace(SMALL, init=str(tmp_path / "trained.safetensors"), init_part="encoder")
+    assert_same_tensors(Trainer(spec, begin).model.encoder.state_dict(), trained.encoder.state_dict())
+    if spec is SPEC:
+        whole = dataclasses.replace(begin, init_part="model")
+        assert_same_tensors(Trainer(spec, whole).model.state_dict(), trained.state_dict())
+    with pytest.raises(ValueError, match="do not fit"):
+        Trainer(small_spec(2, 8, (8, 8)), begin)

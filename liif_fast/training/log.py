@@ -1,0 +1,109 @@
+"""What a run says: log.txt, log.csv, TensorBoard and PNG curves; TensorBoard and matplotlib may be missing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from liif_fast.files import write_atomically
+
+COLUMNS = ("epoch", "lr", "loss", "psnr", "images_per_second", "seconds")
+
+
+class RunLog:
+    """The log of one run's folder.
+
+    tensorboard, plots: None writes them where the library is installed and says so once where it is not; True demands
+    them; False leaves them out. report: where lines go beside log.txt.
+    Raises ValueError for a demanded library that is missing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool | None = None,
+        plots: bool | None = None,
+        report: Callable[[str], None] = print,
+        epoch: int = 0,
+    ) -> None:
+        self.folder, self._report = folder, report
+        self._writer = self._optional("tensorboard", tensorboard, lambda: _tensorboard(folder, epoch))
+        self._figure = self._optional("plots", plots, _matplotlib)
+
+    def _optional(self, switch: str, wanted: bool | None, make: Callable[[], Any]) -> Any:
+        if wanted is False:
+            return None
+        try:
+            return make()
+        except ImportError as error:
+            advice = f"{error.name} is not installed (pip install {error.name})"
+            if wanted:
+                raise ValueError(f"{switch} is true, but {advice}: install it or set {switch} to false") from None
+            self.line(f"without {switch}: {advice}")
+            return None
+
+    def line(self, text: str) -> None:
+        """Add a line to log.txt and show it."""
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+        self._report(text)
+
+    def epoch(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Write the table of all epochs anew, and add the last one to TensorBoard."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([_cell(row.get(column)) for column in COLUMNS] for row in history)
+        write_atomically(self.folder / "log.csv", text.getvalue().encode())
+        if self._writer is not None:
+            last = history[-1]
+            for column in COLUMNS[1:-1]:
+                if last.get(column) is not None:
+                    self._writer.add_scalar(column, last[column], int(last["epoch"]))
+            self._writer.flush()
+
+    def draw(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Draw the curves of loss and PSNR anew: loss.png, psnr.png."""
+        if self._figure is None:
+            return
+        for column, unit in (("loss", "L1 loss"), ("psnr", "validation PSNR in dB")):
+            points = [(row["epoch"], row[column]) for row in history if _is_finite(row.get(column))]
+            if points:
+                figure = self._figure(figsize=(6, 4), layout="constrained")
+                axes = figure.add_subplot(xlabel="epoch", ylabel=unit)
+                axes.plot(*zip(*points), marker="o" if len(points) < 20 else None)
+                axes.grid(alpha=0.3)
+                picture = io.BytesIO()
+                figure.savefig(picture, format="png", dpi=120)
+                write_atomically(self.folder / f"{column}.png", picture.getvalue())
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _tensorboard(folder: Path, epoch: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ImportError(str(error), name="tensorboard") from None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=epoch + 1 if epoch else None)
+
+
+def _matplotlib() -> Any:
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures and wants a display
+
+    return Figure
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.8g}"

@@ -1,0 +1,179 @@
+"""One training step: forward, L1, backward, optimiser, averaged weights, with every switch that changes its speed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from liif_fast.data import Item
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Norm = Mapping[str, Mapping[str, list[float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """The switches of a step, named as in a configuration; all off.
+
+    autocast: 'bf16' or 'fp16' (with a scaled loss). channels_last: the encoder's memory format. compile_encoder: run
+    the encoder through torch.compile. cuda_graphs: replay the encoder from a CUDA graph. clip_grad: largest norm of the
+    gradient. accumulate: parts in which a batch is computed, one after the other, for less memory. ema: decay of the
+    averaged weights per step.
+    """
+
+    autocast: str | None = None
+    channels_last: bool = False
+    compile_encoder: bool = False
+    cuda_graphs: bool = False
+    clip_grad: float | None = None
+    accumulate: int = 1
+    ema: float | None = None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> StepOptions:
+        """The options that a configuration sets; null means off."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: config[name] for name in names if config.get(name) is not None})
+
+
+class AveragedModel:
+    """A copy of a model whose weights follow the running average of the original's: `model`, in eval mode."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval()
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after step number `step`, counted from 1."""
+        decay = min(self.decay, step / (step + 9))  # follows closely while the start is still in the average
+        ours, theirs = ([*each.parameters()] for each in (self.model, model))
+        torch._foreach_lerp_(ours, theirs, 1 - decay)  # type: ignore[arg-type]
+        for mean, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            mean.copy_(buffer)
+
+
+class Stepper:
+    """Moves a model by one batch at a time.
+
+    model: LIIF, MetaSR or another module with forward(inp, coord, cell), on its device, in train mode.
+    optimizer: of the model's parameters. data_norm: {'inp': {'sub', 'div'}, 'gt': {'sub', 'div'}} for values in [0, 1].
+    ddp: average gradients over the processes of torch.distributed.
+    Raises ValueError for a switch that this model or device cannot have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        options: StepOptions,
+        data_norm: Norm,
+        *,
+        ddp: bool = False,
+    ) -> None:
+        self.model, self.optimizer, self.options = model, optimizer, options
+        self.device = next(model.parameters()).device
+        self.steps = 0
+        self._norm = {
+            side: [torch.tensor(data_norm[side][part], device=self.device) for part in ("sub", "div")]
+            for side in ("inp", "gt")
+        }
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.autocast == "fp16")
+        self._check_switches(ddp)
+        if options.channels_last:
+            self._encoder.to(memory_format=torch.channels_last)
+        self.average = AveragedModel(model, options.ema) if options.ema is not None else None
+        if options.compile_encoder:
+            self._encoder.compile()  # in place: the names in the state_dict stay
+        self._graphed = False
+        self._forward: nn.Module = model
+        if ddp:
+            self._forward = DistributedDataParallel(
+                model, device_ids=[self.device] if self.device.type == "cuda" else None
+            )
+
+    @property
+    def _encoder(self) -> Any:
+        return getattr(self.model, "encoder", None)
+
+    def _check_switches(self, ddp: bool) -> None:
+        options = self.options
+        for switch in ("channels_last", "compile_encoder", "cuda_graphs"):
+            if getattr(options, switch) and not isinstance(self._encoder, nn.Module):
+                raise ValueError(f"{switch} is for models with an encoder, and {type(self.model).__name__} has none")
+        if options.cuda_graphs and (self.device.type != "cuda" or ddp or options.compile_encoder):
+            found = "several processes" if ddp else "compile_encoder" if options.compile_encoder else self.device.type
+            raise ValueError(f"cuda_graphs is for one GPU without compile_encoder, not for {found}: leave it out")
+
+    def step(self, batch: Item) -> Tensor:
+        """One step on a batch {'inp' [B,C,h,w], 'coord' [B,Q,2], 'cell' [B,Q,2], 'gt' [B,Q,C]}, colours in [0, 1].
+
+        Returns the loss, detached, on the device: reading it waits for the device, keeping it does not.
+        """
+        batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        self.optimizer.zero_grad(set_to_none=True)
+        count = batch["inp"].shape[0]
+        slices = _slices(count, self.options.accumulate)
+        parts = [{key: value[each] for key, value in batch.items()} for each in slices]
+        losses = []
+        for number, part in enumerate(parts, start=1):
+            with self._without_sync(number < len(parts)):
+                loss = self._loss(part) * (part["inp"].shape[0] / count)
+                self.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        if self.options.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.steps += 1
+        if self.average is not None:
+            self.average.update(self.model, self.steps)
+        return torch.stack(losses).sum()
+
+    def _loss(self, batch: Item) -> Tensor:
+        inp = self._normalized(batch["inp"], "inp", (-1, 1, 1))
+        if self.options.channels_last:
+            inp = inp.contiguous(memory_format=torch.channels_last)
+        dtype = AUTOCAST_DTYPES.get(self.options.autocast or "")
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            if self.options.cuda_graphs and not self._graphed:
+                self._graph_encoder(inp)
+            pred = self._forward(inp, batch["coord"], batch["cell"])
+        return (pred.float() - self._normalized(batch["gt"], "gt", (-1,))).abs().mean()
+
+    def _normalized(self, values: Tensor, side: str, shape: tuple[int, ...]) -> Tensor:
+        sub, div = (part.view(shape) for part in self._norm[side])
+        return (values - sub) / div
+
+    def _without_sync(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+        """Keep DDP from averaging gradients that are not complete yet."""
+        if wanted and isinstance(self._forward, DistributedDataParallel):
+            return self._forward.no_sync()
+        return contextlib.nullcontext()
+
+    def _graph_encoder(self, inp: Tensor) -> None:
+        """Record the encoder's forward and backward for batches of this shape; others run as before.
+
+        Not yet run on a GPU.
+        """
+        encoder = self._encoder
+        plain, shape = encoder.forward, inp.shape
+        torch.cuda.make_graphed_callables(encoder, (inp,))
+        recorded = encoder.forward
+        encoder.forward = lambda x: (recorded if x.shape == shape and encoder.training else plain)(x)
+        self._graphed = True
+
+
+def _slices(count: int, parts: int) -> list[slice]:
+    """Slices of `count` items in `parts` near-equal parts; fewer where there are fewer items."""
+    edges = [count * part // parts for part in range(parts + 1)]
+    return [slice(low, high) for low, high in itertools.pairwise(edges) if high > low]

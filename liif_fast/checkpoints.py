@@ -40,7 +40,7 @@ def load(path: str | os.PathLike[str] | None = None, *, device: torch.device | s
     configs. Parameters are float32, or float64 where all of the file's are.
     Raises FileNotFoundError, or CheckpointError for a file that is none of these or whose weights do not fit its spec.
     """
-    file = _find(path)
+    file = find(path)
     with open(file, "rb") as handle:
         start = handle.read(9)
     with torch.random.fork_rng(devices=[]):  # initial weights, about to be replaced, use up no random numbers
@@ -96,7 +96,8 @@ def save(
     write_atomically(file, safetensors.torch.save(tensors, header))
 
 
-def _find(path: str | os.PathLike[str] | None) -> Path:
+def find(path: str | os.PathLike[str] | None) -> Path:
+    """The file that `load` would read; raises as `load` does where there is none."""
     file = Path(DEFAULT if path is None else path)
     if file.is_file():
         return file

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from liif_fast import checkpoints, evaluation
 from liif_fast.evaluation import Score, evaluate, markdown_table, mean_scores, predict, psnr, read_csv, write_csv
 from liif_fast.initialization import start_as_bilinear
 from liif_fast.models import make_model
-from liif_fast.training import small_spec
+from liif_fast.training.budget import small_spec
 
 
 def photograph(height, width, seed=0):
@@ -111,22 +110,3 @@ def test_tables_round_trip(tmp_path):
     write_csv(scores, tmp_path / "scores.csv")
     assert read_csv(tmp_path / "scores.csv") == scores
     assert (tmp_path / "scores.csv").read_text().splitlines()[-1] == "mean,3.5,25.0000,25.2500"
-
-
-def test_command_prints_and_saves_the_table(tmp_path, capsys):
-    (tmp_path / "images").mkdir()
-    Image.fromarray(photograph(48, 60)).save(tmp_path / "images" / "one.png")
-    checkpoints.save(bilinear_model(), tmp_path / "model.safetensors")
-    arguments = ["--images", str(tmp_path / "images"), "--model", str(tmp_path / "model.safetensors")]
-    assert evaluation.main([*arguments, "--scales", "2", "2.5", "--csv", str(tmp_path / "scores.csv")]) == 0
-    table = capsys.readouterr().out
-    saved = read_csv(tmp_path / "scores.csv")
-    assert [(row.image, row.scale) for row in saved] == [("one.png", 2), ("one.png", 2.5)]
-    assert f"| mean | x2.5 | {saved[1].bicubic:.2f} | {saved[1].model:.2f} |" in table
-
-
-def test_command_says_in_one_sentence_what_is_wrong(tmp_path, capsys):
-    checkpoints.save(bilinear_model(), tmp_path / "model.safetensors")
-    assert evaluation.main(["--images", "/nowhere", "--model", str(tmp_path / "model.safetensors")]) == 1
-    message = capsys.readouterr().err
-    assert "'/nowhere' does not exist" in message and message.count("\n") == 1

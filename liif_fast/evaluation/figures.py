@@ -1,0 +1,137 @@
+"""Pictures of a comparison: PSNR against the scale, and the methods side by side at the largest one."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from liif_fast import checkpoints
+from liif_fast.data import ENERGY_BLOCK, gradient_energy, list_images, read_rgb, shrink_whole
+from liif_fast.demo import side_by_side
+from liif_fast.evaluation import study, tables
+from liif_fast.evaluation.study import Row, Settings
+from liif_fast.files import write_atomically
+
+_PANEL = 240  # pixels of the enlarged picture that a panel shows, at least
+_PANELS_A_ROW = 4
+_GAP = 8
+
+
+def plot(rows: Sequence[Row], path: str | Path, *, trained_up_to: float = 4.0) -> None:
+    """Mean PSNR of every method against the scale, and what it is above bicubic, as PNG.
+
+    Raises RuntimeError without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError(f"plots need matplotlib ({error}): pip install matplotlib") from error
+    means = tables.average(rows)
+    gained = tables.gains(means)
+    figure = Figure(figsize=(11, 4) if gained else (6, 4))
+    axes: Any = figure.subplots(1, 2 if gained else 1, squeeze=False)[0]
+    colours = {label: f"C{place % 10}" for place, label in enumerate(means)}
+    for axis, values, title in zip(axes, (means, gained), ("PSNR in dB", "dB above bicubic"), strict=False):
+        scales = sorted({scale for found in values.values() for scale in found})
+        for label, found in values.items():
+            known = sorted(found)
+            axis.plot(known, [found[scale] for scale in known], marker="o", label=label, color=colours[label])
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(scales, [f"x{scale:g}" for scale in scales])
+        axis.minorticks_off()
+        if scales and scales[0] <= trained_up_to < scales[-1]:
+            axis.axvline(trained_up_to, color="#888888", linestyle=":", linewidth=1)
+        axis.set_ylabel(title)
+        axis.set_xlabel(f"scale (dotted: the largest trained on, x{trained_up_to:g})")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8)
+    figure.suptitle(f"Mean over {len({row.image for row in rows})} images", fontsize=10)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    write_atomically(path, data.getvalue())
+
+
+def choose_image(folder: str | Path, name: str | None = None) -> Path:
+    """The image of a folder with this name (or stem), the first one without a name; ValueError where there is none."""
+    paths = list_images(folder)
+    found = [path for path in paths if name in (None, path.name, path.stem)]
+    if not found:
+        raise ValueError(f"{str(folder)!r} holds no image {name!r}; it holds {', '.join(path.name for path in paths)}")
+    return found[0]
+
+
+def comparison(image: Path, settings: Settings, rows: Sequence[Row], path: str | Path) -> None:
+    """The part of an image with most detail, enlarged by every method at the largest scale, as PNG.
+
+    Panels: the small image with its pixels as squares, every method and cell (with its PSNR of the whole image, where
+    `rows` has it), the original.
+    """
+    scale = max(settings.scales)
+    low, high = shrink_whole(read_rgb(image), scale)
+    size = (high.shape[0], high.shape[1])
+    top, left, height, width = busiest_window(high, min(size[0], _PANEL), min(size[1], _PANEL))
+    scores = {row.label: row.psnr for row in rows if row.image == image.name and row.scale == scale}
+
+    def panel(label: str, pixels: np.ndarray) -> tuple[str, Image.Image]:
+        score = scores.get(label)
+        text = label if score is None or not math.isfinite(score) else f"{label}: {score:.2f} dB"
+        return text, Image.fromarray(np.ascontiguousarray(pixels[top : top + height, left : left + width]))
+
+    squares = np.asarray(Image.fromarray(low).resize((size[1], size[0]), Image.Resampling.NEAREST))
+    panels = [panel(f"input, {low.shape[0]}x{low.shape[1]} pixels", squares)]
+    for method in settings.methods:
+        file = method.file(scale)
+        if method.files and file is None:
+            continue
+        model: Any = None if file is None else checkpoints.load(file, device=settings.device)
+        if model is not None:
+            model.backend = settings.backend
+        for cell in settings.cells if model is not None else (study.OWN_CELL,):
+            if model is None or study.applies(model, scale, cell):
+                label = Row(method.name, cell, scale, "", math.nan, math.nan, "").label
+                panels.append(panel(label, _pixels(study.enlarge(model, low, size, cell))))
+    panels.append(panel(f"original, part of {size[0]}x{size[1]}", high))
+    data = io.BytesIO()
+    sheet([panels[at : at + _PANELS_A_ROW] for at in range(0, len(panels), _PANELS_A_ROW)]).save(data, "PNG")
+    write_atomically(path, data.getvalue())
+
+
+def busiest_window(image: np.ndarray, height: int, width: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the window with the most gradient energy, on a grid of ENERGY_BLOCK pixels.
+
+    image: uint8 [H, W, C], at least as large as the window.
+    """
+    energy = gradient_energy(image)
+    sums = np.pad(energy, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    best, place = -1.0, (0, 0)
+    for row in range((image.shape[0] - height) // ENERGY_BLOCK + 1):
+        for col in range((image.shape[1] - width) // ENERGY_BLOCK + 1):
+            bottom = min(row + max(1, height // ENERGY_BLOCK), energy.shape[0])
+            right = min(col + max(1, width // ENERGY_BLOCK), energy.shape[1])
+            found = sums[bottom, right] - sums[row, right] - sums[bottom, col] + sums[row, col]
+            if found > best:
+                best, place = found, (row * ENERGY_BLOCK, col * ENERGY_BLOCK)
+    return (*place, height, width)
+
+
+def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]]) -> Image.Image:
+    """Rows of labelled panels on one picture."""
+    strips = [side_by_side(row) for row in rows]
+    height = sum(strip.height for strip in strips) + _GAP * (len(strips) - 1)
+    whole = Image.new("RGB", (max(strip.width for strip in strips), height), "white")
+    top = 0
+    for strip in strips:
+        whole.paste(strip, (0, top))
+        top += strip.height + _GAP
+    return whole
+
+
+def _pixels(pred: torch.Tensor) -> np.ndarray:
+    return pred.mul(255).round_().byte().permute(1, 2, 0).numpy()

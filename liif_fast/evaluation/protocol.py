@@ -1,0 +1,141 @@
+"""Scores of a model on a loader's items, by the rules of the original's test.py and of its validation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from liif_fast.data import Item
+from liif_fast.evaluation.metrics import METRICS, parse_protocol
+from liif_fast.models import default_data_norm
+
+Norm = Mapping[str, Mapping[str, Sequence[float]]]
+
+
+def eval_psnr(
+    loader: Any,
+    model: nn.Module,
+    data_norm: Norm | None = None,
+    eval_type: str | None = None,
+    eval_bsize: int | None = None,
+    verbose: bool = False,
+) -> float:
+    """Mean PSNR in dB of a loader's items; arguments as for `eval_metrics_sum`. Source: original test.py, eval_psnr."""
+    total, count = eval_psnr_sum(loader, model, data_norm, eval_type, eval_bsize, verbose)
+    return total / count
+
+
+def eval_psnr_sum(
+    loader: Any,
+    model: nn.Module,
+    data_norm: Norm | None = None,
+    eval_type: str | None = None,
+    eval_bsize: int | None = None,
+    verbose: bool = False,
+) -> tuple[float, int]:
+    """Sum of the items' PSNR in dB and their number, so that processes can add up their parts."""
+    sums, count = eval_metrics_sum(loader, model, data_norm, eval_type, eval_bsize, verbose)
+    return sums["psnr"], count
+
+
+@torch.no_grad()
+def eval_metrics_sum(
+    loader: Any,
+    model: nn.Module,
+    data_norm: Norm | None = None,
+    eval_type: str | None = None,
+    eval_bsize: int | None = None,
+    verbose: bool = False,
+    metrics: Sequence[str] = ("psnr",),
+) -> tuple[dict[str, float], int]:
+    """Sums of the items' scores, and the number of items.
+
+    loader: of liif_fast.data, whose epoch 0 is taken, or anything that gives batches {'inp', 'coord', 'cell', 'gt'}.
+    model: called as model(inp, coord, cell) in eval mode on its own device; its mode is put back.
+    data_norm: {'inp': {'sub', 'div'}, 'gt': ...}; None takes the model's, or the paper's.
+    eval_type: 'div2k-N' and 'benchmark-N' as for `metrics.psnr`, where items must be whole images; None compares the
+        sampled pixels as they are.
+    eval_bsize: queries decoded at a time (then the model needs gen_feat and query_rgb); None decodes all at once.
+    verbose: show a bar with the mean so far.
+
+    Predictions are clamped to [0, 1] and not rounded. Scores are an item's own, so that neither the batch size nor the
+    number of processes changes a mean: the original takes a batch's pixels together, which is the same where batches
+    hold one image, as in all of its test files.
+    Raises ValueError for an unknown protocol or metric, a loader without items or a bad normalisation.
+    """
+    parse_protocol(eval_type)
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"no metric is named {name!r}; choose of {', '.join(METRICS)}")
+    if eval_bsize is not None and eval_bsize < 1:
+        raise ValueError(f"eval_bsize is {eval_bsize}; it must be at least 1, or None for all queries at once")
+    device = next(model.parameters()).device
+    norm = _norm_tensors(data_norm or getattr(model, "data_norm", None) or default_data_norm(), device)
+    sums, count = dict.fromkeys(metrics, 0.0), 0
+    with _in_eval_mode(model), tqdm(_batches(loader), desc="val", leave=False, disable=not verbose) as bar:
+        for batch in bar:
+            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            sub, div = (part.view(1, -1, 1, 1) for part in norm["inp"])
+            pred = _decode(model, (batch["inp"] - sub) / div, batch["coord"], batch["cell"], eval_bsize)
+            sub, div = (part.view(1, 1, -1) for part in norm["gt"])
+            pred = (pred.float() * div + sub).clamp_(0, 1)
+            for each in range(len(pred)):
+                cell = None if eval_type is None else batch["cell"][each]
+                pair = [_picture(samples[each], cell) for samples in (pred, batch["gt"])]
+                for name in metrics:
+                    sums[name] += METRICS[name](pair[0], pair[1], eval_type)
+                count += 1
+            bar.set_postfix_str(", ".join(f"{name} {total / count:.4f}" for name, total in sums.items()), refresh=False)
+    if not count:
+        raise ValueError("there is nothing to evaluate on: the loader gives no items")
+    return sums, count
+
+
+def _batches(loader: Any) -> Iterable[Item]:
+    return loader.epoch(0) if hasattr(loader, "epoch") else loader
+
+
+def _norm_tensors(norm: Norm, device: torch.device) -> dict[str, list[Tensor]]:
+    try:
+        return {
+            side: [torch.tensor(norm[side][part], dtype=torch.float32, device=device) for part in ("sub", "div")]
+            for side in ("inp", "gt")
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"data_norm is not {{'inp': {{'sub', 'div'}}, 'gt': {{'sub', 'div'}}}}: {norm!r}") from error
+
+
+def _decode(model: Any, inp: Tensor, coord: Tensor, cell: Tensor, eval_bsize: int | None) -> Tensor:
+    if eval_bsize is None:
+        return model(inp, coord, cell)
+    model.gen_feat(inp)
+    parts = zip(coord.split(eval_bsize, dim=1), cell.split(eval_bsize, dim=1), strict=True)
+    return torch.cat([model.query_rgb(*part) for part in parts], dim=1)
+
+
+def _picture(samples: Tensor, cell: Tensor | None) -> Tensor:
+    """Samples [Q, C] of a whole image, row by row, as [C, H, W], of a size that the cells tell; [C, Q, 1] without."""
+    if cell is None:
+        return samples.t().unsqueeze(2)
+    height, width = (round(2 / float(side)) for side in cell[0])
+    if height * width != len(samples):
+        raise ValueError(
+            f"eval_type compares whole images, but an item has {len(samples)} of {height}x{width} pixels; leave "
+            "sample_q out of the wrapper, or eval_type out of the configuration"
+        )
+    return samples.view(height, width, -1).permute(2, 0, 1)
+
+
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,333 @@
+"""`query` and `render`, forward and backward, against the reference in float64: every flag, dtype and awkward shape."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.gpu.check import Check, Context, Judge, Skip
+from bench.gpu.problems import (
+    DTYPES,
+    FLAGS,
+    PAPER,
+    SHAPES,
+    Case,
+    Decode,
+    decode,
+    exact_query,
+    flag_name,
+    norm_error,
+    psnr,
+    range_error,
+    short,
+)
+from liif_fast import ops
+
+# Largest error as a fraction of the range; relative norm error of a gradient. Sums here run in another order than the
+# reference's, which at these sizes costs a few units in the last place.
+FORWARD = {torch.float64: 1e-12, torch.float32: 1e-5}
+GRADIENT = {torch.float64: 1e-11, torch.float32: 1e-5}
+# Of the paper's decoder in 16 bits.
+PSNR = {torch.float16: 68.0, torch.bfloat16: 52.0}
+GRADIENT_16 = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+# Of what PyTorch's own 16-bit layers make of the same problem.
+TIMES_PYTORCH = 2.0
+# On small problems one ReLU that turns round, or the rounding of the result, weighs more than all else.
+SLACK_16 = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+_SHAPES_16 = ("plain", "paper-width", "odd-widths", "linear", "batch-and-width-64", "deep", "one-latent")
+_RENDER_SIZES = [(15, 21), (10, 14), (13, 40), (3, 2), (150, 7)]
+
+
+def checks() -> Iterator[Check]:
+    """Most telling first: what the backend has to run at all, then the paper's decoder, then everything awkward."""
+    yield Check("runs the paper's decoder", runs_the_paper)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        yield Check(f"query paper {short(dtype)}", partial(query_paper, dtype=dtype))
+    yield Check("query paper tf32", query_tf32)
+    for dtype in DTYPES.values():
+        for shape in SHAPES:
+            if dtype.itemsize > 2 or shape in _SHAPES_16:
+                yield Check(f"query {shape} {short(dtype)}", partial(query, case=SHAPES[shape], dtype=dtype))
+    for dtype in DTYPES.values():
+        for flags in FLAGS:
+            ensemble, unfold, cell = flags
+            case = Case(
+                batch=2, hidden=(32, 16), local_ensemble=ensemble, feat_unfold=unfold, cell_decode=cell, queries=130
+            )
+            yield Check(f"query {flag_name(flags)} {short(dtype)}", partial(query, case=case, dtype=dtype))
+            yield Check(f"render {flag_name(flags)} {short(dtype)}", partial(render, case=case, dtype=dtype))
+    for dtype in (torch.float64, torch.float32):
+        yield Check(f"render windows and regions {short(dtype)}", partial(render_window, dtype=dtype))
+    yield Check("query NaN", query_nan)
+    yield Check("query infinite coordinates", query_infinite)
+    yield Check("query strides", query_strides)
+
+
+def probe_like(out: Tensor, seed: int = 1) -> Tensor:
+    """What gradients are taken of, sum(out * probe): the same values on every device."""
+    values = torch.rand(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 0.5
+    return values.to(out.device)
+
+
+def folded(problem: Decode, case: Case) -> Tensor:
+    """The latent map, so that few queries take the fused path too."""
+    return ops.fold(problem.feat, problem.weights[0], feat_unfold=case.feat_unfold)
+
+
+def run_query(problem: Decode, case: Case, backend: str, *, fold: bool = False) -> Tensor:
+    latent_map = folded(problem, case) if fold else None
+    return ops.query(*problem, latent_map=latent_map, backend=backend, **case.flags)
+
+
+def gradients(out: Tensor, problem: Decode, dtype: torch.dtype) -> list[Tensor | None]:
+    """Of a probe rounded to `dtype`, so that its rounding is no part of any error."""
+    probe = probe_like(out).to(dtype).to(out.dtype)
+    return list(torch.autograd.grad(out, problem.leaves, probe, allow_unused=True))
+
+
+def judge_gradients(judge: Judge, grads: list, expected: list, limits: list[float], names: list[str]) -> None:
+    """Every gradient beside its exact one; where there is none, it must be none or zero."""
+    for name, grad, exact, limit in zip(names, grads, expected, limits, strict=True):
+        if exact is None:
+            judge.true(f"no gradient of {name}", grad is None or not grad.any())
+        elif exact.norm() < 1e-9:  # coord without anything that depends on it
+            judge.at_most(f"gradient of {name}, absolute", float(grad.double().norm()), 1e-4)
+        else:
+            judge.at_most(f"gradient of {name}", norm_error(grad, exact), limit)
+
+
+def leaf_names(problem: Decode) -> list[str]:
+    """Layers share a name: the report shows the worst of them."""
+    return ["feat", "coord", "cell"] + ["weights"] * len(problem.weights) + ["biases"] * len(problem.biases)
+
+
+def query(context: Context, judge: Judge, case: Case, dtype: torch.dtype) -> None:
+    """One problem, forward and backward; in 16 bits beside what PyTorch's own layers make of it."""
+    if dtype.itemsize == 2 and case.queries:
+        case = case._replace(queries=max(case.queries, 300))
+    problem = decode(case, dtype, context.device, grad=True)
+    out = run_query(problem, case, context.backend, fold=dtype.itemsize > 2)
+    exact = problem.exact()
+    expected = run_query(exact, case, "reference")
+    judge.true("shape and dtype", out.shape == expected.shape and out.dtype == dtype)
+    grads, exact_grads = gradients(out, problem, dtype), gradients(expected, exact, dtype)
+    if dtype in FORWARD:
+        judge.at_most("error of the range", range_error(out, expected), FORWARD[dtype])
+        limits = [GRADIENT[dtype]] * len(grads)
+    else:
+        plain = run_query(problem, case, "reference")
+        plain_grads = gradients(plain, problem, dtype)
+        floor = SLACK_16[dtype]
+        judge.at_most("norm error", norm_error(out, expected), TIMES_PYTORCH * norm_error(plain, expected) + floor)
+        limits = [_limit_16(grad, exact_grad, floor) for grad, exact_grad in zip(plain_grads, exact_grads)]
+    judge_gradients(judge, grads, exact_grads, limits, leaf_names(problem))
+
+
+def _limit_16(plain: Tensor | None, exact: Tensor | None, floor: float) -> float:
+    return 0.0 if plain is None or exact is None else TIMES_PYTORCH * norm_error(plain, exact) + floor
+
+
+def paper_case(context: Context) -> Case:
+    return PAPER._replace(height=12, width=14, channels=16, queries=200) if context.small else PAPER
+
+
+def runs_the_paper(context: Context, judge: Judge) -> None:
+    """A backend may refuse odd problems, but not the one it is there for."""
+    case = paper_case(context)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        problem = decode(case, dtype, context.device)
+        with torch.no_grad():
+            out = ops.query(*problem, backend=context.backend)
+            image = ops.render(problem.feat, (30, 40), problem.weights, problem.biases, backend=context.backend)
+        judge.true(f"{short(dtype)} runs", bool(out.isfinite().all()) and bool(image.isfinite().all()))
+
+
+def query_paper(context: Context, judge: Judge, dtype: torch.dtype) -> None:
+    """The paper's training crop, with the promised accuracies."""
+    case = paper_case(context)
+    problem = decode(case, dtype, context.device, grad=True)
+    exact = problem.exact()
+    expected = run_query(exact, case, "reference")
+    plain = run_query(problem, case, "reference")
+    out = run_query(problem, case, context.backend)
+    with torch.no_grad():
+        inferred = run_query(problem, case, context.backend)
+    for what, result in (("training", out), ("inference", inferred)):
+        if dtype in FORWARD:
+            judge.at_most(f"{what}, error of the range", range_error(result, expected), FORWARD[dtype])
+        else:
+            judge.at_least(f"{what}, PSNR in dB", psnr(result, expected), PSNR[dtype])
+            limit = TIMES_PYTORCH * norm_error(plain, expected)
+            judge.at_most(f"{what}, norm error", norm_error(result, expected), limit)
+    grads, plain_grads = gradients(out, problem, dtype), gradients(plain, problem, dtype)
+    exact_grads = gradients(expected, exact, dtype)
+    # Where a ReLU turns round, PyTorch's gradients are no closer than ours; neither may be worse than twice the other.
+    least = GRADIENT_16.get(dtype, GRADIENT.get(dtype, 0.0))
+    limits = [max(least, TIMES_PYTORCH * norm_error(grad, true)) for grad, true in zip(plain_grads, exact_grads)]
+    worst = max(norm_error(grad, true) for grad, true in zip(plain_grads, exact_grads))
+    judge.note(f"PyTorch's own worst gradient error {worst:.1e}, wanted here {least:.1e}")
+    judge_gradients(judge, grads, exact_grads, limits, leaf_names(problem))
+
+
+@contextlib.contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def query_tf32(context: Context, judge: Judge) -> None:
+    """float32 with tf32 allowed: no worse than twice PyTorch in tf32, and with it forbidden true float32."""
+    case = paper_case(context)
+    problem = decode(case, torch.float32, context.device, grad=True)
+    exact = problem.exact()
+    expected = run_query(exact, case, "reference")
+    exact_grads = gradients(expected, exact, torch.float32)
+    with tf32(True):
+        out, plain = (run_query(problem, case, backend) for backend in (context.backend, "reference"))
+        grads, plain_grads = (gradients(value, problem, torch.float32) for value in (out, plain))
+    error, torch_error = norm_error(out, expected), norm_error(plain, expected)
+    judge.at_most("tf32 norm error", error, max(TIMES_PYTORCH * torch_error, FORWARD[torch.float32]))
+    limits = [
+        max(TIMES_PYTORCH * norm_error(grad, true), 1e-4) for grad, true in zip(plain_grads, exact_grads, strict=True)
+    ]
+    judge_gradients(judge, grads, exact_grads, limits, leaf_names(problem))
+    with tf32(False):
+        strict = range_error(run_query(problem, case, context.backend), expected)
+    judge.at_most("float32 error of the range, tf32 forbidden", strict, FORWARD[torch.float32])
+    judge.note(f"tf32 {'is used' if error > 4 * strict else 'is not used: the result is as exact as float32'}")
+
+
+def render(context: Context, judge: Judge, case: Case, dtype: torch.dtype) -> None:
+    """Regular grids: equal to query at their centres, latents chosen as a CPU rounds, gradients of feat and layers."""
+    problem = decode(case, dtype, context.device, grad=True)
+    tolerance = {**FORWARD, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    for size in _RENDER_SIZES:
+        out = ops.render(problem.feat, size, problem.weights, problem.biases, backend=context.backend, **case.flags)
+        expected = _exact_render(problem, case, size)
+        judge.true("shape and dtype", out.shape == expected.shape and out.dtype == dtype)
+        judge.at_most("error of the range", range_error(out, expected), tolerance)
+    size = (20, 28)  # x4: no query on a latent's centre or between two, so that float64 chooses the same latents
+    image_leaves = [problem.feat, *problem.weights, *problem.biases]
+    grads = []
+    for values, backend in (
+        (problem, context.backend),
+        (problem.exact(), "reference"),
+        (problem, "reference"),
+    ):
+        leaves = [values.feat, *values.weights, *values.biases]
+        image = ops.render(values.feat, size, values.weights, values.biases, backend=backend, **case.flags)
+        grads.append(torch.autograd.grad(image, leaves, probe_like(image).to(dtype).to(image.dtype)))
+    names = ["feat"] + ["weights"] * len(problem.weights) + ["biases"] * len(problem.biases)
+    floor = SLACK_16.get(dtype, 0.0)
+    limits = [
+        GRADIENT.get(dtype) or TIMES_PYTORCH * norm_error(grad, true) + floor for grad, true in zip(grads[2], grads[1])
+    ]
+    assert len(limits) == len(image_leaves)
+    judge_gradients(judge, list(grads[0]), list(grads[1]), limits, names)
+
+
+def _exact_render(problem: Decode, case: Case, size: tuple[int, int]) -> Tensor:
+    """The grid's decode in float64, [B, O, h, w], with the latents that the geometry dtype chooses."""
+    geometry = problem.coord.dtype
+    coord = ops.reference.window_coord(size, (0, 0, *size), dtype=geometry, device="cpu")
+    coord = coord.expand(problem.feat.shape[0], -1, 2)
+    cell = torch.tensor([2 / size[0], 2 / size[1]], dtype=geometry).expand(coord.shape)
+    grid = problem._replace(coord=coord, cell=cell)
+    return exact_query(grid, case).transpose(1, 2).reshape(problem.feat.shape[0], -1, *size)
+
+
+def render_window(context: Context, judge: Judge, dtype: torch.dtype) -> None:
+    """A window equals that part of the whole image, from the whole map and from a region of it; a cell of its own."""
+    case = Case(batch=2, height=12, width=9, hidden=(32, 16))
+    problem = decode(case, dtype, context.device)
+    feat, layers = problem.feat, (problem.weights, problem.biases)
+    size, window, region = (31, 20), (11, 6, 9, 8), (2, 1, 12, 9)
+    render = partial(ops.render, backend=context.backend)
+    with torch.no_grad():
+        whole = render(feat, size, *layers)
+        part = render(feat, size, *layers, window=window)
+        from_region = render(feat[:, :, 2:10, 1:8], size, *layers, window=window, feat_region=region)
+        celled = render(feat, size, *layers, cell=(0.3, 0.7))
+        expected = ops.render(feat, size, *layers, cell=(0.3, 0.7), backend="reference")
+    judge.at_most("window, error of the range", range_error(part, whole[:, :, 11:20, 6:14]), 1e-6)
+    judge.at_most("region, error of the range", range_error(from_region, part), 1e-6)
+    judge.at_most("cell, error of the range", range_error(celled, expected), 1e-5)
+    judge.true("the cell matters", range_error(celled, whole) > 1e-3)
+
+
+def query_nan(context: Context, judge: Judge) -> None:
+    """NaN in, NaN out, and only there."""
+    for hidden in ((), (16,), (32, 16)):
+        for ensemble in (True, False):
+            case = Case(hidden=hidden, local_ensemble=ensemble, queries=40)
+            problem = decode(case, torch.float32, context.device)
+            with torch.no_grad():
+                clean = run_query(problem, case, context.backend, fold=True)
+                problem.coord[0, 7, 0] = float("nan")
+                problem.coord[0, 9, 1] = float("nan")
+                out = run_query(problem, case, context.backend, fold=True)
+            rest = [q for q in range(40) if q not in (7, 9)]
+            judge.true("NaN where a coordinate is NaN", bool(out[0, [7, 9]].isnan().all()))
+            judge.true("the others unchanged", torch.equal(out[0, rest], clean[0, rest]))
+
+
+def query_infinite(context: Context, judge: Judge) -> None:
+    """Huge and infinite coordinates read nothing outside the map (the sanitizer looks on)."""
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case(queries=6, hidden=(16,), local_ensemble=False)
+        problem = decode(case, dtype, context.device)
+        problem.coord[0, :, 0] = torch.tensor([1e30, -1e30, 3e9, -3e9, float("inf"), -float("inf")])
+        out = run_query(problem, case, context.backend, fold=True)
+        judge.true("shape", out.shape == (1, 6, 3))
+
+
+def query_strides(context: Context, judge: Judge) -> None:
+    """Inputs of any strides give the same result and stay as they are."""
+    case = Case(batch=2, channels=4, queries=60, hidden=(32, 16))
+    problem = decode(case, torch.float32, context.device)
+
+    def strided(tensor: Tensor) -> Tensor:
+        """The same values, neither contiguous nor at the beginning of their memory."""
+        wide = torch.full([2 * size + 1 for size in tensor.shape], float("nan"), device=tensor.device)
+        view = wide[tuple(slice(1, None, 2) for _ in tensor.shape)]
+        view.copy_(tensor)
+        return view
+
+    with torch.no_grad():
+        expected = run_query(problem, case, context.backend)
+        spread = Decode(
+            strided(problem.feat.transpose(2, 3).contiguous().transpose(2, 3)),
+            strided(problem.coord),
+            strided(problem.cell),
+            [strided(t) for t in problem.weights],
+            [strided(t) for t in problem.biases],
+        )
+        before = [t.clone() for t in spread.leaves]
+        out = run_query(spread, case, context.backend)
+        judge.true("inputs unchanged", all(torch.equal(a, b) for a, b in zip(spread.leaves, before, strict=True)))
+        last = problem._replace(feat=problem.feat.contiguous(memory_format=torch.channels_last))
+        channels_last = run_query(last, case, context.backend)
+        one = problem._replace(
+            feat=problem.feat[:1].expand(3, -1, -1, -1),
+            coord=problem.coord[:1].expand(3, -1, -1),
+            cell=problem.cell[:1].expand(3, -1, -1),
+        )
+        expanded = run_query(one, case, context.backend)
+    judge.at_most("strided", range_error(out, expected), 1e-6)
+    judge.at_most("channels last", range_error(channels_last, expected), 1e-6)
+    judge.at_most("expanded", range_error(expanded, expected[:1].expand(3, -1, -1)), 1e-6)
+
+
+def require_gpu(context: Context, what: str) -> None:
+    """Skip with one sentence where `what` exists on CUDA devices only."""
+    if not context.on_gpu:
+        raise Skip(f"{what} needs a CUDA device, this is {context.device}")

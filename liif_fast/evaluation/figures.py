@@ -20,7 +20,7 @@ from liif_fast.evaluation.study import Row, Settings
 from liif_fast.files import write_atomically
 
 _PANEL = 240  # pixels of the enlarged picture that a panel shows, at least
-_PANELS_A_ROW = 4
+_PANELS_A_ROW = 5
 _GAP = 8
 
 
@@ -99,7 +99,8 @@ def comparison(image: Path, settings: Settings, rows: Sequence[Row], path: str |
                 panels.append(panel(label, _pixels(study.enlarge(model, low, size, cell))))
     panels.append(panel(f"original, part of {size[0]}x{size[1]}", high))
     data = io.BytesIO()
-    sheet([panels[at : at + _PANELS_A_ROW] for at in range(0, len(panels), _PANELS_A_ROW)]).save(data, "PNG")
+    columns = math.ceil(len(panels) / math.ceil(len(panels) / _PANELS_A_ROW))  # rows of about one length
+    sheet([panels[at : at + columns] for at in range(0, len(panels), columns)]).save(data, "PNG")
     write_atomically(path, data.getvalue())
 
 

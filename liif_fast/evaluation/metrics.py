@@ -38,7 +38,8 @@ def psnr(pred: Tensor, target: Tensor, protocol: str | None = None) -> float:
 
 
 def ssim(pred: Tensor, target: Tensor, protocol: str | None = None) -> float:
-    """Structural similarity of one image, by torchmetrics: Gaussian window of 11 pixels, sigma 1.5, mean of colours.
+    """Structural similarity of one image, by torchmetrics: a Gaussian window of 11 pixels with sigma 1.5, the image
+    mirrored at its border, mean over pixels and colours.
 
     Arguments as for `psnr`. Raises ValueError for different shapes or too small an image, RuntimeError without
     torchmetrics. Source: Wang et al., "Image quality assessment", 2004.

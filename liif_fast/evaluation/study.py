@@ -98,7 +98,8 @@ def resolve_methods(names: Sequence[str] | None, models: Sequence[str]) -> list[
     names: 'bicubic', names given in `models`, 'liif' for the model that comes with the package, or the name of another
         one that does; None: bicubic and whatever `models` names, or liif.
     models: 'NAME=FILE', or 'NAME@SCALE=FILE' for a file that serves one scale only.
-    Raises ValueError for a name without a file and for a file without a name in `names`.
+    Raises ValueError for a name without a file and for a file without a name in `names`, FileNotFoundError for a file
+    that is not there.
     """
     files: dict[str, dict[float | None, str]] = {}
     for text in models:
@@ -110,6 +111,7 @@ def resolve_methods(names: Sequence[str] | None, models: Sequence[str]) -> list[
             key = float(scale) if at else None
         except ValueError:
             raise ValueError(f"--model {text!r} names the scale {scale!r}, which is no number") from None
+        checkpoints.find(file)  # said now, not after the first method's hours
         files.setdefault(name, {})[key] = file
     if names is None:
         names = [BICUBIC, *(files or ["liif"])]

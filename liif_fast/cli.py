@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import liif_fast
-from liif_fast import checkpoints, cli_evaluate, cli_train, doctor, image, memory, tiles
+from liif_fast import checkpoints, cli_evaluate, cli_train, distributed, doctor, image, memory, tiles
 from liif_fast.ops.backends import BACKENDS
 from liif_fast.upscale import DTYPES, Scale, output_size, upscale, usable_device
 
@@ -104,8 +104,8 @@ def _upscale(options: argparse.Namespace) -> int:
     Image.MAX_IMAGE_PIXELS = None  # memory is checked instead, on reading and before upscaling
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    jobs = _jobs(options.inputs, options.output)
-    device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    jobs = distributed.share(_jobs(options.inputs, options.output))
+    device = usable_device(distributed.own_device(options.device))
     model = checkpoints.load(options.model, device=device)
     failed = 0
     for source, target in jobs:

@@ -157,11 +157,8 @@ _VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 def _arguments(factory: Callable[..., Any], args: dict[str, Any], place: _Place, given: Sequence[str]) -> None:
     """Hold `args` against the factory's signature: names, what may not be left out, and plain types."""
-    parameters = {
-        name: parameter
-        for name, parameter in inspect.signature(factory).parameters.items()
-        if name not in (*given, "params")
-    }
+    signature = inspect.signature(factory).parameters
+    parameters = {name: parameter for name, parameter in signature.items() if name not in given}
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     named = {name: each for name, each in parameters.items() if each.kind not in _VARIADIC}
     types = _hints(factory)
@@ -169,7 +166,8 @@ def _arguments(factory: Callable[..., Any], args: dict[str, Any], place: _Place,
     for name, value in args.items():
         if name not in named and not takes_any:
             raise inside.below(str(name)).error(f"is not an argument of it{_suggestion(name, named)}")
-        if name.endswith("_spec") and value is not None:
+        left_out = value is None and (name not in named or named[name].default is None)
+        if name.endswith("_spec") and not left_out:
             _MODEL(value, inside.below(name))
         elif name.startswith("root_path"):
             _text(value, inside.below(name))
@@ -248,7 +246,7 @@ _TRAIN = _Keys(
         "train_dataset": _DATASET,
         "val_dataset": _DATASET,
         "model": _MODEL,
-        "optimizer": _spec("optimizer", lambda: OPTIMIZERS),
+        "optimizer": _spec("optimizer", lambda: OPTIMIZERS, given=("params",)),
         "multi_step_lr": _Keys(
             {"milestones": _list_of(_number(1, whole=True)), "gamma": _number(0, above=True)}, ["milestones"]
         ),

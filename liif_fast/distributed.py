@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+_Item = TypeVar("_Item")
 
 
 @contextlib.contextmanager
@@ -39,6 +41,19 @@ def setup(device: str | torch.device | None = None) -> Iterator[torch.device]:
 def is_launched() -> bool:
     """Whether torchrun, or something that sets the same variables, started this process."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def share(items: Sequence[_Item]) -> list[_Item]:
+    """Every world-th item, from this process' number on: independent work, split without a word between processes."""
+    if not is_launched():
+        return list(items)
+    return list(items[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])])
+
+
+def own_device(device: str | None = None) -> str:
+    """The name of the device for this process: torchrun's processes take the GPU of their own number."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def rank() -> int:
@@ -85,12 +100,10 @@ def _wire_device() -> torch.device:
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    chosen = torch.device(own_device(None if device is None else str(device)))
     if chosen.type != "cuda":
         return chosen
-    number = chosen.index if chosen.index is not None else int(os.environ.get("LOCAL_RANK", "0"))
+    number = chosen.index or 0
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if number >= count:
         raise RuntimeError(f"the device cuda:{number} was asked for, but PyTorch sees {count} GPUs here")

@@ -41,7 +41,8 @@ class RunLog:
         try:
             return make()
         except ImportError as error:
-            advice = f"{error.name} is not installed (pip install {error.name})"
+            library = (error.name or switch).partition(".")[0]
+            advice = f"{library} is not installed (pip install {library})"
             if wanted:
                 raise ValueError(f"{switch} is true, but {advice}: install it or set {switch} to false") from None
             self.line(f"without {switch}: {advice}")

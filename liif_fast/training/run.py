@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
@@ -76,8 +78,9 @@ class _Run:
         start = states.starting_point(folder, resume)
         distributed.barrier()  # every process has looked at the folder before the first one makes it
         self.seed = config.get("seed") or 0
-        torch.manual_seed(self.seed)
+        _seed_everything(self.seed)
         self.model = _build_model(config, source).to(device)
+        _seed_everything(self.seed + distributed.rank())  # the same weights everywhere, but not the same dropout
         section = config["optimizer"]
         self.optimizer = OPTIMIZERS[section["name"]](self.model.parameters(), **(section.get("args") or {}))
         self.scheduler = _scheduler(config, self.optimizer)
@@ -100,6 +103,7 @@ class _Run:
         self.log = self._open(report)
         if found is not None:
             self.line(f"resumed from {start} after epoch {self.epoch}")
+            self._export(found)  # a kill may have come between the state and what follows from it
 
     def _loaders(self, source: str) -> tuple[Any, Any]:
         """Loaders of training and validation; the latter None where the configuration has none."""
@@ -167,11 +171,10 @@ class _Run:
             validates = self.val_loader is not None and config.get("epoch_val") and epoch % config["epoch_val"] == 0
             if validates:
                 row["psnr"] = self._validate()
-            self.epoch, best = epoch, row.get("psnr", -math.inf) > self.best
-            self.best = max(self.best, row.get("psnr", -math.inf))
+            self.epoch, self.best = epoch, max(self.best, row.get("psnr", -math.inf))
             row["seconds"] = self.seconds = self.seconds + time.monotonic() - begin
             self.history.append(row)
-            self._save(best)
+            self._save()
             self.line(self._describe(row))
             if self.log is not None and (validates or epoch == last):
                 self.log.draw(self.history)
@@ -227,7 +230,7 @@ class _Run:
         """The model that is validated and exported."""
         return self.stepper.average.model if self.stepper.average is not None else self.model
 
-    def _save(self, best: bool) -> None:
+    def _save(self) -> None:
         """Everything after an epoch, state.pth first."""
         everyone = distributed.gather(states.random_states())
         if self.log is None:
@@ -246,17 +249,22 @@ class _Run:
             random=everyone,
         )
         states.save_state(state, self.folder)
-        self._export(state, "epoch-last", None)
-        if best:
-            self._export(state, "epoch-best", self.evaluated)
+        self._export(state)
+
+    def _export(self, state: RunState) -> None:
+        """The files that follow from the state after an epoch."""
+        if self.log is None:
+            return
+        states.save_checkpoint(state, self.folder / "epoch-last.pth")
+        states.save_model(self.evaluated, self.folder / "epoch-last.safetensors")
+        if state.history and state.history[-1].get("psnr") == state.best:
+            states.save_checkpoint(state, self.folder / "epoch-best.pth", self.evaluated)
+            states.save_model(self.evaluated, self.folder / "epoch-best.safetensors")
         every = self.config.get("epoch_save")
         if every and self.epoch % every == 0:
             states.save_checkpoint(state, self.folder / f"epoch-{self.epoch}.pth")
-        self.log.epoch(self.history)
-
-    def _export(self, state: RunState, name: str, weights: nn.Module | None) -> None:
-        states.save_checkpoint(state, self.folder / f"{name}.pth", weights)
-        states.save_model(self.evaluated, self.folder / f"{name}.safetensors")
+        if state.history:
+            self.log.epoch(state.history)
 
     def _restore(self, found: RunState) -> None:
         """Go on from a state; one in the original's dictionary says less, and the rest begins anew."""
@@ -283,6 +291,12 @@ class _Run:
             parts.append(f"val: psnr={row['psnr']:.4f}")
         spent = f"{_time(self.seconds)}/{_time(self.seconds / done * last)}"
         return ", ".join([*parts, f"{row['images_per_second']:.1f} images/s", spent])
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (users' code may draw from it)
+    torch.manual_seed(seed)
 
 
 def _build_model(config: Config, source: str) -> nn.Module:

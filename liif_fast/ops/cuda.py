@@ -1,6 +1,6 @@
 """The `cuda` backend: hands tensors to the CUDA kernels in the layout and dtype these take.
 
-So far it has `gather` and `ensemble`, one function for each of their ops in `library.py`; `backends.can_run_cuda`
+So far it has `gather`, `ensemble` and `metasr_query`, one function for each of their ops in `library.py`; `backends.can_run_cuda`
 refuses the others. Features and predictions stay in their own dtype, geometry and sums are float64 or float32.
 """
 
@@ -9,7 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .cuda_query import query, query_backward, render, render_backward, saved_bytes
 from .library import compute_dtype
+
+__all__ = [
+    "ensemble",
+    "ensemble_backward",
+    "gather",
+    "gather_backward",
+    "query",
+    "query_backward",
+    "render",
+    "render_backward",
+    "saved_bytes",
+]
 
 _C = torch.ops.liif_fast_C
 
@@ -56,3 +69,41 @@ def ensemble_backward(grad_out: Tensor, pred: Tensor, area_weight: Tensor) -> tu
         grad_out.to(compute_dtype(pred)).contiguous(), pred.contiguous(), area_weight.contiguous()
     )
     return grad_pred, grad_area_weight
+
+
+def metasr_query(
+    latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int]
+) -> Tensor:
+    dtype = compute_dtype(latent_map)
+    return _C.metasr_query(
+        latent_map.contiguous(),
+        coord.contiguous(),
+        cell.contiguous(),
+        weight.to(dtype).contiguous(),
+        bias.to(dtype).contiguous(),
+        region,
+    )
+
+
+def metasr_query_backward(
+    grad_out: Tensor, latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int]
+) -> list[Tensor]:
+    dtype = compute_dtype(latent_map)
+    coord, cell = coord.contiguous(), cell.contiguous()
+    order = starts = None
+    if torch.are_deterministic_algorithms_enabled():  # queries of one latent side by side, in their own order
+        sizes = list(latent_map.shape[:3])
+        latents, order = torch.sort(_C.cuda_metasr_latents(coord, cell, region, sizes), stable=True)
+        every = torch.arange(latent_map.shape[:3].numel() + 1, device=coord.device)
+        starts = torch.searchsorted(latents, every)
+    return _C.cuda_metasr_query_backward(
+        grad_out.to(dtype).contiguous(),
+        latent_map.contiguous(),
+        coord,
+        cell,
+        weight.to(dtype).contiguous(),
+        bias.to(dtype).contiguous(),
+        region,
+        order,
+        starts,
+    )

@@ -13,6 +13,29 @@
 #define __shared__ static
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
+
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
 
 inline void __syncthreads() { cuda_on_cpu::block.wait_block(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::block.wait_warp(mask, "__syncwarp"); }
@@ -31,10 +54,35 @@ T atomicAdd(T* address, T value) {
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : "invalid configuration argument";
+  return error == cudaSuccess
+             ? "no error"
+             : (error == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration argument");
+}
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor
+};
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const cuda_on_cpu::Device& device = cuda_on_cpu::device;
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? device.processors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? device.block_shared_bytes
+                                                                  : device.processor_shared_bytes;
+  return cudaSuccess;
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
+  return bytes <= cuda_on_cpu::device.block_shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 struct cudaLaunchConfig_t {
@@ -52,6 +100,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y - 1 >= 65535 || grid.z - 1 >= 65535 || size == 0 || size > 1024)
     return cudaErrorInvalidConfiguration;
   const std::tuple<Parameters...> copies(arguments...);
-  cuda_on_cpu::run_grid(grid, threads, [&] { std::apply(kernel, copies); });
+  cuda_on_cpu::run_grid(grid, threads, config->dynamicSmemBytes, [&] { std::apply(kernel, copies); });
   return cudaSuccess;
 }

@@ -56,5 +56,6 @@ T* write(py::array& array) {
 
 // One for each family of kernels: module_<family>.cpp, and module.cpp for gather and ensemble.
 void bind_gather(py::module_& m);
+void bind_query(py::module_& m);
 
 }  // namespace liif_fast

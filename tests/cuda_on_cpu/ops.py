@@ -27,6 +27,17 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _arrays(value: object) -> object:
+    """Every tensor in an argument as its array."""
+    if isinstance(value, Tensor):
+        return _array(value)
+    return (
+        [_array(tensor) for tensor in value]
+        if isinstance(value, list) and value and isinstance(value[0], Tensor)
+        else value
+    )
+
+
 class Ops:
     """gather, cuda_gather_backward, ensemble, ensemble_backward: signatures as in the bindings."""
 
@@ -59,3 +70,27 @@ class Ops:
         assert pred.is_contiguous()
         grads = self.kernels.ensemble_backward(_name(pred.dtype), _array(grad_out), _array(pred), _array(area_weight))
         return tuple(torch.from_numpy(grad) for grad in grads)
+
+    def cuda_query(self, *arguments: object) -> Tensor:
+        *arguments, with_out = arguments
+        out = torch.from_numpy(self.kernels.query_forward(*map(_arrays, arguments)))
+        return out if with_out else torch.empty(0)
+
+    def cuda_query_backward(self, *arguments: object) -> tuple[Tensor, ...]:
+        grad_rows, *others = self.kernels.query_backward(*map(_arrays, arguments))
+        dtype = {0: torch.float16, 1: torch.bfloat16}.get(arguments[13], torch.float32)
+        return torch.from_numpy(grad_rows).view(dtype), *map(torch.from_numpy, others)
+
+    def metasr_query(self, latent_map: Tensor, *tensors_and_region: object) -> Tensor:
+        assert latent_map.is_contiguous()
+        arguments = map(_arrays, (latent_map, *tensors_and_region))
+        return torch.from_numpy(self.kernels.metasr_forward(_name(latent_map.dtype), *arguments))
+
+    def cuda_metasr_latents(self, coord: Tensor, cell: Tensor, region: list[int], sizes: list[int]) -> Tensor:
+        return torch.from_numpy(self.kernels.metasr_latents(_array(coord), _array(cell), region, [*sizes, 1]))
+
+    def cuda_metasr_query_backward(self, grad_out: Tensor, latent_map: Tensor, *others: object) -> list[Tensor]:
+        *arguments, order, starts = map(_arrays, (grad_out, latent_map, *others))
+        ordered = None if order is None else (order, starts)
+        grads = self.kernels.metasr_backward(_name(latent_map.dtype), *arguments, ordered)
+        return [torch.from_numpy(grad) for grad in grads]

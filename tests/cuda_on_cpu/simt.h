@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -41,6 +42,22 @@ struct Schedule {
 };
 inline Schedule schedule;
 
+// What a launch is told about the GPU; small, so that blocks have several tiles each.
+struct Device {
+  int processors = 3, block_shared_bytes = 227 << 10, processor_shared_bytes = 228 << 10;
+};
+inline Device device;
+
+// The running block's dynamic shared memory.
+inline unsigned char* dynamic_shared = nullptr;
+
+// An asynchronous copy, which happens when it is waited for and not before.
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 enum class Wait { kNothing, kWarp, kBlock };
 
 struct Fiber {
@@ -52,7 +69,9 @@ struct Fiber {
   const char* what;    // the name of the function that waits
   unsigned exchanges;  // counted, so that a slot is not written while it is still read
   unsigned char slots[2][8];
-  void* fake_stack;  // the address sanitiser's
+  const void* shown;                     // to the warp, see show()
+  std::deque<std::vector<Copy>> copies;  // groups under way, and the one that is being put together
+  void* fake_stack;                      // the address sanitiser's
 };
 
 class Block {
@@ -98,6 +117,22 @@ class Block {
     leave(false);
   }
 
+  // Lets the other lanes read `mine` through shown(), from now until hide().
+  void show(const void* mine, const char* what) {
+    fibers_[current_]->shown = mine;
+    wait_warp(0xffffffffu, what);
+  }
+  const void* shown(unsigned lane) const { return fibers_[current_ / kWarpSize * kWarpSize + lane]->shown; }
+  void hide(const char* what) { wait_warp(0xffffffffu, what); }
+
+  void begin_copy(const Copy& copy) { fibers_[current_]->copies.back().push_back(copy); }
+  void commit_copies() { fibers_[current_]->copies.emplace_back(); }
+  void wait_copies(size_t pending) {
+    std::deque<std::vector<Copy>>& copies = fibers_[current_]->copies;
+    for (; copies.size() > pending + 1; copies.pop_front())
+      for (const Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+
   // The value that `lane` of this thread's warp hands in.
   template <class T>
   T exchange(unsigned mask, T value, unsigned lane, const char* what) {
@@ -121,6 +156,7 @@ class Block {
     fiber.wait = Wait::kNothing;
     fiber.done = false;
     fiber.exchanges = 0;
+    fiber.copies.assign(1, {});
     fiber.fake_stack = nullptr;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -223,7 +259,9 @@ inline void Block::enter() {
   block.leave(true);
 }
 
-inline void run_grid(dim3 grid, dim3 threads, const std::function<void()>& body) {
+inline void run_grid(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::function<void()>& body) {
+  const std::unique_ptr<unsigned char[]> shared(new unsigned char[dynamic_bytes]);  // to the byte, for the sanitiser
+  dynamic_shared = shared.get();
   if (schedule.most_blocks && grid.x > schedule.most_blocks) grid.x = schedule.most_blocks;
   gridDim = grid;
   blockDim = threads;
@@ -232,6 +270,7 @@ inline void run_grid(dim3 grid, dim3 threads, const std::function<void()>& body)
     const uint64_t at = schedule.backwards ? blocks - 1 - i : i;
     blockIdx = {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
                 static_cast<unsigned>(at / grid.x / grid.y)};
+    std::memset(shared.get(), 0xff, dynamic_bytes);  // NaN: what nobody wrote is seen
     block.run(threads.x * threads.y * threads.z, body);
   }
 }

@@ -1,0 +1,121 @@
+// The instructions that C++ has no words for: matrix products, asynchronous copies, packed conversions, vector
+// reductions. tests/cuda_on_cpu has the same functions for the CPU in ptx_on_cpu.h.
+#pragma once
+
+#ifndef __CUDACC__
+#include "ptx_on_cpu.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+// A block's dynamic shared memory.
+#define LIIF_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+namespace liif_fast {
+
+// acc[m][n] += a[m] * b[n] for a warp's m16 and n8 tiles; one k16 step of 16-bit operands. A lane's fragments are those
+// of the PTX manual: a row-major, b column-major.
+template <int kRowTiles, int kColTiles>
+__device__ __forceinline__ void mma_step(float (&acc)[kRowTiles][kColTiles][4], const uint4 (&a)[kRowTiles],
+                                         const uint2 (&b)[kColTiles], __half) {
+#pragma unroll
+  for (int n = 0; n < kColTiles; ++n)
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+      asm volatile(
+          "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+          : "+f"(acc[m][n][0]), "+f"(acc[m][n][1]), "+f"(acc[m][n][2]), "+f"(acc[m][n][3])
+          : "r"(a[m].x), "r"(a[m].y), "r"(a[m].z), "r"(a[m].w), "r"(b[n].x), "r"(b[n].y));
+}
+template <int kRowTiles, int kColTiles>
+__device__ __forceinline__ void mma_step(float (&acc)[kRowTiles][kColTiles][4], const uint4 (&a)[kRowTiles],
+                                         const uint2 (&b)[kColTiles], __nv_bfloat16) {
+#pragma unroll
+  for (int n = 0; n < kColTiles; ++n)
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+      asm volatile(
+          "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+          : "+f"(acc[m][n][0]), "+f"(acc[m][n][1]), "+f"(acc[m][n][2]), "+f"(acc[m][n][3])
+          : "r"(a[m].x), "r"(a[m].y), "r"(a[m].z), "r"(a[m].w), "r"(b[n].x), "r"(b[n].y));
+}
+// One k8 step of TF32 operands in float's bits.
+template <int kRowTiles, int kColTiles>
+__device__ __forceinline__ void mma_step(float (&acc)[kRowTiles][kColTiles][4], const uint4 (&a)[kRowTiles],
+                                         const uint2 (&b)[kColTiles], float) {
+#pragma unroll
+  for (int n = 0; n < kColTiles; ++n)
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+      asm volatile(
+          "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+          : "+f"(acc[m][n][0]), "+f"(acc[m][n][1]), "+f"(acc[m][n][2]), "+f"(acc[m][n][3])
+          : "r"(a[m].x), "r"(a[m].y), "r"(a[m].z), "r"(a[m].w), "r"(b[n].x), "r"(b[n].y));
+}
+
+// 16 bytes from global to shared memory, past L1 and the registers; both 16-byte aligned.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(global)
+      : "memory");
+}
+// Ends a group of copies; wait_copies returns when at most `kPending` of this thread's groups are under way.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ReLU that keeps NaN.
+__device__ __forceinline__ float relu(float value) {
+  float result;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(value));
+  return result;
+}
+
+// Two values in one word, the first in the low half; rounded to nearest even.
+__device__ __forceinline__ uint32_t pack(float low, float high, __half) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ uint32_t round_to_tf32(float value) {
+  uint32_t word;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(value));
+  return word;
+}
+
+__device__ __forceinline__ uint32_t float_bits(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ float bits_float(uint32_t word) { return __uint_as_float(word); }
+__device__ __forceinline__ float2 unpack(uint32_t word, __half) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&word));
+}
+__device__ __forceinline__ float2 unpack(uint32_t word, __nv_bfloat16) {
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+}
+
+// Adds four values at a 16-byte aligned address of global memory; nobody waits for the sums.
+__device__ __forceinline__ void reduce_add(float* address, float4 value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(address), "f"(value.x), "f"(value.y), "f"(value.z),
+               "f"(value.w)
+               : "memory");
+#else
+  atomicAdd(address, value.x);
+  atomicAdd(address + 1, value.y);
+  atomicAdd(address + 2, value.z);
+  atomicAdd(address + 3, value.w);
+#endif
+}
+
+}  // namespace liif_fast
+#endif

@@ -6,8 +6,11 @@ explicit backend (argument or `LIIF_FAST_BACKEND`) either runs or raises its rea
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,8 +28,27 @@ class Problem(NamedTuple):
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_CUDA_OPS = ("gather", "ensemble")
+_CUDA_OPS = ("gather", "ensemble", "query", "render")
+_FUSED_WIDTH, _FUSED_WIDTH_STEP, _FUSED_OUTS = 256, 16, 16  # csrc/cuda/query_launch.h
+_FUSED_LAYERS = 64  # kMaxLayers of csrc/query.h
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU, slowly
+_OLDEST_TRITON = (3, 6)
 _BUILT_WITH_CUDA = extension.is_available() and hasattr(torch.ops.liif_fast_C, "cuda_gather_backward")
+
+
+def _find_triton() -> str:
+    """What is wrong with the installed Triton, '' if nothing; found without importing it."""
+    needed = ".".join(map(str, _OLDEST_TRITON))
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return f"backend 'triton' needs Triton >= {needed}, which is not installed: install the one made for this torch"
+    found = re.search(r"__version__ *= *['\"]((\d+)\.(\d+)[^'\"]*)", Path(spec.origin).read_text())
+    if found is not None and (int(found[2]), int(found[3])) < _OLDEST_TRITON:
+        return f"backend 'triton' needs Triton >= {needed}, this is {found[1]}: upgrade torch and Triton together"
+    return ""
+
+
+_TRITON_TROUBLE = _find_triton()
 
 
 def _verdict(reason: str, raise_error: bool) -> bool:
@@ -52,8 +74,25 @@ def can_run_cpu(problem: Problem, raise_error: bool = False) -> bool:
     return _verdict(reason, raise_error)
 
 
+def _against_fused_cuda(problem: Problem) -> str:
+    """Why the fused CUDA kernels cannot decode with this imnet; '' where they can."""
+    if problem.dtype == torch.float64:
+        return "backend 'cuda' decodes in float32, bfloat16 or float16, not float64: use 'reference' or gather"
+    hidden = problem.widths[:-1]
+    if problem.widths and not 1 <= len(hidden) <= _FUSED_LAYERS:
+        return f"backend 'cuda' decodes with 2 to {_FUSED_LAYERS + 1} layers, this imnet has {len(problem.widths)}"
+    if odd := [width for width in hidden if width % _FUSED_WIDTH_STEP or not 0 < width <= _FUSED_WIDTH]:
+        return (
+            f"backend 'cuda' decodes with hidden layers whose width is a multiple of {_FUSED_WIDTH_STEP} up to "
+            f"{_FUSED_WIDTH}, not {odd[0]}"
+        )
+    if problem.widths and problem.widths[-1] > _FUSED_OUTS:
+        return f"backend 'cuda' decodes to at most {_FUSED_OUTS} outputs, not {problem.widths[-1]}"
+    return ""
+
+
 def can_run_cuda(problem: Problem, raise_error: bool = False) -> bool:
-    """The CUDA kernels: gather and ensemble of CUDA tensors of a float dtype, and an extension compiled with CUDA."""
+    """The CUDA kernels: CUDA tensors of a float dtype, an extension compiled with CUDA, an imnet that they can fuse."""
     reason = ""
     if problem.device != "cuda":
         reason = (
@@ -72,11 +111,40 @@ def can_run_cuda(problem: Problem, raise_error: bool = False) -> bool:
         reason = "backend 'cuda' needs an NVIDIA GPU, and torch finds none that it can use"
     elif problem.dtype not in _FLOATS:
         reason = f"backend 'cuda' takes float64, float32, bfloat16 or float16 features, not {problem.dtype}"
+    elif problem.op in ("query", "render"):
+        reason = _against_fused_cuda(problem)
     return _verdict(reason, raise_error)
+
+
+def can_run_triton(problem: Problem, raise_error: bool = False) -> bool:
+    """Triton's kernels: every op on tensors of a device that Triton drives, under its interpreter on CPU tensors."""
+    reason = ""
+    on_gpu = problem.device in ("cuda", "xpu")  # torch calls AMD's GPUs cuda too
+    if not on_gpu and not (problem.device == "cpu" and _INTERPRETED):
+        reason = f"backend 'triton' takes tensors on a GPU, these are on '{problem.device}': move them or name another"
+    elif _TRITON_TROUBLE:
+        reason = _TRITON_TROUBLE
+    elif problem.device == "cuda" and not torch.cuda.is_available():
+        reason = "backend 'triton' needs a GPU, and torch finds none that it can use"
+    elif problem.device == "xpu" and not torch.xpu.is_available():
+        reason = "backend 'triton' needs a GPU, and torch finds none of Intel's that it can use"
+    elif problem.device == "cuda" and _is_too_old():
+        reason = "backend 'triton' needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer"
+    elif problem.dtype not in _FLOATS:
+        reason = f"backend 'triton' takes float64, float32, bfloat16 or float16 features, not {problem.dtype}"
+    return _verdict(reason, raise_error)
+
+
+def _is_too_old() -> bool:
+    """Whether the current GPU is NVIDIA's and older than Triton supports; asked outside of tracing only."""
+    if torch.compiler.is_compiling() or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability() < (8, 0)
 
 
 BACKENDS: dict[str, Callable[..., bool]] = {
     "cuda": can_run_cuda,
+    "triton": can_run_triton,
     "cpu": can_run_cpu,
     "reference": can_run_reference,
 }
@@ -123,8 +191,9 @@ def choose_fused(problem: Problem, backend: str | None = None) -> tuple[str, boo
 def report() -> list[tuple[str, bool, str]]:
     """(name, runs here, reason why not) for every backend, judged by a float32 gather on its natural device."""
     rows = []
+    devices = {"cuda": "cuda", "triton": "xpu" if torch.xpu.is_available() else "cpu" if _INTERPRETED else "cuda"}
     for name, can_run in BACKENDS.items():
-        problem = Problem("gather", "cuda" if name == "cuda" else "cpu", torch.float32)
+        problem = Problem("gather", devices.get(name, "cpu"), torch.float32)
         try:
             can_run(problem, raise_error=True)
             rows.append((name, True, ""))

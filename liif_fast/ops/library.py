@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MODULES = {"cpu": "liif_fast.ops.cpu", "cuda": "liif_fast.ops.cuda"}
+_MODULES = {"cpu": "liif_fast.ops.cpu", "cuda": "liif_fast.ops.cuda", "triton": "liif_fast.ops.triton_backend"}
 
 
 def _implementation(backend: str) -> ModuleType:

@@ -1,0 +1,187 @@
+"""Where a query finds its latents, in Triton: csrc/geometry.h function by function, under the same names.
+
+Every line follows the original's order of operations in the dtype T of the coordinates, because a rounding decides
+which latent is nearest. Nothing here may contract to FMA, so every launch passes `triton_launch.OPTIONS`; where a
+fused multiply-add is welcome, kernels ask for it by name (`tl.fma`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+EPS_SHIFT = tl.constexpr(1e-6)  # breaks ties between two equally near latents, as in the original
+EPS_AREA = tl.constexpr(1e-9)  # keeps the weights finite where all areas vanish
+LOW = tl.constexpr(-1.0 + 1e-6)
+HIGH = tl.constexpr(1.0 - 1e-6)
+
+
+class Axis(NamedTuple):
+    """One axis of a map of pixels that tile [-1, 1], as kernels take it.
+
+    Triton hands a Python float to a kernel as float32, rounded once: what `static_cast<float>` makes of it in
+    geometry.h. In float64 the kernels work these numbers out of `size` themselves; GPUs without float64 need none.
+    """
+
+    size: int  # pixels of the whole map
+    begin: int  # the first pixel in memory
+    count: int  # pixels in memory
+    low: float  # centre of pixel 0
+    step: float  # from centre to centre
+    minus: float  # the shift to the lower neighbour
+    plus: float  # and to the upper one
+    half: float  # of a pixel
+
+
+def make_axis(size: int, begin: int = 0, count: int | None = None) -> Axis:
+    """The axis of a map of `size` pixels, of which `count` from `begin` are in memory (None: all)."""
+    half = 1.0 / size
+    return Axis(
+        size,
+        begin,
+        size if count is None else count,
+        -1.0 + half,
+        2.0 * half,
+        -(2.0 / size / 2.0) + 1e-6,
+        2.0 / size / 2.0 + 1e-6,
+        half,
+    )
+
+
+@triton.jit
+def pixel_center(index, axis, T: tl.constexpr):
+    """Centre of pixel `index`."""
+    if T == tl.float64:
+        half = 1.0 / tl.cast(axis.size, tl.float64)
+        return (-1.0 + half) + (2.0 * half) * index.to(T)
+    else:
+        return axis.low + axis.step * index.to(T)
+
+
+@triton.jit
+def clamp_coord(coord):
+    """Keeps a coordinate inside the map; NaN stays NaN."""
+    return tl.where(coord < LOW, LOW, tl.where(coord > HIGH, HIGH, coord))
+
+
+@triton.jit
+def round_half_even(value):
+    """As C's rint. Triton has none that every device knows; value - floor(value) is exact."""
+    below = tl.floor(value)
+    rest = value - below
+    odd = tl.floor(below * 0.5) * 2.0 != below
+    return tl.where((rest > 0.5) | ((rest == 0.5) & odd), below + 1.0, below)
+
+
+@triton.jit
+def nearest_index(coord, axis, T: tl.constexpr):
+    """Nearest latent of a clamped coordinate, ties to even; inside [0, size), NaN maps to 0."""
+    size = tl.cast(axis.size, T)
+    position = ((coord + 1.0) * size + -1.0) * 0.5
+    rounded = round_half_even(position)
+    inside = (rounded > 0.0) & (rounded < size)
+    index = tl.where(inside, rounded, 0.0).to(tl.int32)
+    return tl.where(rounded >= size, axis.size - 1, index)
+
+
+@triton.jit
+def find_neighbour(coord, upper, axis, ENSEMBLE: tl.constexpr, T: tl.constexpr):
+    """Index of the latent on the lower or upper side of a query along one axis, and its relative coordinate."""
+    if ENSEMBLE:
+        if T == tl.float64:
+            to_edge = 2.0 / tl.cast(axis.size, tl.float64) / 2.0
+            shifted = coord + tl.where(upper, to_edge + EPS_SHIFT, -to_edge + EPS_SHIFT)
+        else:
+            shifted = coord + tl.where(upper, axis.plus, axis.minus)
+    else:
+        shifted = coord
+    index = nearest_index(clamp_coord(shifted), axis, T)
+    return index, (coord - pixel_center(index, axis, T)) * tl.cast(axis.size, T)
+
+
+@triton.jit
+def find_metasr_neighbour(coord, cell, axis, T: tl.constexpr):
+    """MetaSR's: the latent under the query's upper left corner, relative to the latent's own upper left corner."""
+    corner = coord - cell * 0.5
+    index = nearest_index(clamp_coord(corner + EPS_SHIFT), axis, T)
+    if T == tl.float64:
+        half = 1.0 / tl.cast(axis.size, tl.float64)
+    else:
+        half = axis.half
+    origin = pixel_center(index, axis, T) - half
+    return index, (corner - origin) * (tl.cast(axis.size, T) * 0.5)
+
+
+@triton.jit
+def divide(a, b, T: tl.constexpr):
+    """a / b rounded once: Triton's own float32 division may be two units off."""
+    if T == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
+
+
+@triton.jit
+def corner_area(rel_row, rel_col):
+    """Area of the rectangle between a query and a latent."""
+    return tl.abs(rel_row * rel_col) + EPS_AREA
+
+
+@triton.jit
+def find_corner(row, col, corner, rows, cols, ENSEMBLE: tl.constexpr, T: tl.constexpr):
+    """Latent (row, col) of one corner of each query at (row, col), relative coordinates, and the corner's area weight.
+
+    `corner` is 2*row_side + col_side; every corner works out all four areas, which is cheaper than asking the others.
+    """
+    if ENSEMBLE:
+        lower_row, rel_row0 = find_neighbour(row, False, rows, True, T)
+        upper_row, rel_row1 = find_neighbour(row, True, rows, True, T)
+        lower_col, rel_col0 = find_neighbour(col, False, cols, True, T)
+        upper_col, rel_col1 = find_neighbour(col, True, cols, True, T)
+        down = corner >= 2
+        right = corner % 2 == 1
+        area0 = corner_area(rel_row0, rel_col0)
+        area1 = corner_area(rel_row0, rel_col1)
+        area2 = corner_area(rel_row1, rel_col0)
+        area3 = corner_area(rel_row1, rel_col1)
+        total = area0 + area1 + area2 + area3
+        opposite = tl.where(down, tl.where(right, area0, area1), tl.where(right, area2, area3))
+        return (
+            tl.where(down, upper_row, lower_row),
+            tl.where(right, upper_col, lower_col),
+            tl.where(down, rel_row1, rel_row0),
+            tl.where(right, rel_col1, rel_col0),
+            divide(opposite, total, T),
+        )
+    else:
+        index_row, rel_row = find_neighbour(row, False, rows, False, T)
+        index_col, rel_col = find_neighbour(col, False, cols, False, T)
+        # 1, or NaN where the reference's area / area is.
+        return index_row, index_col, rel_row, rel_col, rel_row * rel_col * 0.0 + 1.0
+
+
+@triton.jit
+def corner_area_backward(rel_row, rel_col, grad_opposite, mean, total):
+    """Gradients of one corner's relative coordinates through all weights; grad_opposite is the diagonal corner's."""
+    product = rel_row * rel_col
+    sign = tl.where(product > 0.0, 1.0, tl.where(product < 0.0, -1.0, 0.0))
+    grad = (grad_opposite - mean) / total * sign
+    return grad * rel_col, grad * rel_row
+
+
+@triton.jit
+def area_weights_backward(rel_row0, rel_row1, rel_col0, rel_col1, grad0, grad1, grad2, grad3):
+    """Gradients of (rel_row0, rel_row1, rel_col0, rel_col1) from those of the four corners' area weights."""
+    area0 = corner_area(rel_row0, rel_col0)
+    area1 = corner_area(rel_row0, rel_col1)
+    area2 = corner_area(rel_row1, rel_col0)
+    area3 = corner_area(rel_row1, rel_col1)
+    total = area0 + area1 + area2 + area3
+    mean = (grad0 * area3 + grad1 * area2 + grad2 * area1 + grad3 * area0) / total
+    row_a, col_a = corner_area_backward(rel_row0, rel_col0, grad3, mean, total)
+    row_b, col_b = corner_area_backward(rel_row0, rel_col1, grad2, mean, total)
+    row_c, col_c = corner_area_backward(rel_row1, rel_col0, grad1, mean, total)
+    row_d, col_d = corner_area_backward(rel_row1, rel_col1, grad0, mean, total)
+    return row_a + row_b, row_c + row_d, col_a + col_c, col_b + col_d

@@ -1,0 +1,209 @@
+"""Rows of the decode in Triton: where queries and latents are, and the first layer, forward and backward.
+
+A row is one corner of one query; rows of a query stand side by side. Queries come from a list of points or from a
+window of a regular grid; a program takes a tile of them: consecutive points, or a patch of the grid eight pixels wide,
+whose latents are neighbours too. `flat` counts a problem's queries, and what is kept per query or row is in that order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .triton_geometry import find_corner, pixel_center
+
+PATCH = tl.constexpr(8)  # columns of a grid's tile
+
+
+class Places(NamedTuple):
+    """Where a problem's queries are, as kernels take it."""
+
+    first: int  # points: the first one's number, counted over the whole batch
+    count: int  # queries of the problem
+    queries: int  # points of one batch entry
+    top: int  # the window in the image, for a grid
+    left: int
+    height: int
+    width: int
+    tiles_y: int  # patches of the window
+    tiles_x: int
+
+
+@triton.jit
+def relu(x):
+    """As PyTorch's: NaN stays NaN."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def find_queries(tile, slot, places, GRID: tl.constexpr, QUERIES: tl.constexpr):
+    """Whether the query in `slot` of a tile exists, its flat number, batch entry, and pixel of the window (grid)."""
+    if GRID:
+        patches = places.tiles_y * places.tiles_x
+        batch = tile // patches
+        patch = tile % patches
+        y = patch // places.tiles_x * (QUERIES // PATCH) + slot // PATCH
+        x = patch % places.tiles_x * PATCH + slot % PATCH
+        return (y < places.height) & (x < places.width), (batch * places.height + y) * places.width + x, batch, y, x
+    else:
+        flat = tile * QUERIES + slot
+        return flat < places.count, flat, (places.first + flat) // places.queries, flat, flat
+
+
+@triton.jit
+def out_offset(flat, batch, output, outs, places, GRID: tl.constexpr):
+    """Where output `output` of a query lies: [B, Q, O], or [B, O, height, width] of a grid."""
+    if GRID:
+        return flat + (batch * (outs - 1) + output) * places.height * places.width
+    else:
+        return (places.first + flat) * outs + output
+
+
+@triton.jit
+def find_rows(
+    tile, coord, cell, places, rows, cols, image_rows, image_cols,
+    TERMS: tl.constexpr, GRID: tl.constexpr, ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Every row of a tile: (exists, query's flat number, batch entry, row number, latent number, area weight) and its
+    geometry inputs, TERMS of them: rel_coord and, where queries have cells of their own, rel_cell."""
+    CORNERS: tl.constexpr = 4 if ENSEMBLE else 1
+    index = tl.arange(0, ROWS)
+    corner = index % CORNERS
+    valid, flat, batch, y, x = find_queries(tile, index // CORNERS, places, GRID, ROWS // CORNERS)
+    if GRID:
+        row = pixel_center(places.top + y, image_rows, T)
+        col = pixel_center(places.left + x, image_cols, T)
+    else:
+        at = places.first + flat
+        row = tl.load(coord + 2 * at, mask=valid, other=0.0)
+        col = tl.load(coord + 2 * at + 1, mask=valid, other=0.0)
+    map_row, map_col, rel_row, rel_col, weight = find_corner(row, col, corner, rows, cols, ENSEMBLE, T)
+    # The region holds every latent that the window reaches; the clamp only keeps a wrong one from reading elsewhere.
+    map_row = tl.minimum(tl.maximum(map_row - rows.begin, 0), rows.count - 1)
+    map_col = tl.minimum(tl.maximum(map_col - cols.begin, 0), cols.count - 1)
+    latent = (batch * rows.count + map_row) * cols.count + map_col
+    if TERMS == 4:
+        at = places.first + flat
+        rel_cell_row = tl.load(cell + 2 * at, mask=valid, other=0.0) * tl.cast(rows.size, T)
+        rel_cell_col = tl.load(cell + 2 * at + 1, mask=valid, other=0.0) * tl.cast(cols.size, T)
+        rel = (rel_row, rel_col, rel_cell_row, rel_cell_col)
+    else:
+        rel = (rel_row, rel_col)
+    return valid, flat, batch, flat * CORNERS + corner, latent, weight, rel
+
+
+@triton.jit
+def first_layer(
+    latent_map, latent, rel, first, column,
+    WIDTH: tl.constexpr, STRIDE: tl.constexpr, TERMS: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """The first layer before its ReLU, at `column`: folded latent, bias and geometry terms. 0 behind WIDTH.
+
+    first: [TERMS + 1, STRIDE], the weights of each geometry term, then the bias.
+    """
+    place = latent_map + latent[:, None] * WIDTH + column[None, :]
+    if WIDTH == STRIDE:
+        total = tl.load(place).to(T)
+    else:
+        total = tl.load(place, mask=(column < WIDTH)[None, :], other=0.0).to(T)
+    total += tl.load(first + TERMS * STRIDE + column)[None, :]
+    for term in tl.static_range(TERMS):
+        total = tl.fma(rel[term][:, None], tl.load(first + term * STRIDE + column)[None, :], total)
+    return total
+
+
+@triton.jit(do_not_specialize=["places", "rows", "cols", "image_rows", "image_cols"])
+def first_forward_kernel(
+    latent_map, coord, cell, first, hidden, area_weight, places, rows, cols, image_rows, image_cols,
+    RELU: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, TERMS: tl.constexpr, GRID: tl.constexpr,
+    ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows of the first hidden layer [rows, WIDTH], and the rows' area weights."""
+    blocks: tl.constexpr = STRIDE // COLS
+    at = tl.program_id(0).to(tl.int64)
+    valid, flat, batch, row, latent, weight, rel = find_rows(
+        at // blocks, coord, cell, places, rows, cols, image_rows, image_cols, TERMS, GRID, ENSEMBLE, T, ROWS
+    )
+    latent = tl.where(valid, latent, 0)
+    column = (at % blocks).to(tl.int32) * COLS + tl.arange(0, COLS)
+    value = first_layer(latent_map, latent, rel, first, column, WIDTH, STRIDE, TERMS, T)
+    if RELU:
+        value = relu(value)
+    inside = valid[:, None] & (column < WIDTH)[None, :]
+    tl.store(hidden + row[:, None] * WIDTH + column[None, :], value.to(hidden.dtype.element_ty), mask=inside)
+    if at % blocks == 0:
+        tl.store(area_weight + row, weight, mask=valid)
+
+
+@triton.jit(do_not_specialize=["places", "rows", "cols", "image_rows", "image_cols"])
+def first_backward_kernel(
+    grad, first, coord, cell, grad_latent_map, partial, grad_rel, places, rows, cols, image_rows, image_cols,
+    SCATTER: tl.constexpr, COORD: tl.constexpr, WIDTH: tl.constexpr, GRAD_STRIDE: tl.constexpr, STRIDE: tl.constexpr,
+    TERMS: tl.constexpr, GRID: tl.constexpr, ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of the first layer's output before its ReLU, [rows, GRAD_STRIDE], a tile of rows:
+
+    adds to the latents' gradients in the hardware's order (SCATTER), sums the rows for the geometry terms' weights and
+    the bias, partial [tiles, TERMS + 1, STRIDE], and sums the columns for the geometry terms, grad_rel [rows, TERMS].
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    valid, flat, batch, row, latent, weight, rel = find_rows(
+        tile, coord, cell, places, rows, cols, image_rows, image_cols, TERMS, GRID, ENSEMBLE, T, ROWS
+    )
+    row_sums = ()
+    for _ in tl.static_range(TERMS):
+        row_sums = row_sums + (tl.zeros([ROWS], T),)
+    for begin in range(0, STRIDE, COLS):
+        column = begin + tl.arange(0, COLS)
+        inside = valid[:, None] & (column < WIDTH)[None, :]
+        value = tl.load(grad + row[:, None] * GRAD_STRIDE + column[None, :], mask=inside, other=0.0).to(T)
+        if SCATTER:
+            place = grad_latent_map + latent[:, None] * WIDTH + column[None, :]
+            tl.atomic_add(place, value, mask=inside, sem="relaxed")
+        sums = partial + tile * ((TERMS + 1) * STRIDE) + column
+        tl.store(sums + TERMS * STRIDE, tl.sum(value, axis=0))
+        for term in tl.static_range(TERMS):
+            tl.store(sums + term * STRIDE, tl.sum(value * rel[term][:, None], axis=0))
+        if COORD:
+            grown = ()
+            for term in tl.static_range(TERMS):
+                weights = tl.load(first + term * STRIDE + column)
+                grown = grown + (row_sums[term] + tl.sum(value * weights[None, :], axis=1),)
+            row_sums = grown
+    if COORD:
+        for term in tl.static_range(TERMS):
+            tl.store(grad_rel + row * TERMS + term, row_sums[term], mask=valid)
+
+
+@triton.jit(do_not_specialize=["places", "rows", "cols", "image_rows", "image_cols"])
+def latent_kernel(
+    coord, latent_numbers, places, rows, cols, image_rows, image_cols,
+    GRID: tl.constexpr, ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The number of every row's latent."""
+    tile = tl.program_id(0).to(tl.int64)
+    valid, flat, batch, row, latent, weight, rel = find_rows(
+        tile, coord, coord, places, rows, cols, image_rows, image_cols, 2, GRID, ENSEMBLE, T, ROWS
+    )
+    tl.store(latent_numbers + row, latent, mask=valid)
+
+
+@triton.jit
+def ordered_scatter_kernel(
+    grad, order, begins, grad_latent_map,
+    WIDTH: tl.constexpr, GRAD_STRIDE: tl.constexpr, T: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Adds the rows of one latent, in their order, to its gradient."""
+    blocks: tl.constexpr = (WIDTH + COLS - 1) // COLS
+    at = tl.program_id(0).to(tl.int64)
+    latent = at // blocks
+    column = (at % blocks).to(tl.int32) * COLS + tl.arange(0, COLS)
+    inside = column < WIDTH
+    total = tl.load(grad_latent_map + latent * WIDTH + column, mask=inside, other=0.0)
+    for item in range(tl.load(begins + latent), tl.load(begins + latent + 1)):
+        row = tl.load(order + item)
+        total += tl.load(grad + row * GRAD_STRIDE + column, mask=inside, other=0.0).to(T)
+    tl.store(grad_latent_map + latent * WIDTH + column, total, mask=inside)

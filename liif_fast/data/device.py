@@ -1,7 +1,7 @@
 """`loader: device`: images stay on the device as bytes; crops, reductions and samples are made there, a batch at once.
 
 The host draws each item's image, scale, place and flips, from the same generator as the workers would: a few numbers
-an item, copied without waiting. What touches pixels are some forty tensor operations a batch, however many items; none
+an item, copied without waiting. What touches pixels are about 150 tensor operations a batch, however many items; none
 of them makes the host wait for the device. Inputs equal the workers' to the last bit; which pixels are sampled comes
 from a hash of the item's number, so they are the same on every device and for any number of ranks.
 """

@@ -15,6 +15,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+# What CUDA, PyTorch and Triton say of errors after which a process can use its GPU no more.
+_STICKY = (
+    "CUDA error",
+    "AcceleratorError",
+    "CUDA driver error",
+    "illegal memory access",
+    "illegal instruction",
+    "misaligned address",
+    "launch failure",
+    "device-side assert",
+)
 PASSED, FAILED, SKIPPED, CRASHED = "passed", "failed", "skipped", "crashed"
 
 
@@ -124,7 +135,7 @@ def broke_the_device(outcome: Outcome) -> bool:
     """Whether a CUDA error stays in the process, so that nothing after it can be believed."""
     if outcome.status != CRASHED or "out of memory" in outcome.note:
         return False
-    return any(word in outcome.note for word in ("CUDA error", "AcceleratorError", "CUDA driver error", "cudaError"))
+    return any(words in outcome.note for words in _STICKY)
 
 
 def _first_line(error: Exception) -> str:

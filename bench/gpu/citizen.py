@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import liif_fast
-from bench.gpu.chain import leaf_names, paper_case, require_gpu, run_query
+from bench.gpu.chain import FORWARD, leaf_names, paper_case, require_gpu, run_query
 from bench.gpu.check import Check, Context, Judge, Skip
 from bench.gpu.problems import Case, Decode, decode, norm_error, psnr, range_error
 from liif_fast import ops
@@ -18,6 +18,7 @@ _SPARE_BYTES = 64 << 20  # of workspaces, beside latent map and output
 
 
 def checks() -> Iterator[Check]:
+    yield Check("the table's own choice", default_choice)
     yield Check("empty queries", empty_queries)
     yield Check("training repeats bit for bit when asked to", deterministic)
     yield Check("another stream", another_stream)
@@ -35,7 +36,24 @@ def checks() -> Iterator[Check]:
 
 def _problem(context: Context, dtype: torch.dtype = torch.float32, grad: bool = False) -> tuple[Case, Decode]:
     case = paper_case(context)._replace(queries=1000)
+    if context.small:
+        case = case._replace(queries=60, hidden=(64, 32))
     return case, decode(case, dtype, context.device, grad=grad)
+
+
+def default_choice(context: Context, judge: Judge) -> None:
+    """Without a named backend every imnet runs on the device, and right: what no kernel takes, layer by layer."""
+    for case in (Case(hidden=(13, 37), outs=4), Case(hidden=(256, 256)), Case(hidden=(512,)), Case(hidden=())):
+        for dtype in (torch.float64, torch.float32):
+            problem = decode(case, dtype, context.device)
+            layers = (problem.weights, problem.biases)
+            with torch.no_grad():
+                out, image = ops.query(*problem), ops.render(problem.feat, (20, 28), *layers)
+                expected = ops.query(*problem.exact(), backend="reference")
+                whole = ops.render(problem.feat, (20, 28), *layers, backend="reference")
+            judge.at_most("query, error of the range", range_error(out, expected), FORWARD[torch.float32])
+            judge.at_most("render, error of the range", range_error(image, whole), FORWARD[torch.float32])
+            judge.true("on the device", out.device == context.device == image.device)
 
 
 def empty_queries(context: Context, judge: Judge) -> None:
@@ -199,7 +217,8 @@ def no_synchronisation(context: Context, judge: Judge) -> None:
 def allocations(context: Context, judge: Judge) -> None:
     """Peak memory of an inference decode: latent map, output and a workspace that does not grow with the image."""
     require_gpu(context, "the count of allocated bytes")
-    for side, scale in ((256, 4), (256, 8)):
+    side = 16 if context.small else 256
+    for scale in (4, 8):
         for dtype in (torch.bfloat16, torch.float32):
             case = Case(channels=64, height=side, width=side, queries=1, hidden=(256,) * 4)
             problem = decode(case, dtype, context.device)
@@ -326,7 +345,7 @@ def upscaled(context: Context, judge: Judge) -> None:
     net = liif_fast.load()
     expected = liif_fast.upscale(image, scale=2.7, model=net, device="cpu", backend="reference")
     found = liif_fast.upscale(image, scale=2.7, model=net, device=context.device, backend=context.backend)
-    judge.at_least("PSNR in dB", psnr(found.cpu(), expected), 60.0)
+    judge.at_least("PSNR in dB", psnr(found.cpu(), expected), 50.0)  # the encoder may run in tf32
     half = liif_fast.upscale(
         image, scale=2.7, model=net, device=context.device, backend=context.backend, dtype=torch.bfloat16
     )

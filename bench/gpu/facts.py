@@ -55,11 +55,14 @@ def gather(device: str) -> dict[str, Any]:
     }
     if kind == "cuda" and not torch.cuda.is_available():
         return {"status": FAILED, "note": "torch finds no GPU that it can use", **record}
-    record["machine"] = machine.describe(kind)
-    record["state"] = machine.state(kind)
-    record["devices"] = torch.cuda.device_count() if kind == "cuda" else 0
-    record["folder"] = machine.slug(record["machine"])
-    name = record["machine"].get("gpu") or record["machine"]["cpu"]
+    name = torch.cuda.get_device_name(0) if kind == "cuda" else "cpu"
+    record["folder"], record["devices"] = machine.slug({"device": "cuda", "gpu": name}), 1
+    try:
+        record["machine"], record["state"] = machine.describe(kind), machine.state(kind)
+        record["folder"] = machine.slug(record["machine"])
+        record["devices"] = torch.cuda.device_count() if kind == "cuda" else 1
+    except Exception as error:  # a tool that answers otherwise here must not cost the run
+        record["machine"], record["state"] = {"device": kind, "gpu": name, "unknown": str(error)}, {}
     return {"status": PASSED, "note": f"{name}, torch {record['versions']['torch']}", **record}
 
 

@@ -56,7 +56,7 @@ def run_phases(
             for name, future in futures.items():
                 records[name] = future.result()
         save(records)
-        if phase.required and any(records[step.name]["status"] != PASSED for step in phase.steps):
+        if phase.required and any(records[step.name]["status"] == FAILED for step in phase.steps):
             break
     return records
 

@@ -86,7 +86,10 @@ def main() -> int:
     shard, shards = map(int, args.shard.split("/"))
     outcomes, running, _ = read(args.results)
     done = set(outcomes) | ({running} if running else set())
-    context = Context(torch.device(args.device), args.backend, args.small)
+    device = torch.device(args.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)  # as tensors name it
+    context = Context(device, args.backend, args.small)
     return run(checks_of(args.module, shard, shards), context, args.results, done=done, until=args.until)
 
 

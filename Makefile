@@ -7,13 +7,13 @@ PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
 # Tests of what runs inside the extension: the ones worth running under the sanitisers.
-KERNEL_TESTS = $(wildcard tests/test_cpu_*.py tests/test_ops_*.py tests/test_cuda_on_cpu.py)
-CXX_FILES = find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+KERNEL_TESTS = $(wildcard tests/test_cpu_*.py tests/test_ops_*.py tests/test_cuda_on_cpu.py tests/test_cuda_metasr.py)
+CXX_FILES = find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 # Not $(VENV)/bin/clang-format: an environment that reuses another one's packages has no script of its own for them.
 CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench build wheel sanitize clean
+.PHONY: help demo test lint bench gpu build wheel sanitize clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -32,6 +32,9 @@ lint: $(VENV)/.lint ## ruff, clang-format and mypy; changes nothing
 
 bench: build ## time the ops against the original formulation
 	$(PY) -m bench.run
+
+gpu: build ## check and time every backend on this machine's GPU, in 8 minutes; the report goes to build/gpu
+	$(PY) -m bench.gpu --out build/gpu
 
 build: $(VENV)/.installed ## compile what changed into liif_fast/_C.abi3.so
 	$(PY) setup.py -q build_ext --inplace

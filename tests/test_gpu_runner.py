@@ -153,7 +153,7 @@ def test_the_steps_of_a_gpu_fit_their_budget_and_name_what_exists(monkeypatch, c
             else:
                 module, options = step.argv[2], {word for word in step.argv if word.startswith("--")}
                 monkeypatch.setattr(sys, "argv", [module, "--help"])
-                with pytest.raises(SystemExit, match="^0$"):
+                with pytest.raises(SystemExit, match=r"^0$"):
                     import_module(module).main()
                 assert options <= set(re.findall(r"--\w+", capsys.readouterr().out)), step.argv
     # A phase that times something runs alone.

@@ -1,13 +1,14 @@
 // The measurements that decide the Hopper kernel's design, as a program of its own: `probe [launches]` prints JSON.
 //
-//   rate       wgmma m64n128k16 with A in registers and B resident in shared memory: what the tensor cores give this way
-//   copy       1-D bulk copies of 32 KB weight blocks into a ring of six, each CTA on its own
-//   multicast  the same in clusters of two: each CTA fetches half of every block and sends it to both
-//   both       rate and copy at once;  both_multicast  rate and multicast at once
-//   chain      both_multicast with the ReLU between the layers: a whole 64x256 hidden chain, as the decoder needs it
+//   rate       wgmma m64n128k16 with A in registers and B resident in shared memory: what the tensor cores give this
+//   way copy       1-D bulk copies of 32 KB weight blocks into a ring of six, each CTA on its own multicast  the same
+//   in clusters of two: each CTA fetches half of every block and sends it to both both       rate and copy at once;
+//   both_multicast  rate and multicast at once chain      both_multicast with the ReLU between the layers: a whole
+//   64x256 hidden chain, as the decoder needs it
 //
-// Every probe's result is compared with plain CUDA cores. One block is 384 threads: a producer warpgroup with one thread
-// at work, and two consumers with 64 rows each, two accumulators of 128 columns, activations never leaving registers.
+// Every probe's result is compared with plain CUDA cores. One block is 384 threads: a producer warpgroup with one
+// thread at work, and two consumers with 64 rows each, two accumulators of 128 columns, activations never leaving
+// registers.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -22,17 +23,17 @@
 
 namespace {
 
-constexpr int kWidth = 256;                             // of a hidden layer
-constexpr int kRows = 64;                               // of one consumer warpgroup
-constexpr int kBlockK = 64;                             // rows of a weight block: four k16 steps
-constexpr int kBlockBytes = kWidth * kBlockK * 2;       // 32 KB
-constexpr int kBlocksPerLayer = kWidth / kBlockK;       // 4
-constexpr int kLayers = 3;                              // hidden layers behind the folded first one
-constexpr int kBlocks = kLayers * kBlocksPerLayer;      // 12
-constexpr int kStages = 6;                              // of the ring: 192 KB
-constexpr int kConsumers = 2;                           // warpgroups
+constexpr int kWidth = 256;                         // of a hidden layer
+constexpr int kRows = 64;                           // of one consumer warpgroup
+constexpr int kBlockK = 64;                         // rows of a weight block: four k16 steps
+constexpr int kBlockBytes = kWidth * kBlockK * 2;   // 32 KB
+constexpr int kBlocksPerLayer = kWidth / kBlockK;   // 4
+constexpr int kLayers = 3;                          // hidden layers behind the folded first one
+constexpr int kBlocks = kLayers * kBlocksPerLayer;  // 12
+constexpr int kStages = 6;                          // of the ring: 192 KB
+constexpr int kConsumers = 2;                       // warpgroups
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kAccumulators = 64;                       // a thread's of a 64x128 tile
+constexpr int kAccumulators = 64;  // a thread's of a 64x128 tile
 constexpr int kSharedBytes = kStages * kBlockBytes + 1024 + 2 * kStages * 8;
 static_assert(kSharedBytes <= 227 * 1024, "one block's shared memory");
 
@@ -221,7 +222,8 @@ void check(cudaError_t status, const char* what) {
   std::exit(1);
 }
 
-// Layers [kLayers][kWidth out][kWidth in] as blocks of 64 inputs, two halves of 128 outputs with 128 swizzled bytes each.
+// Layers [kLayers][kWidth out][kWidth in] as blocks of 64 inputs, two halves of 128 outputs with 128 swizzled bytes
+// each.
 std::vector<__nv_bfloat16> pack_weights(const std::vector<__nv_bfloat16>& layers) {
   std::vector<__nv_bfloat16> packed(layers.size());
   for (int layer = 0; layer < kLayers; ++layer)

@@ -34,8 +34,9 @@ __device__ inline void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Arrives at the barrier of the same place in CTA `rank` of the cluster, this one included. Without a cluster scope: that
-// would put a fence of the whole GPU before every arrival, and this thread has written nothing that the other CTA reads.
+// Arrives at the barrier of the same place in CTA `rank` of the cluster, this one included. Without a cluster scope:
+// that would put a fence of the whole GPU before every arrival, and this thread has written nothing that the other CTA
+// reads.
 __device__ inline void arrive_remote(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{\n"
@@ -49,8 +50,7 @@ __device__ inline void arrive_remote(uint64_t* barrier, uint32_t rank) {
 
 // One arrival, and the phase also waits for so many bytes of copies.
 __device__ inline void expect_bytes(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(bytes)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
 
@@ -74,19 +74,18 @@ __device__ inline void sync_cluster() {
 }
 
 __device__ inline void copy_bulk(void* target, const void* source, uint32_t bytes, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(target)),
-      "l"(source), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(target)),
+               "l"(source), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
 }
 
 // To the same place in every CTA of the mask, and to the barrier in the same place there.
 __device__ inline void copy_bulk_multicast(void* target, const void* source, uint32_t bytes, uint64_t* barrier,
                                            uint16_t mask) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::
-          "r"(shared_address(target)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+      "%4;" ::"r"(shared_address(target)),
       "l"(source), "r"(bytes), "r"(shared_address(barrier)), "h"(mask)
       : "memory");
 }
@@ -127,8 +126,9 @@ __device__ inline uint32_t pack_relu(float low, float high) {
   return packed;
 }
 
-#define LIIF_EIGHT(d, i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define LIIF_EIGHT(d, i)                                                                                      \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
 
 // d [64, 128] (+)= a [64, 16] b [16, 128]; a thread's part of d is 64 numbers, of a 4 registers.
 __device__ inline void multiply_add(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool add) {
@@ -143,8 +143,8 @@ __device__ inline void multiply_add(float (&d)[64], const uint32_t (&a)[4], uint
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
       "{%64, %65, %66, %67}, %68, add, 1, 1, 0;\n"
       "}\n"
-      : LIIF_EIGHT(d, 0), LIIF_EIGHT(d, 8), LIIF_EIGHT(d, 16), LIIF_EIGHT(d, 24), LIIF_EIGHT(d, 32),
-        LIIF_EIGHT(d, 40), LIIF_EIGHT(d, 48), LIIF_EIGHT(d, 56)
+      : LIIF_EIGHT(d, 0), LIIF_EIGHT(d, 8), LIIF_EIGHT(d, 16), LIIF_EIGHT(d, 24), LIIF_EIGHT(d, 32), LIIF_EIGHT(d, 40),
+        LIIF_EIGHT(d, 48), LIIF_EIGHT(d, 56)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
 }
 

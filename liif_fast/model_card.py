@@ -35,15 +35,13 @@ def read_manifest(path: str | Path) -> list[dict[str, str]]:
 def render_card(run_folder: str | Path, name: str, train_manifest: str | Path, val_manifest: str | Path) -> str:
     """The card as Markdown.
 
-    run_folder, name: what training.train wrote (`<name>.safetensors`, -run.json, -curve.csv, -psnr.csv).
+    run_folder, name: what training.budget.train wrote (`<name>.safetensors`, -run.json, -curve.csv, -psnr.csv).
     train_manifest, val_manifest: CSV files with MANIFEST_COLUMNS, one row a picture.
     """
     folder = Path(run_folder)
     weights = (folder / f"{name}.safetensors").read_bytes()
     run = json.loads((folder / f"{name}-run.json").read_text(encoding="utf-8"))
     scores = read_csv(folder / f"{name}-psnr.csv")
-    with open(folder / f"{name}-curve.csv", newline="", encoding="utf-8") as file:
-        curve = list(csv.DictReader(file))
     train, val = read_manifest(train_manifest), read_manifest(val_manifest)
     settings = run["settings"]
     encoder, imnet = (run["spec"]["args"][part]["args"] for part in ("encoder_spec", "imnet_spec"))
@@ -62,12 +60,7 @@ def render_card(run_folder: str | Path, name: str, train_manifest: str | Path, v
         "Every picture:",
         markdown_table(scores),
         "## Training",
-        f"{run['steps']:,} steps in {run['seconds'] / 60:.0f} minutes of wall clock on a CPU with {run['threads']} "
-        f"threads (torch {run['torch']}), L1, Adam. Weights are the running average. The start is exact bilinear "
-        "interpolation (`liif_fast.initialization`). Settings, as `liif_fast.training.Settings` explains them:",
-        _table(("setting", "value"), [(key, _plain(value)) for key, value in settings.items()]),
-        "The averaged weights on the way:",
-        _curve_table(curve),
+        *_training(folder, name),
         "The settings were chosen by short runs judged on the same validation pictures; no picture of them was trained "
         "on, and the weights are those at the end of the budget, not the best on the way.",
         "## Limits",
@@ -86,6 +79,34 @@ def render_card(run_folder: str | Path, name: str, train_manifest: str | Path, v
         _table(MANIFEST_COLUMNS, [[row[column] for column in MANIFEST_COLUMNS] for row in val]),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _training(folder: Path, name: str) -> list[str]:
+    """What a run did, as sections; a run that began with another one's weights has its files beside its own, as
+    `<name>-start-run.json` and `<name>-start-curve.csv`."""
+    run = json.loads((folder / f"{name}-run.json").read_text(encoding="utf-8"))
+    with open(folder / f"{name}-curve.csv", newline="", encoding="utf-8") as file:
+        curve = list(csv.DictReader(file))
+    settings = run["settings"]
+    goes_on = bool(settings.get("init")) and (folder / f"{name}-start-run.json").exists()
+    if goes_on:
+        start = "The start is the averaged weights of an earlier run, which is described below this one."
+    elif settings.get("init"):
+        start = f"The start is {settings['init']}, its {settings['init_part']}."
+    elif settings["bilinear_start"]:
+        start = "The start is exact bilinear interpolation (`liif_fast.initialization`)."
+    else:
+        start = "The start is random."
+    earlier = ["### The earlier run", *_training(folder, f"{name}-start")] if goes_on else []
+    return [
+        f"{run['steps']:,} steps in {run['seconds'] / 60:.0f} minutes of wall clock on a CPU with {run['threads']} "
+        f"threads (torch {run['torch']}), L1, Adam. Weights are the running average. {start} Settings, as "
+        "`liif_fast.training.budget.Settings` explains them:",
+        _table(("setting", "value"), [(key, _plain(value)) for key, value in settings.items()]),
+        "The averaged weights on the way:",
+        _curve_table(curve),
+        *earlier,
+    ]
 
 
 def _plain(value: Any) -> str:

@@ -225,6 +225,20 @@ def test_model_card_says_what_the_run_saved(folder, tmp_path, capsys):
     assert card.count("| a.png | Ada \\| Bob | CC0-1.0 | package | 1.0 | none |") == 2
     parameters = sum(value.numel() for value in make_model(SPEC).parameters() if value.requires_grad)
     assert f"{parameters:,} parameters" in card and "| inp_size | 8 |" in card and "| shrink | 1 |" in card
+    assert "The start is exact bilinear interpolation" in card
+    for part in ("run.json", "curve.csv"):
+        (tmp_path / f"small-{part}").rename(tmp_path / f"small-start-{part}")
+    onward = dataclasses.replace(SMALL, init=str(tmp_path / "small.safetensors"), lr=0.0005)
+    train(
+        SPEC, folder, val=folder, out=tmp_path / "on", steps=3, settings=onward, name="small", report=lambda line: None
+    )
+    for part in ("run.json", "curve.csv"):
+        (tmp_path / f"small-start-{part}").rename(tmp_path / "on" / f"small-start-{part}")
+    arguments[1] = str(tmp_path / "on")
+    assert model_card.main(arguments) == 0
+    now, before = (tmp_path / "small.md").read_text().split("### The earlier run")
+    assert "3 steps in" in now and "averaged weights of an earlier run" in now and "| lr | 0.0005 |" in now
+    assert "2 steps in" in before and "exact bilinear interpolation" in before and "| lr | 0.001 |" in before
     (tmp_path / "val.csv").write_text("file,author\n")
     assert model_card.main(arguments) == 1
     assert "no column licence, source_package" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from helpers import reason_against
 
 from bench.gpu import chain, check, citizen, facts, indices, large, pieces, problems, small_cases, worker
 from bench.gpu.check import CRASHED, FAILED, PASSED, SKIPPED, Check, Context, Judge, Skip, run_check
-from liif_fast.ops import cpu
+from liif_fast.ops import backends, cpu
 
 WHY_NOT = reason_against("cpu", "query", torch.float32)
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
@@ -208,12 +208,21 @@ def test_a_convolution_in_tf32_is_caught(monkeypatch):
     assert "error of the range" in missed(run_check(ALL["fold fp32"], CPU))
 
 
-def test_a_backend_that_refuses_the_paper_fails_and_one_that_refuses_the_odd_is_skipped():
-    refusing = CPU._replace(backend="cuda")
-    outcome = run_check(ALL["runs the paper's decoder"], refusing)
-    assert outcome.status == FAILED and "backend 'cuda' takes CUDA tensors" in outcome.note
-    outcome = run_check(ALL["query plain fp32"], refusing)
-    assert outcome.status == SKIPPED and "backend 'cuda' takes CUDA tensors" in outcome.note
+def test_a_backend_that_refuses_the_paper_fails_and_one_that_cannot_be_here_is_skipped(monkeypatch):
+    elsewhere = CPU._replace(backend="cuda")
+    for name in ("runs the paper's decoder", "query plain fp32"):
+        outcome = run_check(ALL[name], elsewhere)
+        assert outcome.status == SKIPPED and "backend 'cuda' takes CUDA tensors" in outcome.note
+
+    def refuse(problem, raise_error=False):
+        if problem.op == "query" and raise_error:
+            raise RuntimeError("backend 'cpu' is not in the mood")
+        return problem.op != "query"
+
+    monkeypatch.setitem(backends.BACKENDS, "cpu", refuse)
+    outcome = run_check(ALL["runs the paper's decoder"], CPU)
+    assert outcome.status == FAILED and "not in the mood" in outcome.note
+    assert run_check(ALL["query plain fp32"], CPU).status == SKIPPED
 
 
 # --------------------------------------------------------------------------------------------- a GPU, as far as it goes

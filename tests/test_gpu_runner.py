@@ -97,6 +97,13 @@ def test_what_time_was_left_for_is_listed_as_skipped(setting):
     assert all(outcome["note"] == worker.NO_TIME for outcome in outcomes if outcome["status"] == SKIPPED)
 
 
+def test_a_step_whose_checks_are_all_skipped_says_why(setting):
+    step = Step("large-cuda", CHECKS, module="bench.gpu.large", backend="cuda")
+    records, _ = run([Phase("checks", 100, (step,))], setting)
+    assert records["large-cuda"]["status"] == SKIPPED
+    assert "6 skipped: backend 'cuda' takes CUDA tensors, these are on 'cpu'" in records["large-cuda"]["note"]
+
+
 def test_a_phase_may_use_its_share_and_what_was_left_over(setting):
     phases = [
         Phase("quick", 10, (one("quick", WRITE, "write(status='passed', seconds_given=float(sys.argv[2]))"),)),

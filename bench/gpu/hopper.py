@@ -70,6 +70,8 @@ def run(folder: Path, seconds: float) -> dict[str, Any]:
 
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return {"status": SKIPPED, "note": "the probes need a GPU of compute capability 9.0"}
+    if not (folder / PROGRAM).is_file():
+        return {"status": SKIPPED, "note": "the probes are not built"}
     before = cublas_rate()
     try:
         done = subprocess.run(

@@ -66,7 +66,7 @@ def _run_step(step: Step, setting: Setting, limit: float, before: dict[str, dict
     try:
         if limit <= 1:
             record = _skipped("no time was left for it")
-        elif step.needs and before.get(step.needs, {}).get("status") != PASSED:
+        elif step.needs and before.get(step.needs, {}).get("status") not in (PASSED, FAILED):
             reason = before.get(step.needs, {}).get("note") or "it did not run"
             record = _skipped(f"it needs {step.needs}: {reason}")
         elif step.kind == CHECKS:
@@ -101,6 +101,8 @@ def _run_checks(step: Step, setting: Setting, limit: float) -> dict[str, Any]:
     record: dict[str, Any] = {"status": overall(outcome["status"] for outcome in outcomes), "checks": outcomes}
     counts = {status: sum(o["status"] == status for o in outcomes) for status in (PASSED, FAILED, CRASHED, SKIPPED)}
     record["note"] = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    if record["status"] == SKIPPED and outcomes:
+        record["note"] += f": {outcomes[0]['note']}"
     if notes:
         record["status"] = CRASHED
         record["note"] = "; ".join([record["note"], *notes]).strip("; ")

@@ -104,7 +104,19 @@ __device__ inline void take_registers() {
 
 // Place of (output, input) in a block of 64 inputs: rows of 128 bytes, whose 16-byte pieces are exchanged by the row's
 // number modulo 8 (the 128-byte swizzle).
-__host__ __device__ inline int swizzled(int out, int in) { return out * 64 + ((in / 8) ^ (out % 8)) * 8 + in % 8; }
+__host__ __device__ constexpr int swizzled(int out, int in) { return out * 64 + ((in / 8) ^ (out % 8)) * 8 + in % 8; }
+
+// The hardware finds an element at its plain address with bits 7 to 9 added, modulo 2, to bits 4 to 6.
+constexpr bool swizzle_fits_the_hardware() {
+  for (int out = 0; out < 256; ++out) {
+    for (int in = 0; in < 64; ++in) {
+      const int address = out / 8 * 1024 + out % 8 * 128 + in * 2;
+      if (swizzled(out, in) * 2 != (address ^ (address >> 7 & 7) << 4)) return false;
+    }
+  }
+  return true;
+}
+static_assert(swizzle_fits_the_hardware(), "packing and descriptor must agree");
 
 // Descriptor of B at an address divisible by 1024: K-major, 128-byte swizzle, groups of 8 rows 1024 bytes apart.
 __device__ inline uint64_t describe(const void* block) {

@@ -48,6 +48,7 @@ def add(commands: Any) -> None:
         "--cells", nargs="+", default=["1/s"], help="cells to decode with beside 1/s, such as 1/4 (default: 1/s)"
     )
     images.add_argument("--protocol", default="div2k", help="div2k, benchmark or none (default: %(default)s)")
+    images.add_argument("--n-colors", type=int, default=3, help="1 (grey), 3 (RGB) or 4 (default: 3)")
     images.add_argument(
         "--trained-up-to", type=float, default=4.0, metavar="SCALE", help="scales above are marked (default: 4)"
     )
@@ -120,6 +121,7 @@ def _evaluate_images(options: argparse.Namespace, device: torch.device) -> None:
         cells=list(dict.fromkeys(["1/s", *options.cells])),
         metrics=list(dict.fromkeys(["psnr", *options.metrics])),
         protocol=options.protocol,
+        n_colors=options.n_colors,
         device=device,
         backend=options.backend,
     )

@@ -1,9 +1,10 @@
-"""The encoders of the LIIF paper: EDSR, RDN, RCAN. An image [B,3,H,W] becomes features [B,out_dim,H,W].
+"""The encoders of the LIIF paper: EDSR, RDN, RCAN. An image [B,n_colors,H,W] becomes features [B,out_dim,H,W].
 
 Attribute names give the state_dict keys of the public implementations, parameters are created in their order (an
 optimizer's saved state counts on it), and sizes are theirs; beside `forward`, every encoder says
   out_dim   channels of its output,
-  scale     its own upsampling (1 with no_upsampling; otherwise its output is an image of 3 channels),
+  n_colors  channels of its input: 3 (RGB, the default), 1 (grey), 4, ...
+  scale     its own upsampling (1 with no_upsampling; otherwise its output is an image of n_colors channels),
   halo      the radius of its receptive field in input pixels, or None where every output sees the whole image.
 Given `halo` pixels of surroundings, a part of an image is encoded exactly as inside the whole.
 """
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from liif_fast.registry import register
 
-_COLORS = 3
+_RGB = 3
 _DIV2K_MEAN = (0.4488, 0.4371, 0.4040)  # RGB means of DIV2K, in [0, 1]
 
 
@@ -37,12 +38,12 @@ def _tail_radius(scale: int, radius: int) -> int:
 
 
 class _MeanShift(nn.Conv2d):
-    """Adds `sign` times the mean colour. Never run, as LIIF normalises its input itself: only its keys are needed."""
+    """Adds `sign` times the mean RGB. Never run, as LIIF normalises its input itself: only its keys are needed."""
 
     def __init__(self, rgb_range: float, sign: int) -> None:
-        super().__init__(_COLORS, _COLORS, kernel_size=1)
+        super().__init__(_RGB, _RGB, kernel_size=1)
         with torch.no_grad():
-            self.weight.copy_(torch.eye(_COLORS).view(_COLORS, _COLORS, 1, 1))
+            self.weight.copy_(torch.eye(_RGB).view(_RGB, _RGB, 1, 1))
             self.bias.copy_(sign * rgb_range * torch.tensor(_DIV2K_MEAN))  # type: ignore[union-attr]
         self.requires_grad_(False)
 
@@ -84,20 +85,22 @@ class _ResidualEncoder(nn.Module):
         scale: int,
         no_upsampling: bool,
         rgb_range: float,
+        n_colors: int,
     ) -> None:
         super().__init__()
         self.sub_mean = _MeanShift(rgb_range, -1)
         self.add_mean = _MeanShift(rgb_range, 1)
-        self.head = nn.Sequential(_conv(_COLORS, n_feats))
+        self.n_colors = n_colors
+        self.head = nn.Sequential(_conv(n_colors, n_feats))
         self.body = nn.Sequential(*blocks(), _conv(n_feats, n_feats))
         self.no_upsampling = no_upsampling
         self.scale = 1 if no_upsampling else scale
-        self.out_dim = n_feats if no_upsampling else _COLORS
+        self.out_dim = n_feats if no_upsampling else n_colors
         if not no_upsampling:
-            self.tail = nn.Sequential(_Upsampler(scale, n_feats), _conv(n_feats, _COLORS))
+            self.tail = nn.Sequential(_Upsampler(scale, n_feats), _conv(n_feats, n_colors))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B,3,H,W] -> [B,out_dim,H*scale,W*scale]."""
+        """x [B,n_colors,H,W] -> [B,out_dim,H*scale,W*scale]."""
         x = self.head(x)
         x = self.body(x) + x
         return x if self.no_upsampling else self.tail(x)
@@ -109,7 +112,7 @@ class EDSR(_ResidualEncoder):
 
     n_resblocks: residual blocks; n_feats: channels; res_scale: factor on every block's residual.
     scale: upsampling by 3 or a power of 2, unless no_upsampling.
-    rgb_range: highest pixel value, only for the initial values of sub_mean and add_mean.
+    rgb_range: highest pixel value, only for the initial values of sub_mean and add_mean. n_colors: channels of images.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class EDSR(_ResidualEncoder):
         scale: int = 2,
         no_upsampling: bool = False,
         rgb_range: float = 1,
+        n_colors: int = 3,
     ) -> None:
         super().__init__(
             lambda: [_ResBlock(n_feats, res_scale) for _ in range(n_resblocks)],
@@ -127,6 +131,7 @@ class EDSR(_ResidualEncoder):
             scale,
             no_upsampling,
             rgb_range,
+            n_colors,
         )
         self.halo = 2 + 2 * n_resblocks + (0 if no_upsampling else _tail_radius(scale, 1))
 
@@ -139,9 +144,10 @@ def edsr(
     scale: int = 2,
     no_upsampling: bool = False,
     rgb_range: float = 1,
+    n_colors: int = 3,
 ) -> EDSR:
     """EDSR in its full size; arguments as for `EDSR`."""
-    return EDSR(n_resblocks, n_feats, res_scale, scale, no_upsampling, rgb_range)
+    return EDSR(n_resblocks, n_feats, res_scale, scale, no_upsampling, rgb_range, n_colors)
 
 
 class _DenseLayer(nn.Module):
@@ -177,7 +183,8 @@ class RDN(nn.Module):
     """Residual dense network (Zhang et al., "Residual Dense Network for Image Super-Resolution", 2018).
 
     G0: channels between blocks; RDNkSize: odd kernel size; RDNconfig: 'A' (20 blocks of 6 layers, growth 32) or
-    'B' (16 blocks of 8 layers, growth 64). scale: upsampling by 2, 3 or 4, unless no_upsampling.
+    'B' (16 blocks of 8 layers, growth 64). scale: upsampling by 2, 3 or 4, unless no_upsampling. n_colors: channels of
+    images.
     """
 
     def __init__(
@@ -187,6 +194,7 @@ class RDN(nn.Module):
         RDNconfig: str = "B",
         scale: int = 2,
         no_upsampling: bool = False,
+        n_colors: int = 3,
     ) -> None:
         super().__init__()
         if RDNconfig not in RDN_CONFIGS:
@@ -194,19 +202,20 @@ class RDN(nn.Module):
         n_blocks, n_layers, growth = RDN_CONFIGS[RDNconfig]
         self.no_upsampling = no_upsampling
         self.scale = 1 if no_upsampling else scale
-        self.out_dim = G0 if no_upsampling else _COLORS
-        self.SFENet1 = _conv(_COLORS, G0, RDNkSize)
+        self.n_colors = n_colors
+        self.out_dim = G0 if no_upsampling else n_colors
+        self.SFENet1 = _conv(n_colors, G0, RDNkSize)
         self.SFENet2 = _conv(G0, G0, RDNkSize)
         self.RDBs = nn.ModuleList(_ResidualDenseBlock(G0, growth, n_layers, RDNkSize) for _ in range(n_blocks))
         self.GFF = nn.Sequential(_conv(n_blocks * G0, G0, 1), _conv(G0, G0, RDNkSize))
         radius = RDNkSize // 2
         self.halo = radius * (3 + n_blocks * n_layers)
         if not no_upsampling:
-            self.UPNet = self._make_upsampling(G0, growth, RDNkSize, scale)
+            self.UPNet = self._make_upsampling(G0, growth, RDNkSize, scale, n_colors)
             self.halo += _tail_radius(scale, radius)
 
     @staticmethod
-    def _make_upsampling(width: int, growth: int, kernel_size: int, scale: int) -> nn.Sequential:
+    def _make_upsampling(width: int, growth: int, kernel_size: int, scale: int, n_colors: int) -> nn.Sequential:
         if scale not in (2, 3, 4):
             raise ValueError(f"rdn can upsample by 2, 3 or 4, not by {scale}: use no_upsampling=True")
         layers: list[nn.Module] = []
@@ -214,10 +223,10 @@ class RDN(nn.Module):
         for step in (2, 2) if scale == 4 else (scale,):
             layers += [_conv(channels, growth * step**2, kernel_size), nn.PixelShuffle(step)]
             channels = growth
-        return nn.Sequential(*layers, _conv(growth, _COLORS, kernel_size))
+        return nn.Sequential(*layers, _conv(growth, n_colors, kernel_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B,3,H,W] -> [B,out_dim,H*scale,W*scale]."""
+        """x [B,n_colors,H,W] -> [B,out_dim,H*scale,W*scale]."""
         shallow = self.SFENet1(x)
         x = self.SFENet2(shallow)
         outputs = []
@@ -275,7 +284,8 @@ class _ResidualGroup(nn.Module):
 class RCAN(_ResidualEncoder):
     """Residual groups with channel attention (Zhang et al., "Very Deep Residual Channel Attention Networks", 2018).
 
-    n_resgroups groups of n_resblocks blocks; n_feats: channels; reduction: channels / hidden channels of the attention.
+    n_resgroups groups of n_resblocks blocks; n_feats: channels; reduction: channels / hidden channels of the attention;
+    n_colors: channels of images.
     The attention averages over the whole image, so there is no halo with which a part could be encoded exactly.
     """
 
@@ -290,6 +300,7 @@ class RCAN(_ResidualEncoder):
         scale: int = 2,
         no_upsampling: bool = False,
         rgb_range: float = 1,
+        n_colors: int = 3,
     ) -> None:
         if not 1 <= reduction <= n_feats:
             raise ValueError(f"rcan's reduction must lie between 1 and n_feats = {n_feats}, not be {reduction}")
@@ -299,4 +310,5 @@ class RCAN(_ResidualEncoder):
             scale,
             no_upsampling,
             rgb_range,
+            n_colors,
         )

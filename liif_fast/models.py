@@ -103,7 +103,7 @@ class _ImplicitModel(nn.Module):
         self._latent_cache = LatentCache()
 
     def gen_feat(self, inp: Tensor) -> Tensor:
-        """Encode inp [B,3,H,W], already normalised; keeps and returns the features [B,C,H,W]."""
+        """Encode inp [B,n_colors,H,W], already normalised; keeps and returns the features [B,C,H,W]."""
         if not torch.compiler.is_compiling():
             self._latent_cache.clear()
         self.feat = None  # the old features need not outlive the making of the new ones
@@ -120,7 +120,7 @@ class _ImplicitModel(nn.Module):
         raise NotImplementedError
 
     def forward(self, inp: Tensor, coord: Tensor, cell: Tensor | None = None) -> Tensor:
-        """inp [B,3,H,W], coord [B,Q,2], cell [B,Q,2] -> [B,Q,out]."""
+        """inp [B,n_colors,H,W], coord [B,Q,2], cell [B,Q,2] -> [B,Q,out]."""
         self.gen_feat(inp)
         return self.query_rgb(coord, cell)
 
@@ -328,12 +328,12 @@ class MetaSR(_ImplicitModel):
     def __init__(self, encoder_spec: dict[str, Any]) -> None:
         super().__init__()
         self.encoder = make_model(encoder_spec)
-        out_dim = cast(int, self.encoder.out_dim) * 9 * 3
+        out_dim = cast(int, self.encoder.out_dim) * 9 * getattr(self.encoder, "n_colors", 3)
         self.imnet = make_model({"name": "mlp", "args": {"in_dim": 3, "out_dim": out_dim, "hidden_list": [256]}})
         self.spec = {"name": "metasr", "args": {"encoder_spec": _without_weights(encoder_spec)}}
 
     def query_rgb(self, coord: Tensor, cell: Tensor | None = None) -> Tensor:
-        """Decode the current features at coord [B,Q,2] with pixels of size cell [B,Q,2] -> [B,Q,3]."""
+        """Decode the current features at coord [B,Q,2] with pixels of size cell [B,Q,2] -> [B,Q,n_colors]."""
         if cell is None:
             raise ValueError("MetaSR needs the pixel sizes: give cell [B,Q,2]")
         return self._query_part(coord, cell, None)

@@ -36,11 +36,11 @@ class Source(Protocol):
     width: int
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        """The pixels of these rows and columns, [B, 3, bottom - top, right - left] float32 in [0, 1]."""
+        """These rows and columns, [B, n_colors, bottom - top, right - left] float32 in [0, 1]."""
 
 
 Write = Callable[[int, int, Tensor], None]
-"""write(top, left, pixels): takes pixels [B, 3, h, w], float32 in [0, 1], that begin at (top, left) of the output."""
+"""write(top, left, pixels): takes [B, n_colors, h, w], float32 in [0, 1], that begins at (top, left) of the output."""
 
 
 class Window(NamedTuple):

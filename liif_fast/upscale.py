@@ -55,7 +55,8 @@ def upscale(
               uint16, or float in [0, 1];
             - a float tensor [C, H, W] or [B, C, H, W] in [0, 1], C = 1 or 3;
             - a `Picture` of `liif_fast.image`.
-          Grey is run as equal RGB and averaged; alpha is enlarged by bicubic interpolation on the same grid.
+          Grey is run as equal RGB and averaged, or as it is by a model with n_colors = 1; alpha is enlarged by bicubic
+          interpolation on the same grid.
         scale: a number, or one each for rows and columns. The result has max(1, round(H * scale)) rows.
         size: (rows, columns) of the result, instead of scale.
         model: a model with `encoder` and `render`, or what `liif_fast.load` takes; None is the shipped model. A model
@@ -81,7 +82,7 @@ def upscale(
         if device is None and model is None:
             device = image.device
         result = batch.new_empty((*batch.shape[:2], *target))
-        source: tiles.Source = _TensorSource(batch)
+        source: _TensorSource | _ArraySource = _TensorSource(batch)
         write, pixels = _tensor_writer(result), batch.shape[0] * target[0] * target[1]
     else:
         picture = _to_picture(image)
@@ -91,6 +92,7 @@ def upscale(
         source = _ArraySource(picture.colour)
         write, pixels = _array_writer(colour), target[0] * target[1]
     with _borrowed(model, device, backend, dtype) as (ready, encoder_dtype):
+        source.colours = _colours(ready, source.colours)
         write = _with_progress(write, progress, pixels)
         tiles.run(ready, source, target, write, memory=working_memory, dtype=encoder_dtype)
     if isinstance(image, Tensor):
@@ -123,28 +125,36 @@ def output_size(
     return max(1, round(sides[0])), max(1, round(sides[1]))
 
 
+def _colours(model: Any, colours: int) -> int:
+    """How many channels the model wants of an image that has `colours` of them, 1 or 3."""
+    wanted = getattr(model.encoder, "n_colors", 3)
+    if wanted not in (3, colours):
+        raise ValueError(f"the model takes images of {wanted} channels, but this one has {colours}: convert it first.")
+    return wanted
+
+
 class _ArraySource:
-    """Tiles of an array [H, W, 1 or 3]."""
+    """Tiles of an array [H, W, 1 or 3]; `colours` is how many channels they are given out with."""
 
     def __init__(self, colour: np.ndarray) -> None:
         self.colour = colour
         self.batch = 1
-        self.height, self.width = colour.shape[:2]
+        self.height, self.width, self.colours = colour.shape
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
         part = torch.from_numpy(to_depth(self.colour[top:bottom, left:right], np.float32))
-        return part.permute(2, 0, 1)[None].expand(1, 3, -1, -1)
+        return part.permute(2, 0, 1)[None].expand(1, self.colours, -1, -1)
 
 
 class _TensorSource:
-    """Tiles of a tensor [B, 1 or 3, H, W]."""
+    """Tiles of a tensor [B, 1 or 3, H, W]; `colours` as for _ArraySource."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
-        self.batch, _, self.height, self.width = images.shape
+        self.batch, self.colours, self.height, self.width = images.shape
 
     def read(self, top: int, bottom: int, left: int, right: int) -> Tensor:
-        return self.images[:, :, top:bottom, left:right].float().expand(-1, 3, -1, -1)
+        return self.images[:, :, top:bottom, left:right].float().expand(-1, self.colours, -1, -1)
 
 
 def _array_writer(colour: np.ndarray) -> tiles.Write:

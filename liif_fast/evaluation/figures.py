@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from liif_fast import checkpoints
-from liif_fast.data import ENERGY_BLOCK, gradient_energy, list_images, read_rgb, shrink_whole
+from liif_fast.data import ENERGY_BLOCK, gradient_energy, list_images, read_pixels, shrink_whole
 from liif_fast.demo import side_by_side
 from liif_fast.evaluation import study, tables
 from liif_fast.evaluation.study import Row, Settings
@@ -74,7 +74,7 @@ def comparison(image: Path, settings: Settings, rows: Sequence[Row], path: str |
     `rows` has it), the original.
     """
     scale = max(settings.scales)
-    low, high = shrink_whole(read_rgb(image), scale)
+    low, high = shrink_whole(read_pixels(image, settings.n_colors), scale)
     size = (high.shape[0], high.shape[1])
     top, left, height, width = busiest_window(high, min(size[0], _PANEL), min(size[1], _PANEL))
     scores = {row.label: row.psnr for row in rows if row.image == image.name and row.scale == scale}
@@ -82,9 +82,11 @@ def comparison(image: Path, settings: Settings, rows: Sequence[Row], path: str |
     def panel(label: str, pixels: np.ndarray) -> tuple[str, Image.Image]:
         score = scores.get(label)
         text = label if score is None or not math.isfinite(score) else f"{label}: {score:.2f} dB"
-        return text, Image.fromarray(np.ascontiguousarray(pixels[top : top + height, left : left + width]))
+        part = pixels[top : top + height, left : left + width, :3]
+        return text, Image.fromarray(np.ascontiguousarray(np.broadcast_to(part, (height, width, 3))))
 
-    squares = np.asarray(Image.fromarray(low).resize((size[1], size[0]), Image.Resampling.NEAREST))
+    rows_of_low, cols_of_low = (np.arange(length) * part // length for length, part in zip(size, low.shape))
+    squares = low[rows_of_low][:, cols_of_low]
     panels = [panel(f"input, {low.shape[0]}x{low.shape[1]} pixels", squares)]
     for method in settings.methods:
         file = method.file(scale)

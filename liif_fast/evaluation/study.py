@@ -22,7 +22,8 @@ import torch
 from tqdm import tqdm
 
 from liif_fast import checkpoints, distributed
-from liif_fast.data import list_images, read_rgb, resize_bicubic, shrink_whole, to_tensor
+from liif_fast.data import list_images, read_pixels, resize_bicubic, shrink_whole, to_tensor
+from liif_fast.data.pictures import MODES
 from liif_fast.evaluation.metrics import METRICS
 from liif_fast.evaluation.scores import predict
 from liif_fast.files import write_atomically
@@ -67,7 +68,8 @@ class Settings:
 
     methods, scales: rows and columns. cells: of models that decode with cells, '1/s' or '1/N'; '1/N' pretends the scale
     N and is computed where the scale is larger. metrics: of metrics.METRICS. protocol: 'div2k' (RGB, scale + 6 pixels
-    shaved), 'benchmark' (luma, scale shaved) or 'none' (RGB, all pixels). device, backend: for the models.
+    shaved), 'benchmark' (luma, scale shaved) or 'none' (RGB, all pixels). n_colors: 1 (grey), 3 or 4, as the images are
+    read and the models trained. device, backend: for the models.
     Raises ValueError for what does not exist.
     """
 
@@ -76,6 +78,7 @@ class Settings:
     cells: Sequence[str] = (OWN_CELL,)
     metrics: Sequence[str] = ("psnr",)
     protocol: str = "div2k"
+    n_colors: int = 3
     device: torch.device | str = "cpu"
     backend: str | None = None
 
@@ -90,6 +93,8 @@ class Settings:
             raise ValueError(f"no metric is named {unknown[0]!r}; choose of {', '.join(METRICS)}")
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol is {self.protocol!r}; choose one of {', '.join(PROTOCOLS)}")
+        if self.n_colors not in MODES:
+            raise ValueError(f"n_colors is {self.n_colors}; images have 1 (grey), 3 (RGB) or 4 (RGBA)")
 
 
 def resolve_methods(names: Sequence[str] | None, models: Sequence[str]) -> list[Method]:
@@ -199,7 +204,7 @@ class _Job:
 
     def fingerprint(self, settings: Settings) -> str:
         file = self.method.file(self.scale)
-        parts = [_SCHEMA, self.cell, self.scale, settings.protocol, sorted(settings.metrics)]
+        parts = [_SCHEMA, self.cell, self.scale, settings.protocol, sorted(settings.metrics), settings.n_colors]
         for name in (str(self.path), None if file is None else str(checkpoints.find(file))):
             if name is not None and name not in self.digests:
                 self.digests[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
@@ -212,7 +217,11 @@ class _Job:
         model = None if file is None else self.models.get(file)
         if model is not None and not applies(model, self.scale, self.cell):
             return None
-        low, high = shrink_whole(read_rgb(self.path), self.scale)
+        if model is not None and getattr(model.encoder, "n_colors", 3) != settings.n_colors:
+            raise ValueError(
+                f"{file} is for images of {model.encoder.n_colors} channels, not {settings.n_colors}: set --n-colors"
+            )
+        low, high = shrink_whole(read_pixels(self.path, settings.n_colors), self.scale)
         pred = enlarge(model, low, (high.shape[0], high.shape[1]), self.cell)
         protocol = None if settings.protocol == "none" else f"{settings.protocol}-{math.ceil(self.scale)}"
         try:
@@ -237,7 +246,7 @@ def applies(model: Any, scale: float, cell: str) -> bool:
 
 
 def enlarge(model: Any, low: Any, size: tuple[int, int], cell: str) -> torch.Tensor:
-    """uint8 [h, w, 3] -> float32 [3, H, W] in [0, 1] by a model; model None is Pillow's bicubic, in 8 bits."""
+    """uint8 [h, w, C] -> float32 [C, H, W] in [0, 1] by a model; model None is Pillow's bicubic, in 8 bits."""
     if model is None:
         return to_tensor(resize_bicubic(low, size))
     if cell == OWN_CELL:

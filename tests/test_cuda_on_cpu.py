@@ -32,6 +32,8 @@ CASES = {
     "one-column": Case(height=8, width=1, channels=33),
     "two-columns": Case(height=3, width=2),
     "many-channels": Case(channels=64, height=4, width=3, queries=19),
+    "half-a-step": Case(channels=24, height=3, width=5, queries=11, batch=2),
+    "two-steps": Case(channels=72, height=2, width=4, queries=7),
 }
 SCHEDULES = {"as-launched": (0, False), "one-block": (1, False), "two-blocks-backwards": (2, True)}
 
@@ -152,6 +154,26 @@ def test_indices_are_exactly_those_of_grid_sample(size, scale):
     coord = torch.stack(picked, dim=-1).unsqueeze(0)
     x, _ = library.gather(feat, coord, None, False, True, "cuda")
     assert torch.equal(x, ops.reference.gather(feat, coord, feat_unfold=False)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_corners_that_a_rounding_moved_apart(dtype):
+    """On maps of tens of thousands of rows a tie can put two latents' distance between neighbouring corners."""
+    height, channels = 40000, 8
+    rows = torch.rand(20000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    rows[:3] = torch.tensor([0.8534741401672363, 0.22477400302886963, -0.02092599868774414])
+    coord = torch.stack([rows, torch.zeros_like(rows)], dim=-1)[:12].unsqueeze(0)
+    index = torch.arange(height).view(1, 1, height, 1)
+    feat = (index * 7 % 1009).to(dtype).expand(1, channels, height, 1).contiguous(memory_format=torch.channels_last)
+    x, _ = library.gather(feat, coord, None, True, True, "cuda")
+    found = [geometry_index(coord[0, :, 0], height, side) for side in (-1, 1)]
+    assert (found[1] - found[0])[:3].tolist() == [2, 2, 2]
+    assert torch.equal(x, ops.reference.gather(feat, coord)[0])
+
+
+def geometry_index(coord, size, side):
+    shifted = (coord + (side * (2 / size / 2) + 1e-6)).clamp(-1 + 1e-6, 1 - 1e-6)
+    return (((shifted + 1) * size - 1) * 0.5).round()
 
 
 @both_orders

@@ -13,6 +13,7 @@
 // operations of torch's CPU code is the law here, and what this file follows.
 #include "../geometry.h"
 #include "common.cuh"
+#include "gather_patch.cuh"
 
 namespace liif_fast {
 namespace {
@@ -282,6 +283,12 @@ const char* launch_gather_forward(const GatherProblem<T>& problem, Dtype dtype, 
   if (task.rows == 0) return nullptr;
   return with_type<T>(dtype, [&](auto element) {
     using E = decltype(element);
+    if constexpr (std::is_same_v<T, float>) {
+      if (fits_patches<E>(problem, strides, feat, x))
+        return launch(gather_forward_patch_kernel<E>, blocks_for(task.queries), stream,
+                      PatchTask{problem, strides, task.queries, task.depth}, static_cast<const E*>(feat),
+                      static_cast<E*>(x), area_weight);
+    }
     return launch(gather_forward_kernel<T, E>, blocks_for(warps_for(task.rows)), stream, task,
                   static_cast<const E*>(feat), static_cast<E*>(x), area_weight);
   });

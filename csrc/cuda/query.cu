@@ -95,16 +95,19 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
 }  // namespace
 
 QueryVariant choose_variant(Operands operands, int width, const char** error) {
-  int device = 0, processors = 0, block_bytes = 0, sm_bytes = 0;
+  int device = 0, processors = 0, block_bytes = 0, sm_bytes = 0, major = 0, minor = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status == cudaSuccess)
     status = cudaDeviceGetAttribute(&block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status == cudaSuccess)
     status = cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   *error = status == cudaSuccess ? nullptr : cudaGetErrorString(status);
   const int bytes = operand_bytes(operands), padded = padded_width(width);
-  const bool small = padded == 256 && block_bytes < kLargeSharedBytes;
+  const bool small =
+      padded == 256 && (has_small_tiles_only(major * 100 + minor * 10) || block_bytes < kLargeSharedBytes);
   QueryVariant variant;
   variant.operands = operands;
   variant.width = padded;

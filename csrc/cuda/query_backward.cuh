@@ -299,9 +299,8 @@ __device__ __forceinline__ void finish_points(const QueryTask& task, const Query
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, blocks_an_sm<T>())
-    query_backward_kernel(const __grid_constant__ QueryTask task, const __grid_constant__ Saved saved,
-                          const __grid_constant__ QueryBackward backward) {
+__device__ __forceinline__ void backward_tiles(const QueryTask& task, const Saved& saved,
+                                               const QueryBackward& backward) {
   LIIF_DYNAMIC_SHARED(shared);
   unsigned char* const act = shared;
   unsigned char* const ring = act + T::kActBytes;
@@ -353,6 +352,13 @@ __global__ void __launch_bounds__(kThreads, blocks_an_sm<T>())
       __syncthreads();  // geometry and row_dots are free for the next tile
     }
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, blocks_an_sm<T>())
+    query_backward_kernel(const __grid_constant__ QueryTask task, const __grid_constant__ Saved saved,
+                          const __grid_constant__ QueryBackward backward) {
+  if constexpr (is_launched<T>()) backward_tiles<T>(task, saved, backward);
 }
 
 }  // namespace liif_fast

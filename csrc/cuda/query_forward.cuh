@@ -99,8 +99,7 @@ __device__ __forceinline__ void write_out(const QueryTask& task, int64_t tile, c
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, blocks_an_sm<T>())
-    query_forward_kernel(const __grid_constant__ QueryTask task, const __grid_constant__ Saved saved) {
+__device__ __forceinline__ void forward_tiles(const QueryTask& task, const Saved& saved) {
   LIIF_DYNAMIC_SHARED(shared);
   unsigned char* const act = shared;
   unsigned char* const ring = act + T::kActBytes;
@@ -178,6 +177,12 @@ __global__ void __launch_bounds__(kThreads, blocks_an_sm<T>())
     if (task.out) write_out<T>(task, tile, partial);
     __syncthreads();  // geometry and act are free for the next tile
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, blocks_an_sm<T>())
+    query_forward_kernel(const __grid_constant__ QueryTask task, const __grid_constant__ Saved saved) {
+  if constexpr (is_launched<T>()) forward_tiles<T>(task, saved);
 }
 
 }  // namespace liif_fast

@@ -63,6 +63,16 @@ constexpr int blocks_an_sm() {
   return T::kWidth == 64 ? 2 : 1;
 }
 
+// Whether the architecture under compilation ever launches a tile: what it does not, it need not hold.
+template <class T>
+__host__ __device__ constexpr bool is_launched() {
+#ifdef __CUDA_ARCH__
+  if (T::kWidth == 256 && __CUDA_ARCH__ != 800)
+    return has_small_tiles_only(__CUDA_ARCH__) == (T::kRows == small_rows(sizeof(typename T::Element)));
+#endif
+  return true;
+}
+
 // Tiles of this block: every gridDim.x-th one.
 __device__ __forceinline__ int64_t tiles_of_block(int64_t tiles) {
   return blockIdx.x < tiles ? (tiles - blockIdx.x + gridDim.x - 1) / gridDim.x : 0;

@@ -65,7 +65,9 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrMaxSharedMemoryPerMultiprocessor
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
 };
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -73,9 +75,9 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const cuda_on_cpu::Device& device = cuda_on_cpu::device;
-  *value = attribute == cudaDevAttrMultiProcessorCount            ? device.processors
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? device.block_shared_bytes
-                                                                  : device.processor_shared_bytes;
+  const int values[] = {device.processors, device.block_shared_bytes, device.processor_shared_bytes, device.major,
+                        device.minor};
+  *value = values[attribute];
   return cudaSuccess;
 }
 

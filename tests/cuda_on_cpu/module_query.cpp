@@ -135,8 +135,8 @@ py::tuple backward(const py::array& grad_out, py::array saved, int64_t saved_fir
 void bind_query(py::module_& m) {
   m.def("query_forward", &forward);
   m.def("query_backward", &backward);
-  m.def("set_device", [](int processors, int block_shared_bytes, int processor_shared_bytes) {
-    cuda_on_cpu::device = {processors, block_shared_bytes, processor_shared_bytes};
+  m.def("set_device", [](int processors, int block_shared_bytes, int processor_shared_bytes, int major, int minor) {
+    cuda_on_cpu::device = {processors, block_shared_bytes, processor_shared_bytes, major, minor};
   });
   m.def("packed_units", [](int operands, int width) {  // (out, in) of every 16-byte unit, in their order
     std::vector<std::pair<int, int>> units;

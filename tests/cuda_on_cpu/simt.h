@@ -44,7 +44,7 @@ inline Schedule schedule;
 
 // What a launch is told about the GPU; small, so that blocks have several tiles each.
 struct Device {
-  int processors = 3, block_shared_bytes = 227 << 10, processor_shared_bytes = 228 << 10;
+  int processors = 3, block_shared_bytes = 227 << 10, processor_shared_bytes = 228 << 10, major = 9, minor = 0;
 };
 inline Device device;
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from liif_fast import memory
 from liif_fast.data import (
     ENERGY_BLOCK,
     ImageFolder,
@@ -341,6 +342,15 @@ def test_registry_builds_by_name_and_leaves_the_spec_alone(folder):
 def test_bad_arguments_get_a_sentence(folder, act, message):
     with pytest.raises(ValueError, match=message):
         act(folder)
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_filled(folder, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 10_000)
+    with pytest.raises(memory.NotEnoughMemory, match=r"89.1 kB of memory, but 10 kB are available: use cache 'bin'"):
+        ImageFolder(folder, cache="in_memory")
+    needed = (70 * 90 + 80 * 64 + 61 * 300) * 3
+    monkeypatch.setattr(memory, "available", lambda: needed)
+    assert sum(image.nbytes for image in ImageFolder(folder, cache="in_memory")._cache) == needed  # bytes, not floats
 
 
 def test_an_empty_folder_and_a_broken_image_are_named(tmp_path):

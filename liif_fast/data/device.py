@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from liif_fast import memory
+from liif_fast.data.folders import decoded
 from liif_fast.data.loader import Numbers, item_rng
 from liif_fast.data.pictures import Item
 from liif_fast.data.resize import resize_squares
@@ -45,10 +46,10 @@ class DeviceImages:
             memory.require(total, f"{len(counts)} images in memory", advice)
         self.pixels = torch.empty(sum(counts), dataset.n_colors, dtype=torch.uint8, device=device)
         self.starts = [0]
-        for index, count in enumerate(counts):
-            start = self.starts[-1]
+        for index, array in enumerate(decoded(dataset.array, range(dataset.image_count))):
+            start, count = self.starts[-1], counts[index]
             self.starts.append(start + count)
-            image = torch.from_numpy(dataset.array(index).copy())
+            image = torch.from_numpy(array.copy())
             if tuple(image.shape[:2]) != self.sizes[index]:
                 raise ValueError(f"{dataset.name(index)!r} has another size than its header says; write the file anew")
             self.pixels[start : start + count] = image.view(count, -1)
@@ -61,7 +62,9 @@ class DeviceLoader:
     """Batches of random crops, made on the device; `loader.make_loader` builds it."""
 
     def __init__(self, dataset: Any, numbers: Numbers, device: torch.device) -> None:
-        """dataset: an SRImplicitDownsampled or SRImplicitPaired with inp_size and sample_q; numbers: of the items.
+        """dataset: an SRImplicitDownsampled or SRImplicitPaired with inp_size; numbers: of the items.
+
+        sample_q may be left out where all crops have one size: pairs of one factor, or one scale.
 
         Raises ValueError for another wrapper, NotEnoughMemory where the images do not fit.
         """
@@ -71,7 +74,7 @@ class DeviceLoader:
                 f"loader 'device' makes the items of sr-implicit-downsampled and sr-implicit-paired, not those of "
                 f"{type(dataset).__name__}; leave `loader` out"
             )
-        if dataset.inp_size is None or dataset.sample_q is None:
+        if dataset.inp_size is None or (dataset.sample_q is None and not (pairs or _has_one_scale(dataset))):
             raise ValueError("loader 'device' stacks crops and samples to batches; give inp_size and sample_q")
         folders = ("dataset_1", "dataset_2") if pairs else ("array",)
         if not all(hasattr(dataset.dataset, name) for name in folders):
@@ -177,16 +180,26 @@ class _Squares:
         return torch.where(flip_rows, last - row, row), torch.where(flip_cols, last - col, col)
 
 
-def _without_replacement(numbers: list[int], seed: int, squares: _Squares, count: int) -> Tensor:
-    """`count` different pixels of every crop: int64 [B, count].
+def _has_one_scale(dataset: SRImplicitDownsampled) -> bool:
+    return dataset.scale_min == dataset.scale_max
+
+
+def _without_replacement(numbers: list[int], seed: int, squares: _Squares, count: int | None) -> Tensor:
+    """`count` different pixels of every crop: int64 [B, count]; None: all of them in order.
 
     Those with the smallest hashes of (seed, item, pixel): the same on every device, whatever the batch around an item.
     """
+    device = squares.side.device
+    if count is None:
+        if squares.shortest != squares.longest:
+            raise ValueError(
+                f"crops of {squares.shortest} and {squares.longest} pixels a side make no batch; give sample_q"
+            )
+        return torch.arange(squares.longest**2, device=device).expand(len(numbers), -1)
     if count > squares.shortest**2:
         raise ValueError(f"sample_q is {count}, but a crop has {squares.shortest**2} pixels; lower it")
     if squares.longest**2 >= 1 << _INDEX_BITS:
         raise ValueError(f"crops of {squares.longest} pixels a side are too large for loader 'device'; leave it out")
-    device = squares.side.device
     seeds = torch.tensor([[_mixed_number(seed, number)] for number in numbers], dtype=torch.int64)
     if device.type == "cuda":
         seeds = seeds.pin_memory()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +17,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from liif_fast.data.pictures import MODES, list_images, read_pixels, to_tensor
+from liif_fast import memory
+from liif_fast.data.pictures import MODES, header_size, list_images, read_pixels, to_tensor
 from liif_fast.data.registry import register
 from liif_fast.files import write_atomically
 
@@ -66,7 +70,9 @@ class ImageFolder(Dataset[torch.Tensor]):
         if cache == "bin":
             self._binaries = _cached_on_disk(Path(root_path), self.paths, n_colors)
         elif cache == "in_memory" or tuple(shrink) != (1,):
-            loaded = [(source, _shrunk(read_pixels(source[0], n_colors), source[1])) for source in self._sources]
+            _require_memory(self._sources, n_colors)
+            images = decoded(lambda source: _shrunk(read_pixels(source[0], n_colors), source[1]), self._sources)
+            loaded = zip(self._sources, images, strict=True)
             kept = [
                 (source, image) for source, image in loaded if source[1] == 1 or min(image.shape[:2]) >= MIN_COPY_SIDE
             ]
@@ -100,8 +106,7 @@ class ImageFolder(Dataset[torch.Tensor]):
         if self._cache is not None or self._binaries is not None:
             height, width = self.array(index).shape[:2]
             return height, width
-        with Image.open(self._sources[index][0]) as image:
-            return image.height, image.width
+        return header_size(self._sources[index][0])
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return to_tensor(self.array(index))
@@ -159,6 +164,23 @@ class PairedImageFolders(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return self.dataset_1[index], self.dataset_2[index]
 
 
+def decoded(make: Callable[[Any], np.ndarray], sources: Sequence[Any]) -> Iterator[np.ndarray]:
+    """make(source) of every source in order, by a few threads (decoders let others run), with a bar on a terminal."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        yield from tqdm(
+            pool.map(make, sources), "images", len(sources), unit="image", leave=False, disable=not sys.stderr.isatty()
+        )
+
+
+def _require_memory(sources: Sequence[tuple[Path, int]], n_colors: int) -> None:
+    total = 0.0
+    for path, factor in sources:
+        height, width = header_size(path)
+        total += height * width * n_colors / factor**2
+    advice = "use cache 'bin', or fewer images (first_k)"
+    memory.require(total, f"Keeping {len(sources)} images of {str(sources[0][0].parent)!r} in memory", advice)
+
+
 def _listed(root: Path, split_file: str | Path, split_key: str | None) -> list[Path]:
     """The paths that a split file lists under a key."""
     try:
@@ -185,19 +207,20 @@ def _cached_on_disk(root: Path, paths: Sequence[Path], n_colors: int) -> list[Pa
     folder = root.resolve().parent / f"_bin_{root.resolve().name}"
     try:
         folder.mkdir(exist_ok=True)
-        copies = []
-        for path in tqdm(paths, desc=f"decode to {folder.name}", unit="image", disable=not sys.stderr.isatty()):
-            copy = folder / f"{path.name}.{n_colors}.npy"  # with its suffix: a.png and a.jpg are two images
-            if not copy.exists() or copy.stat().st_mtime < path.stat().st_mtime:
-                data = io.BytesIO()
-                np.save(data, read_pixels(path, n_colors))
-                write_atomically(copy, data.getvalue())
-            copies.append(copy)
+        # With the image's suffix: a.png and a.jpg are two images.
+        copies = {path: folder / f"{path.name}.{n_colors}.npy" for path in paths}
+        missing = [
+            path for path, copy in copies.items() if not copy.exists() or copy.stat().st_mtime < path.stat().st_mtime
+        ]
+        for path, pixels in zip(missing, decoded(lambda path: read_pixels(path, n_colors), missing), strict=True):
+            data = io.BytesIO()
+            np.save(data, pixels)
+            write_atomically(copies[path], data.getvalue())
     except OSError as error:
         raise ValueError(
             f"cache 'bin' cannot be kept in {str(folder)!r} ({error.strerror}); use cache 'in_memory' or 'none'"
         ) from error
-    return copies
+    return list(copies.values())
 
 
 def _shrunk(image: np.ndarray, factor: int) -> np.ndarray:

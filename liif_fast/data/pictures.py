@@ -48,6 +48,15 @@ def read_pixels(path: str | Path, n_colors: int = 3) -> np.ndarray:
         raise ValueError(f"{str(path)!r} cannot be read as an image ({error}); remove it or replace it") from error
 
 
+def header_size(path: str | Path) -> tuple[int, int]:
+    """(H, W) that an image file announces; raises ValueError, naming the file, when it is not an image."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as an image ({error}); remove it or replace it") from error
+
+
 def read_rgb(path: str | Path) -> np.ndarray:
     """Decode an image file as uint8 RGB [H, W, 3]; raises ValueError, naming the file, when it is not an image."""
     return read_pixels(path, 3)

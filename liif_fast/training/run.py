@@ -89,13 +89,14 @@ class _Run:
         self.train_loader, self.val_loader = self._loaders(source)
         self.epoch, self.best, self.seconds = 0, -math.inf, 0.0
         self.history: list[Mapping[str, float]] = []
-        found = states.load_state(start) if start is not None else None
-        if found is not None:
-            states.check_same(found, self.model.spec, section, start)  # type: ignore[arg-type]
+        found: RunState | None = None
+        if start is not None:
+            found = states.load_state(start)
+            states.check_same(found, self.model.spec, section, start)
             self.model.load_state_dict(found.model["sd"])
         # Formats and copies of the weights are made from the weights with which the run goes on.
         try:
-            self.stepper = Stepper(self.model, self.optimizer, options, self.model.data_norm, ddp=ddp)  # type: ignore
+            self.stepper = Stepper(self.model, self.optimizer, options, self.model.data_norm, ddp=ddp)
         except ValueError as error:
             raise ConfigError(f"{source}: {error}") from None
         if found is not None:
@@ -158,7 +159,7 @@ class _Run:
         config, last = self.config, self.config["epoch_max"]
         parameters = sum(each.numel() for each in self.model.parameters())
         if not self.epoch:
-            self.line(f"model: {self.model.spec['name']}, {parameters:,} parameters, on {self.device}")  # type: ignore
+            self.line(f"model: {self.model.spec['name']}, {parameters:,} parameters, on {self.device}")
         while self.epoch < last:
             begin = time.monotonic()
             epoch = self.epoch + 1
@@ -238,7 +239,7 @@ class _Run:
         average = self.stepper.average
         state = RunState(
             epoch=self.epoch,
-            model=states.with_weights(self.model.spec, self.model),  # type: ignore[arg-type]
+            model=states.with_weights(self.model.spec, self.model),
             optimizer=states.with_weights(self.config["optimizer"], self.optimizer),
             scaler=self.stepper.scaler.state_dict(),
             average=average.model.state_dict() if average is not None else None,
@@ -299,7 +300,7 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _build_model(config: Config, source: str) -> nn.Module:
+def _build_model(config: Config, source: str) -> Any:
     """The configuration's model, with its normalisation, backend and, for `init`, weights."""
     try:
         model: Any = make_model(config["model"])

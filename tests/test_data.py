@@ -346,7 +346,7 @@ def test_bad_arguments_get_a_sentence(folder, act, message):
 
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_filled(folder, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 10_000)
-    with pytest.raises(memory.NotEnoughMemory, match=r"89.1 kB of memory, but 10 kB are available: use cache 'bin'"):
+    with pytest.raises(memory.NotEnoughMemory, match=r"89.2 kB of memory, but 10 kB are available: use cache 'bin'"):
         ImageFolder(folder, cache="in_memory")
     needed = (70 * 90 + 80 * 64 + 61 * 300) * 3
     monkeypatch.setattr(memory, "available", lambda: needed)

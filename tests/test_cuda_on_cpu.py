@@ -318,7 +318,9 @@ def test_cuda_comes_first_where_it_runs(gpu):
     for dtype in DTYPES:
         assert backends.choose(backends.Problem("gather", "cuda", dtype)) == "cuda"
         assert backends.choose(backends.Problem("ensemble", "cuda", dtype)) == "cuda"
-    assert backends.choose(backends.Problem("query", "cuda", torch.float32)) == "reference"
+        assert backends.choose(backends.Problem("metasr_query", "cuda", dtype)) == "cuda"
+    for dtype in DTYPES[1:]:
+        assert backends.choose_fused(backends.Problem("query", "cuda", dtype, (64, 256, 3))) == ("cuda", True)
     assert backends.choose(backends.Problem("gather", "cpu", torch.float32)) == "cpu"
     assert ("cuda", True, "") in backends.report()
 
@@ -340,7 +342,6 @@ def test_the_choice_is_made_while_tracing(monkeypatch):
 
 REFUSALS = {
     "tensors": ("gather", "cpu", torch.float32, "takes CUDA tensors, these are on 'cpu': move them"),
-    "op": ("render", "cuda", torch.float32, "has no render yet, only gather and ensemble: choose another backend"),
     "dtype": ("gather", "cuda", torch.int32, "takes float64, float32, bfloat16 or float16 features, not torch.int32"),
 }
 

@@ -344,6 +344,20 @@ def test_nan_and_far_coordinates(kind, ensemble):
     assert norm_error(out[0, 9], exact[0, 9]) <= 0.02
 
 
+def test_a_map_that_is_a_view_at_an_odd_address():
+    leaves, _ = make_problem(CASES["plain"], (True, True, True))
+    feat, coord, cell, *layers = leaves
+    latent_map = ops.fold(feat, layers[0])
+    memory = torch.empty(latent_map.numel() + 1)
+    view = memory[1:].view(latent_map.shape).copy_(latent_map)
+    assert view.data_ptr() % 16
+    results = [
+        ops.query(feat, coord, cell, layers[:3], layers[3:], latent_map=each, backend="cuda")
+        for each in (latent_map, view)
+    ]
+    assert torch.equal(*results)
+
+
 def test_nan_features_stay_nan():
     leaves, keywords = make_problem(CASES["plain"], (True, True, True))
     leaves[0][1, 2, 3, 3] = float("nan")

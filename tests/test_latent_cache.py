@@ -89,7 +89,7 @@ def test_chunks_of_queries_fold_once(make: Any, mode: Any, spy: Spy) -> None:
 
 def test_the_reference_keeps_no_map(monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy(monkeypatch)
-    monkeypatch.setattr(models, "choose", backends.choose)
+    monkeypatch.setattr(models, "choose_fused", backends.choose_fused)
     model = liif()
     model.backend = "reference"
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """The `cuda` backend: hands tensors to the CUDA kernels in the layout and dtype these take.
 
-So far it has `gather`, `ensemble` and `metasr_query`, one function for each of their ops in `library.py`; `backends.can_run_cuda`
-refuses the others. Features and predictions stay in their own dtype, geometry and sums are float64 or float32.
+One function for each op in `library.py`; `backends.can_run_cuda` refuses what they cannot run. Features, predictions
+and MetaSR's latent maps stay in their own dtype, geometry and sums are float64 or float32.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ def gather(
     feat: Tensor, coord: Tensor, cell: Tensor | None, feat_unfold: bool, local_ensemble: bool
 ) -> tuple[Tensor, Tensor]:
     cell = None if cell is None else cell.contiguous()
+    if feat_unfold and local_ensemble and 4 * coord.shape[1] >= feat.shape[2] * feat.shape[3]:
+        # The fast kernel reads channels-last maps. x has nine times as many values as the map, or more: it pays.
+        feat = feat.contiguous(memory_format=torch.channels_last)
     x, area_weight = _C.gather(feat, coord.contiguous(), cell, feat_unfold, local_ensemble)  # any strides of feat
     return x, area_weight
 

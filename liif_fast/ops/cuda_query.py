@@ -21,7 +21,8 @@ _C = torch.ops.liif_fast_C
 
 _ROW_PADDING = 128  # kRowPadding
 _CHUNK_ROWS = 1536 * _ROW_PADDING  # rows of a backward's step: bounds its workspace, 100 MB a layer of 256 in 16 bits
-_ALIGNMENT = 256
+_ALIGNMENT = 256  # of the arrays in what a forward keeps
+_ALIGNED = 16
 
 
 def _padded_rows(rows: int) -> int:
@@ -74,11 +75,12 @@ def _problem(
     local_ensemble: bool,
     operands: torch.dtype,
 ) -> _Problem:
-    if latent_map.dtype != operands:
-        latent_map = latent_map.float()
+    latent_map = (latent_map if latent_map.dtype == operands else latent_map.float()).contiguous()
+    if latent_map.data_ptr() % _ALIGNED:  # a view into something larger: kernels read 16 bytes at a time
+        latent_map = latent_map.clone()
     float_products = 2 if library.allows_tf32() else 3
     return _Problem(
-        latent_map.contiguous(),
+        latent_map,
         None if coord is None else coord.contiguous(),
         None if cell is None else cell.contiguous(),
         _floats(weight_geometry),
@@ -153,9 +155,10 @@ def _backward(
         lines += sums.sum(0)
         kept_layers = kept[: hidden * kept_rows * width * operands.itemsize].view(operands)
         rows = kept_layers.view(hidden, kept_rows, width)[:, first - kept_first : first - kept_first + count]
-        for layer in range(hidden):
-            product = _product(grad_rows[layer], rows[layer])
-            grad_weights[layer] += product[: widths[layer + 1], : widths[layer]]
+        with torch.autocast(latent_map.device.type, enabled=False):
+            for layer in range(hidden):
+                product = _product(grad_rows[layer], rows[layer])
+                grad_weights[layer] += product[: widths[layer + 1], : widths[layer]]
         if in_order:
             grad_latent_map.view(-1, widths[0]).index_add_(0, latent_places, latent_rows[:, : widths[0]])
 

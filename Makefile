@@ -30,8 +30,10 @@ lint: $(VENV)/.lint ## ruff, clang-format and mypy; changes nothing
 	$(CXX_FILES) | tr '\n' '\0' | xargs -0 -r $(CLANG_FORMAT) --dry-run -Werror
 	$(PY) -m mypy
 
-bench: build ## time the ops against the original formulation
-	$(PY) -m bench.run
+bench: build $(VENV)/.bench ## time the ops against the original formulation, save, fill the README: 15 minutes
+	$(PY) -m pytest bench/test_benchmarks.py -q --save --budget 780 --benchmark-group-by=group \
+	--benchmark-columns=median,iqr,rounds --benchmark-sort=mean $(PYTEST_ARGS); \
+	status=$$?; $(PY) -m bench.report && exit $$status
 
 gpu: build ## check and time every backend on this machine's GPU, in 8 minutes; the report goes to build/gpu
 	$(PY) -m bench.gpu --out build/gpu
@@ -57,6 +59,11 @@ clean: ## remove what was built; the environment in .venv stays
 
 $(VENV)/.installed: pyproject.toml setup.py .ci/environment.py
 	$(PYTHON) .ci/environment.py $(VENV)
+	@touch $@
+
+# pytest-benchmark and what draws the plots.
+$(VENV)/.bench: pyproject.toml | $(VENV)/.installed
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[bench]'
 	@touch $@
 
 # The linters' versions are pinned in pyproject.toml, under the extra `lint`.

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../gather.h"
+#include "../query.h"
 
 namespace liif_fast {
 
@@ -41,5 +42,25 @@ template <class T>
 const char* launch_ensemble_backward(Dtype dtype, const T* grad_out, const void* pred, const T* area_weight,
                                      int64_t rows, int64_t corners, int64_t outs, T* grad_pred, T* grad_area_weight,
                                      void* stream);
+
+// MetaSR's folded decode. latent_map: of `dtype`, in the place of problem.latent_map; results in T.
+template <class T>
+const char* launch_metasr_forward(const MetasrProblem<T>& problem, Dtype dtype, const void* latent_map, void* stream);
+
+// The latent of every query of the batch, counted through all maps: latents [batch * queries].
+template <class T>
+const char* launch_metasr_latents(const MetasrProblem<T>& problem, int64_t* latents, void* stream);
+
+// Numbers of T that the backward needs beside its results.
+template <class T>
+int64_t metasr_workspace(const MetasrProblem<T>& problem);
+
+// All gradients of the decode. Without `order`, grads.latent_map must be zeroed and is added to in the hardware's
+// order. With it, in the order given: the queries sorted by latent, those of latent i at starts[i] to starts[i + 1];
+// then grads.latent_map is written.
+template <class T>
+const char* launch_metasr_backward(const MetasrProblem<T>& problem, Dtype dtype, const void* latent_map,
+                                   const MetasrGrads<T>& grads, const int64_t* order, const int64_t* starts,
+                                   T* workspace, void* stream);
 
 }  // namespace liif_fast

@@ -28,7 +28,6 @@ class Problem(NamedTuple):
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_CUDA_OPS = ("gather", "ensemble", "query", "render")
 _FUSED_WIDTH, _FUSED_WIDTH_STEP, _FUSED_OUTS = 256, 16, 16  # csrc/cuda/query_launch.h
 _FUSED_LAYERS = 64  # kMaxLayers of csrc/query.h
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU, slowly
@@ -98,8 +97,6 @@ def can_run_cuda(problem: Problem, raise_error: bool = False) -> bool:
         reason = (
             f"backend 'cuda' takes CUDA tensors, these are on '{problem.device}': move them or choose another backend"
         )
-    elif problem.op not in _CUDA_OPS:
-        reason = f"backend 'cuda' has no {problem.op} yet, only {' and '.join(_CUDA_OPS)}: choose another backend"
     elif not extension.is_available():
         reason = f"backend 'cuda' needs the compiled extension: {extension.reason()}"
     elif not _BUILT_WITH_CUDA:

@@ -101,5 +101,6 @@ void bind_gather(py::module_& m) {
 PYBIND11_MODULE(cuda_on_cpu_kernels, m) {
   liif_fast::bind_gather(m);
   liif_fast::bind_query(m);
+  liif_fast::bind_metasr(m);
   m.def("set_schedule", [](unsigned most_blocks, bool backwards) { cuda_on_cpu::schedule = {most_blocks, backwards}; });
 }

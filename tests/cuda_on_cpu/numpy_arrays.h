@@ -57,5 +57,6 @@ T* write(py::array& array) {
 // One for each family of kernels: module_<family>.cpp, and module.cpp for gather and ensemble.
 void bind_gather(py::module_& m);
 void bind_query(py::module_& m);
+void bind_metasr(py::module_& m);
 
 }  // namespace liif_fast

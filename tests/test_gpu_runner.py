@@ -44,7 +44,7 @@ def setting(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "modules")
     (tmp_path / "scratch").mkdir()
     (tmp_path / "out").mkdir()
-    return runner.Setting("cpu", tmp_path / "scratch", tmp_path / "out", small=True, check_limit=20.0)
+    return runner.Setting("cpu", tmp_path / "scratch", tmp_path / "out", small=True, check_limit=2.0)
 
 
 def run(phases, setting, budget=120.0):
@@ -62,7 +62,6 @@ WRITE = "import json, sys, time, os; write = lambda **r: open(sys.argv[1], 'w').
 
 
 def test_a_check_that_dies_hangs_or_breaks_the_device_costs_only_itself(setting):
-    # The limit of one check has to outlast the start of a process, torch and all.
     step = Step("bad", CHECKS, module="bad_checks", backend="cpu")
     records, _ = run([Phase("checks", 100, (step,))], setting, budget=300.0)
     found = {outcome["name"]: outcome for outcome in records["bad"]["checks"]}
@@ -181,7 +180,7 @@ def test_the_command_line(capsys, tmp_path):
         assert message in capsys.readouterr().err
 
 
-def test_one_step_from_the_command_line_to_the_results_folder(tmp_path, capsys):
+def test_one_step_from_the_command_line_to_the_results_folder(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     status = command.main(["--out", str(out), "--device", "cpu", "--only", "indices-cpu", "--budget", "300"])
     printed = capsys.readouterr().out
@@ -193,7 +192,8 @@ def test_one_step_from_the_command_line_to_the_results_folder(tmp_path, capsys):
     assert "2 of 2 steps without failures" in printed
 
     # As from a machine without git, with a file of timings.
-    found["steps"]["facts"]["commit"] = "unknown"
+    found["steps"]["facts"].update(commit="unknown", sources="these")
+    monkeypatch.setattr(facts, "digest", lambda folder: "these")
     (out / report.JSON).write_text(json.dumps(found))
     (out / "some-gpu").mkdir()
     (out / "some-gpu" / "2026-01-02-gpu.json").write_text(json.dumps({"workloads": {}, "commit": "unknown"}))
@@ -202,16 +202,20 @@ def test_one_step_from_the_command_line_to_the_results_folder(tmp_path, capsys):
     assert kept["steps"]["facts"]["commit"] != "unknown"  # the sources are these
     assert json.loads(filed[-1].read_text())["commit"] == kept["steps"]["facts"]["commit"]
     assert filed[1].read_text().startswith("# Checks on ")
-    with pytest.raises(ValueError, match=r"holds no finished report of bench\.gpu"):
+    with pytest.raises(ValueError, match=r"holds no report of bench\.gpu"):
         report.collect(tmp_path / "empty")
+    with pytest.raises(SystemExit, match=r"^error: .* holds no report"):
+        command.main(["--collect", str(tmp_path / "empty")])
 
 
 def test_collect_leaves_the_commit_unknown_for_other_sources(tmp_path):
-    record = {"status": PASSED, "commit": "unknown", "sources": "0" * 16, "folder": "some-gpu", "date": "2026-01-02"}
+    record = {"status": PASSED, "commit": "unknown", "sources": "0" * 16, "folder": "some-gpu"}
     report.write({"facts": record}, tmp_path, command="", seconds=1)
     filed = report.collect(tmp_path, tmp_path / "results")
-    assert filed[0] == tmp_path / "results" / "some-gpu" / "2026-01-02-checks.json"
+    assert filed[0].parent == tmp_path / "results" / "some-gpu" and filed[0].name.endswith("-checks.json")
     assert json.loads(filed[0].read_text())["steps"]["facts"]["commit"] == "unknown"
+    report.write({}, tmp_path, command="", seconds=1)  # cut off before the facts
+    assert report.collect(tmp_path, tmp_path / "results")[0].parent.name == "unknown-device"
 
 
 def test_digest_changes_with_any_source(tmp_path):

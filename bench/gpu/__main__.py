@@ -56,8 +56,11 @@ def _phases(args: argparse.Namespace) -> list[steps.Phase]:
 def main(arguments: list[str] | None = None) -> int:
     args = _arguments(arguments)
     if args.collect:
-        for path in report.collect(args.collect):
-            print(path)
+        try:
+            filed = report.collect(args.collect)
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+        print(*filed, sep="\n")
         return 0
     phases = _phases(args)
     if args.list:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ _LONGEST = 160  # characters of a note in a table
 
 def write(records: dict[str, dict[str, Any]], out: Path, *, command: str, seconds: float) -> dict[str, Any]:
     """Write both files into `out` and return the report."""
-    found = {"schema": SCHEMA, "command": command, "seconds": round(seconds, 1), "steps": records}
+    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    found = {"schema": SCHEMA, "date": date, "command": command, "seconds": round(seconds, 1), "steps": records}
     write_atomically(out / JSON, (json.dumps(found, indent=1) + "\n").encode())
     write_atomically(out / MARKDOWN, markdown(found).encode())
     return found
@@ -171,14 +173,12 @@ def collect(folder: Path, target: Path = results.FOLDER) -> list[Path]:
     """
     try:
         report = json.loads((folder / JSON).read_text())
-        found = report["steps"]["facts"]
-        place, date = target / found["folder"], found["date"][:10]
+        found, date = report["steps"].get("facts", {}), report["date"][:10]
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{folder} holds no finished report of bench.gpu ({error}): run it with --out first"
-        ) from error
-    if found["commit"] == "unknown" and found["sources"] == facts.digest(root()):
+        raise ValueError(f"{folder} holds no report of bench.gpu ({error}): run that first") from error
+    if found.get("commit") == "unknown" and found.get("sources") == facts.digest(root()):
         found["commit"] = machine.commit()
+    place = target / found.get("folder", "unknown-device")
     place.mkdir(parents=True, exist_ok=True)
     filed = [place / f"{date}-checks.json", place / f"{date}-checks.md"]
     write_atomically(filed[0], (json.dumps(report, indent=1) + "\n").encode())
@@ -186,7 +186,7 @@ def collect(folder: Path, target: Path = results.FOLDER) -> list[Path]:
     for path in sorted(folder.glob("*/*.json")):
         kept = json.loads(path.read_text())
         if kept.get("commit") == "unknown":
-            kept["commit"] = found["commit"]
+            kept["commit"] = found.get("commit", "unknown")
         filed.append(target / path.parent.name / path.name)
         filed[-1].parent.mkdir(parents=True, exist_ok=True)
         write_atomically(filed[-1], (json.dumps(kept, indent=1) + "\n").encode())

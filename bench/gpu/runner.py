@@ -19,6 +19,7 @@ from bench.gpu.check import CRASHED, FAILED, PASSED, SKIPPED, Outcome
 from bench.gpu.steps import CHECKS, Phase, Step, root
 
 CHECK_LIMIT_S = 75.0  # one check; the first of a process loads and compiles
+START_LIMIT_S = 90.0  # from a process's start to its first check: imports, beside many others
 _POLL_S = 0.1
 _TAIL = 3000  # characters of a step's output that go into the report
 
@@ -156,7 +157,8 @@ def _watch(argv: Sequence[str], log: Path, results: Path, until: float, check_li
     """Run a worker; its exit status, or what stopped it where a check hangs or time is up."""
     with log.open("ab") as file:
         process = _start(argv, file, threads=2)  # there are many of them at a time
-        size, since = -1, time.monotonic()
+        written = size = results.stat().st_size if results.exists() else 0
+        since = time.monotonic()
         while True:
             try:
                 return process.wait(timeout=_POLL_S)
@@ -165,12 +167,13 @@ def _watch(argv: Sequence[str], log: Path, results: Path, until: float, check_li
             now = results.stat().st_size if results.exists() else 0
             if now != size:
                 size, since = now, time.monotonic()
+            limit = START_LIMIT_S if size == written else check_limit
             if time.time() >= until:
                 end(process)
                 return "the step's time limit"
-            if time.monotonic() - since > check_limit:
+            if time.monotonic() - since > limit:
                 end(process)
-                return f"the time limit of one check, {check_limit:.0f} s"
+                return f"the time limit of one check, {limit:.0f} s"
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

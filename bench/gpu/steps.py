@@ -57,7 +57,7 @@ def phases(device: str, backends: tuple[str, ...] = ("cuda", "triton")) -> tuple
             step = f"{name}-{backend}"
             chain.append(Step(step, CHECKS, f"bench.gpu.{name}", backend, shards.get(step, 1)))
     look = Step("facts", COMMAND, argv=_program("bench.gpu.facts", *_DEVICE, *_REPORT))
-    facts = Phase("facts", 20, (look,), required=True)
+    facts = Phase("facts", 60, (look,), required=True)  # the first import of torch from a cold disk
     if not device.startswith("cuda"):
         return (facts, Phase("checks", BUDGET, tuple(chain)))
     sanitizers = [
@@ -72,9 +72,9 @@ def phases(device: str, backends: tuple[str, ...] = ("cuda", "triton")) -> tuple
     return (
         facts,
         Phase("checks", 130, (*chain, Step("hopper-build", COMMAND, argv=_hopper("build")))),
-        Phase("benchmarks", 180, (Step("bench", COMMAND, argv=timings),)),
+        Phase("benchmarks", 165, (Step("bench", COMMAND, argv=timings),)),
         Phase("hopper", 30, (Step("hopper", COMMAND, argv=_hopper("run"), needs="hopper-build"),)),
-        Phase("sanitizers", 110, tuple(sanitizers)),
+        Phase("sanitizers", 85, tuple(sanitizers)),
     )
 
 

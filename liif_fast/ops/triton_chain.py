@@ -1,10 +1,11 @@
 """The fused decode in Triton: gather, every layer and the ensemble in one kernel, and the way back through the layers.
 
-A tile of rows (32 queries x 4 corners) stays in registers from the first layer to the last. Activations are NB blocks of
-BLOCK columns; every step of the loop makes one block of the next layer, so that a step's weights, [BLOCK, NB * BLOCK],
-are all that is in shared memory, and Triton's pipeline fetches the next ones meanwhile. What travels from step to step
-does so as integers: a product whose left operand is the loop's own argument would go through shared memory, a bitcast
-keeps it in registers.
+A tile of rows (32 queries x 4 corners) stays in registers from the first layer to the last. Activations are NB blocks
+of BLOCK columns; every step of the loop makes one block of the next layer, so that a step's weights,
+[BLOCK, NB * BLOCK], are all that is in shared memory, and Triton's pipeline fetches the next ones meanwhile. The launch
+says how many stages ahead: a loop that says so itself would put biases and masks into the pipeline too, which need the
+room of a block. What travels from step to step does so as integers: a product whose left operand is the loop's own
+argument would go through shared memory, a bitcast keeps it in registers.
 
 The last layer and its gradient are products of 16 columns: twice the same eight outputs (or less), once with the
 operand rounded and once with what rounding left over, so that both are as good as in float32.
@@ -51,21 +52,25 @@ def advance(blocks, made, block, slot, NB: tl.constexpr):
 
 
 @triton.jit
-def store_mask(place, row, valid, positive, slot, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Keeps which columns of a block are positive: bit j of word i is column 8j + i. [rows, NB, 8] words."""
+def store_mask(place, row, valid, carried, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Keeps which columns of a block are positive: bit j of word i is column 8j + i. [rows, NB, 8] words.
+
+    carried: activations after ReLU, as the integers that travel: those are positive where the activations are, or NaN.
+    """
     bit = tl.arange(0, BLOCK // 8)
-    bits = tl.reshape(positive.to(tl.int32), [ROWS, BLOCK // 8, 8]) << bit[None, :, None]
-    word = (row * NB + slot)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    positive = tl.reshape(carried > 0, [ROWS, BLOCK // 8, 8])
+    bits = tl.where(positive, (1 << bit)[None, :, None], 0)
+    word = (row * (NB * 8))[:, None] + tl.arange(0, 8)[None, :]
     tl.store(place + word, tl.sum(bits, axis=1).to(tl.int16), mask=valid[:, None])
 
 
 @triton.jit
-def load_mask(place, row, valid, slot, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """What store_mask kept, as [ROWS, BLOCK] of 0 and 1."""
-    word = (row * NB + slot)[:, None] * 8 + tl.arange(0, 8)[None, :]
+def load_mask(place, row, valid, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """What store_mask kept, [ROWS, BLOCK]."""
+    word = (row * (NB * 8))[:, None] + tl.arange(0, 8)[None, :]
     words = tl.load(place + word, mask=valid[:, None], other=0).to(tl.int32)
     bit = tl.arange(0, BLOCK // 8)
-    return tl.reshape((words[:, None, :] >> bit[None, :, None]) & 1, [ROWS, BLOCK])
+    return tl.reshape((words[:, None, :] & (1 << bit)[None, :, None]) != 0, [ROWS, BLOCK])
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -74,7 +79,7 @@ def chain_forward_kernel(
     places, rows, cols, image_rows, image_cols, layers,
     WIDTH: tl.constexpr, NUMBER: tl.constexpr, TERMS: tl.constexpr, GRID: tl.constexpr, ENSEMBLE: tl.constexpr,
     SAVE: tl.constexpr, COORD: tl.constexpr, OP: tl.constexpr, CARRY: tl.constexpr,
-    NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Decodes a tile of queries to NUMBER outputs.
 
@@ -90,30 +95,32 @@ def chain_forward_kernel(
     valid, flat, batch, row, latent, weight, rel = find_rows(
         tile, coord, cell, places, rows, cols, image_rows, image_cols, TERMS, GRID, ENSEMBLE, T, ROWS
     )
-    number = places.count.to(tl.int64) * CORNERS
+    number = places.total.to(tl.int64) * CORNERS
     latent = tl.where(valid, latent, 0)
     inner = tl.arange(0, BLOCK)
+    block_of_row = row[:, None] * P + inner[None, :]
     blocks = ()
     for k in tl.static_range(NB):
         value = relu(first_layer(latent_map, latent, rel, first, k * BLOCK + inner, WIDTH, P, TERMS, T)).to(OP)
+        carried = value.to(CARRY, bitcast=True)
         if SAVE:
-            store_mask(masks, row, valid, value.to(T) > 0.0, k, NB, BLOCK, ROWS)
-            place = acts + row[:, None] * P + (k * BLOCK + inner)[None, :]
-            tl.store(place, value, mask=valid[:, None] & (layers > 0))
-        blocks = blocks + (value.to(CARRY, bitcast=True),)
+            store_mask(masks + k * 8, row, valid, carried, NB, BLOCK, ROWS)
+            tl.store(acts + k * BLOCK + block_of_row, value, mask=valid[:, None] & (layers > 0))
+        blocks = blocks + (carried,)
     made = blocks[1:]
     offsets = inner[None, :] * P + inner[:, None]
-    for step in tl.range(0, layers * NB, num_stages=STAGES):
+    for step in range(layers * NB):
         slot = step % NB
         total = tl.broadcast_to(tl.load(biases + step * BLOCK + inner)[None, :], [ROWS, BLOCK])
         total = multiply(blocks, weights + step * (BLOCK * P), offsets, total, BLOCK, NB, OP)
         value = relu(total).to(OP)
+        carried = value.to(CARRY, bitcast=True)
         if SAVE:
-            at = (step // NB + 1) * number + row
-            store_mask(masks, at, valid, value.to(T) > 0.0, slot, NB, BLOCK, ROWS)
-            place = acts + at[:, None] * P + (slot * BLOCK + inner)[None, :]
+            before = (step // NB + 1) * number  # rows of the layers before
+            store_mask(masks + (before * NB + slot) * 8, row, valid, carried, NB, BLOCK, ROWS)
+            place = acts + (before * P + slot * BLOCK) + block_of_row
             tl.store(place, value, mask=valid[:, None] & (step < (layers - 1) * NB))
-        blocks, made = advance(blocks, made, value.to(CARRY, bitcast=True), slot, NB)
+        blocks, made = advance(blocks, made, carried, slot, NB)
 
     pair = tl.arange(0, 2 * OUTS)
     output = tl.arange(0, OUTS)
@@ -140,7 +147,7 @@ def chain_backward_kernel(
     grad_out, coord, weights, last, masks, preds, grads, partial, grad_area_weight,
     places, rows, cols, image_rows, image_cols, layers,
     NUMBER: tl.constexpr, GRID: tl.constexpr, ENSEMBLE: tl.constexpr, COORD: tl.constexpr, OP: tl.constexpr,
-    CARRY: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    CARRY: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of the output, [queries, NUMBER], to those of every layer before its ReLU, grads
     [layers + 1, rows, P] in OP.
@@ -155,7 +162,7 @@ def chain_backward_kernel(
     valid, flat, batch, row, latent, weight, rel = find_rows(
         tile, coord, coord, places, rows, cols, image_rows, image_cols, 2, GRID, ENSEMBLE, T, ROWS
     )
-    number = places.count.to(tl.int64) * CORNERS
+    number = places.total.to(tl.int64) * CORNERS
     inner = tl.arange(0, BLOCK)
     pair = tl.arange(0, 2 * OUTS)
     inside = valid[:, None] & (pair % OUTS < NUMBER)[None, :]
@@ -168,27 +175,29 @@ def chain_backward_kernel(
     rest = (grad - rounded.to(T)).to(OP)
     grad = tl.where((pair < OUTS)[None, :], rounded.to(T), rest.to(T)).to(OP)
     sums = partial + tile * layers * P
+    block_of_row = row[:, None] * P + inner[None, :]
     blocks = ()
     for k in tl.static_range(NB):
         column = k * BLOCK + inner
         value = tl.dot(grad, tl.load(last + pair[:, None] * P + column[None, :]))
-        at = layers * number + row
-        value = value * load_mask(masks, at, valid, k, NB, BLOCK, ROWS).to(T)
+        before = layers * number  # rows of the layers before
+        value = tl.where(load_mask(masks + (before * NB + k) * 8, row, valid, NB, BLOCK, ROWS), value, 0.0)
         tl.store(sums + (layers - 1) * P + column, tl.sum(value, axis=0), mask=(column >= 0) & (layers > 0))
         value = value.to(OP)
-        tl.store(grads + at[:, None] * P + column[None, :], value, mask=valid[:, None])
+        tl.store(grads + (before * P + k * BLOCK) + block_of_row, value, mask=valid[:, None])
         blocks = blocks + (value.to(CARRY, bitcast=True),)
     made = blocks[1:]
     offsets = inner[:, None] * P + inner[None, :]
-    for step in tl.range(0, layers * NB, num_stages=STAGES):
+    for step in range(layers * NB):
         slot = step % NB
         layer = layers - 1 - step // NB
         column = slot * BLOCK + inner
+        before = layer * number
+        keep = load_mask(masks + (before * NB + slot) * 8, row, valid, NB, BLOCK, ROWS)
         total = tl.zeros([ROWS, BLOCK], T)
         total = multiply(blocks, weights + (layer * (P * P) + slot * BLOCK), offsets, total, BLOCK * P, NB, OP)
-        at = layer * number + row
-        total = total * load_mask(masks, at, valid, slot, NB, BLOCK, ROWS).to(T)
+        total = tl.where(keep, total, 0.0)
         tl.store(sums + (layer - 1) * P + column, tl.sum(total, axis=0), mask=(column >= 0) & (layer > 0))
         value = total.to(OP)
-        tl.store(grads + at[:, None] * P + column[None, :], value, mask=valid[:, None])
+        tl.store(grads + (before * P + slot * BLOCK) + block_of_row, value, mask=valid[:, None])
         blocks, made = advance(blocks, made, value.to(CARRY, bitcast=True), slot, NB)

@@ -39,11 +39,11 @@ class Decode:
 
     @property
     def queries(self) -> int:
-        return self.places.count
+        return self.places.total
 
     @property
     def rows(self) -> int:
-        return self.places.count * self.corners
+        return self.places.total * self.corners
 
     @property
     def terms(self) -> int:
@@ -80,14 +80,14 @@ class Decode:
         elif self.coord is not None:
             for first in range(0, self.queries, limit):
                 count = min(limit, self.queries - first)
-                yield dataclasses.replace(self, places=self.places._replace(first=first, count=count))
+                yield dataclasses.replace(self, places=self.places._replace(first=first, total=count))
         else:
             height, width = self.places.height, self.places.width
             band = min(max(limit // width, 1), height)
             for entry in range(self.latent_map.shape[0]):
                 for top in range(0, height, band):
                     tall = min(band, height - top)
-                    places = self.places._replace(count=tall * width, top=self.places.top + top, height=tall)
+                    places = self.places._replace(total=tall * width, top=self.places.top + top, height=tall)
                     latents = self.latent_map[entry : entry + 1]
                     yield dataclasses.replace(self, latent_map=latents, places=places, begin=(entry, top))
 

@@ -84,7 +84,8 @@ def find_tile(
 @triton.jit(do_not_specialize=_SIZES)
 def gather_forward_kernel(
     feat, coord, cell, x, area_weight, count, queries, feat_strides, rows, cols, features, depth,
-    HAS_CELL: tl.constexpr, UNFOLD: tl.constexpr, ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
+    HAS_CELL: tl.constexpr, UNFOLD: tl.constexpr, ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):  # fmt: skip
     """A tile of x; the first tile of a row writes its geometry too."""
     index, feature, valid, query, rel_row, rel_col, weight, offset, stored, inside = find_tile(

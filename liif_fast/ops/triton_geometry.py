@@ -27,7 +27,7 @@ class Axis(NamedTuple):
 
     size: int  # pixels of the whole map
     begin: int  # the first pixel in memory
-    count: int  # pixels in memory
+    held: int  # pixels in memory
     low: float  # centre of pixel 0
     step: float  # from centre to centre
     minus: float  # the shift to the lower neighbour
@@ -35,13 +35,13 @@ class Axis(NamedTuple):
     half: float  # of a pixel
 
 
-def make_axis(size: int, begin: int = 0, count: int | None = None) -> Axis:
-    """The axis of a map of `size` pixels, of which `count` from `begin` are in memory (None: all)."""
+def make_axis(size: int, begin: int = 0, held: int | None = None) -> Axis:
+    """The axis of a map of `size` pixels, of which `held` from `begin` are in memory (None: all)."""
     half = 1.0 / size
     return Axis(
         size,
         begin,
-        size if count is None else count,
+        size if held is None else held,
         -1.0 + half,
         2.0 * half,
         -(2.0 / size / 2.0) + 1e-6,

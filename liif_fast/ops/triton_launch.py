@@ -1,4 +1,4 @@
-"""What every Triton launcher shares: compile options, the device, tile sizes, Triton's dtypes, a fixed order for sums."""
+"""What every Triton launcher shares: compile options, device, tile sizes, dtypes, a fixed order for sums."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def kept_shapes(rows: int, widths: Sequence[int], operands: torch.dtype) -> list
 
 def _columns(stride: int) -> int:
     """Of a tile: a power of two that divides the padded width."""
-    return power_of_two(stride, 16, 128) if stride % 128 == 0 or stride < 128 else 64
+    return min(stride, 64)
 
 
 def _forward_first_layer(decode: Decode, hidden: Tensor, area_weight: Tensor, activate: bool) -> None:
@@ -221,7 +221,7 @@ def _backward_piece(
     decode: Decode, weights: Sequence[Tensor], operands: torch.dtype, grad_out: Tensor, acts: Sequence[Tensor],
     area_weight: Tensor, grads: Grads,
 ) -> None:  # fmt: skip
-    """grad_out: [queries, O]; acts: activations of all layers but the last (or of the only one); area_weight: [rows, 1]."""
+    """grad_out: [queries, O]; acts: of all layers but the last (or of the only one); area_weight: [rows, 1]."""
     dtype = decode.first.dtype
     grad_blended = grad_out
     if weights:

@@ -24,9 +24,9 @@ def find_inputs(coord, cell, at, valid, queries, rows, cols, T: tl.constexpr):
     row, rel_row = find_metasr_neighbour(tl.load(coord + 2 * at, mask=valid, other=0.0), cell_row, rows, T)
     cell_col = tl.load(cell + 2 * at + 1, mask=valid, other=0.0)
     col, rel_col = find_metasr_neighbour(tl.load(coord + 2 * at + 1, mask=valid, other=0.0), cell_col, cols, T)
-    row = tl.minimum(tl.maximum(row - rows.begin, 0), rows.count - 1)
-    col = tl.minimum(tl.maximum(col - cols.begin, 0), cols.count - 1)
-    latent = (at // queries * rows.count + row) * cols.count + col
+    row = tl.minimum(tl.maximum(row - rows.begin, 0), rows.held - 1)
+    col = tl.minimum(tl.maximum(col - cols.begin, 0), cols.held - 1)
+    latent = (at // queries * rows.held + row) * cols.held + col
     return latent, rel_row, rel_col, cell_row * (tl.cast(rows.size, T) * 0.5)
 
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -129,7 +128,7 @@ def _chain_forward(decode: Decode, imnet: Imnet, operands: torch.dtype, out: Ten
         *where, imnet.weights.shape[0],
         WIDTH=decode.width, NUMBER=imnet.outs, TERMS=decode.terms, SAVE=kept is not None,
         COORD=kept is not None and kept.preds.numel() > 0, OP=DTYPES[operands], CARRY=tl.int16,
-        NB=width // settings.block, BLOCK=settings.block, STAGES=settings.stages, num_warps=settings.warps,
+        NB=width // settings.block, BLOCK=settings.block, num_stages=settings.stages, num_warps=settings.warps,
         **decode.flags(settings.rows),
     )  # fmt: skip
 
@@ -148,7 +147,7 @@ def _chain_backward(
         grad_out, decode.points, imnet.weights, imnet.last, kept.masks, kept.preds, grad_rows, partial,
         grad_area_weight, *where, layers,
         NUMBER=imnet.outs, COORD=grads.coord is not None, OP=DTYPES[operands], CARRY=tl.int16,
-        NB=width // settings.block, BLOCK=settings.block, STAGES=settings.stages, num_warps=settings.warps,
+        NB=width // settings.block, BLOCK=settings.block, num_stages=settings.stages, num_warps=settings.warps,
         **decode.flags(settings.rows),
     )  # fmt: skip
     sums = partial.sum(0)

@@ -21,7 +21,7 @@ class Places(NamedTuple):
     """Where a problem's queries are, as kernels take it."""
 
     first: int  # points: the first one's number, counted over the whole batch
-    count: int  # queries of the problem
+    total: int  # queries of the problem
     queries: int  # points of one batch entry
     top: int  # the window in the image, for a grid
     left: int
@@ -49,7 +49,7 @@ def find_queries(tile, slot, places, GRID: tl.constexpr, QUERIES: tl.constexpr):
         return (y < places.height) & (x < places.width), (batch * places.height + y) * places.width + x, batch, y, x
     else:
         flat = tile * QUERIES + slot
-        return flat < places.count, flat, (places.first + flat) // places.queries, flat, flat
+        return flat < places.total, flat, (places.first + flat) // places.queries, flat, flat
 
 
 @triton.jit
@@ -81,9 +81,9 @@ def find_rows(
         col = tl.load(coord + 2 * at + 1, mask=valid, other=0.0)
     map_row, map_col, rel_row, rel_col, weight = find_corner(row, col, corner, rows, cols, ENSEMBLE, T)
     # The region holds every latent that the window reaches; the clamp only keeps a wrong one from reading elsewhere.
-    map_row = tl.minimum(tl.maximum(map_row - rows.begin, 0), rows.count - 1)
-    map_col = tl.minimum(tl.maximum(map_col - cols.begin, 0), cols.count - 1)
-    latent = (batch * rows.count + map_row) * cols.count + map_col
+    map_row = tl.minimum(tl.maximum(map_row - rows.begin, 0), rows.held - 1)
+    map_col = tl.minimum(tl.maximum(map_col - cols.begin, 0), cols.held - 1)
+    latent = (batch * rows.held + map_row) * cols.held + map_col
     if TERMS == 4:
         at = places.first + flat
         rel_cell_row = tl.load(cell + 2 * at, mask=valid, other=0.0) * tl.cast(rows.size, T)

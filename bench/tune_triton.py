@@ -1,0 +1,120 @@
+"""Searches the launch settings of Triton's fused decode on the GPU at hand; not yet run on one.
+
+    python -m bench.tune_triton [--dtype bfloat16] [--width 256]
+
+Times every setting that compiles and fits, for inference (1024x1024 from 256x256) and a training step (16 maps of
+48x48, 2304 queries each), interleaved, and prints them from fastest to slowest; what `launch_settings` would take is
+marked. Copy a winner into liif_fast/ops/triton_launch.py by hand: the table is the only place that decides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from liif_fast import ops
+from liif_fast.ops import triton_query
+from liif_fast.ops.triton_launch import Settings, current_arch, launch_settings, padded_width
+
+REPETITIONS = 20
+ROWS, BLOCKS, WARPS, STAGES = (64, 128), (64, 128), (4, 8), (2, 3, 4)
+
+
+def candidates(width: int) -> list[Settings]:
+    """Every combination whose blocks fill the padded width."""
+    combinations = itertools.product(ROWS, BLOCKS, WARPS, STAGES)
+    return [Settings(*parts) for parts in combinations if padded_width(width) % parts[1] == 0]
+
+
+def make_problem(dtype: torch.dtype, width: int, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Weights and biases of a 580-(width x 4)-3 imnet."""
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = [580, *[width] * 4, 3]
+    weights = [
+        torch.randn(o, i, generator=generator, device=device, dtype=dtype) / i**0.5
+        for i, o in itertools.pairwise(sizes)
+    ]
+    return weights, [torch.zeros(o, device=device, dtype=dtype) for o in sizes[1:]]
+
+
+def inference(dtype: torch.dtype, width: int, device: torch.device) -> Callable[[], object]:
+    """Decodes 1024x1024 pixels from a folded 256x256 map."""
+    weights, biases = make_problem(dtype, width, device)
+    feat = torch.randn(1, 64, 256, 256, device=device, dtype=dtype)
+    latent_map = ops.fold(feat, weights[0])
+
+    @torch.no_grad()
+    def run() -> object:
+        return ops.render(feat, (1024, 1024), weights, biases, latent_map=latent_map, backend="triton")
+
+    return run
+
+
+def training(dtype: torch.dtype, width: int, device: torch.device) -> Callable[[], object]:
+    """Forward and backward of 16 maps with 2304 queries each."""
+    weights, biases = make_problem(dtype, width, device)
+    leaves = [tensor.requires_grad_() for tensor in (*weights, *biases)]
+    feat = torch.randn(16, 64, 48, 48, device=device, dtype=dtype, requires_grad=True)
+    coord = torch.rand(16, 2304, 2, device=device) * 2 - 1
+    cell = torch.full_like(coord, 2 / 192)
+
+    def run() -> object:
+        out = ops.query(feat, coord, cell, weights, biases, backend="triton")
+        return torch.autograd.grad(out.float().square().sum(), [feat, *leaves])
+
+    return run
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """One call, by the device's own clock."""
+    begin, end = (torch.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def search(name: str, run: Callable[[], object], settings: list[Settings], width: int) -> None:
+    """Times every setting that runs, in turns, and prints the medians."""
+    default = launch_settings("forward", padded_width(width), current_arch())
+    times: dict[Settings, list[float]] = {}
+    original = triton_query.launch_settings
+    try:
+        for repetition in range(REPETITIONS + 1):
+            for setting in settings if repetition == 0 else list(times):
+                triton_query.launch_settings = lambda *_, chosen=setting: chosen
+                try:
+                    elapsed = milliseconds(run)
+                except Exception as error:  # too much shared memory, or a tile that Triton cannot lay out
+                    print(f"{name}: {tuple(setting)} does not run: {str(error).splitlines()[0][:100]}")
+                    continue
+                times.setdefault(setting, [])
+                if repetition:  # the first call compiles
+                    times[setting].append(elapsed)
+    finally:
+        triton_query.launch_settings = original
+    for setting, taken in sorted(times.items(), key=lambda item: statistics.median(item[1])):
+        mark = "  <- the table's forward" if setting == default else ""
+        print(f"{name}: {statistics.median(taken):8.3f} ms  rows, block, warps, stages = {tuple(setting)}{mark}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--width", type=int, default=256, help="of the hidden layers, at most 256")
+    arguments = parser.parse_args()
+    if not torch.accelerator.is_available():
+        parser.error("torch finds no GPU that it can use")
+    device, dtype = torch.accelerator.current_accelerator(), getattr(torch, arguments.dtype)
+    settings = candidates(arguments.width)
+    search("inference", inference(dtype, arguments.width, device), settings, arguments.width)
+    search("training", training(dtype, arguments.width, device), settings, arguments.width)
+
+
+if __name__ == "__main__":
+    main()

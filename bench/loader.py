@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
+import json
 import statistics
 import sys
 import tempfile
@@ -144,6 +145,15 @@ def table(result: dict[str, Any]) -> str:
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     versions = f"torch {result['versions']['torch']}; commit {result['commit']}, {result['date'][:10]}"
     return f"{rows}\n\n{where}; {versions}.\n"
+
+
+def block(_: list[dict[str, Any]]) -> str | None:
+    """The README's block: the newest result of every device, or None where there is none."""
+    newest: dict[str, dict[str, Any]] = {}
+    for path in sorted(results.FOLDER.glob("*/*-loader.json")):
+        result = json.loads(path.read_text())
+        newest[path.parent.name] = max(newest.get(path.parent.name, result), result, key=lambda each: each["date"])
+    return "\n".join(table(result) for result in newest.values()) or None
 
 
 def main() -> None:

@@ -42,6 +42,10 @@ def test_every_loader_and_step_is_timed_and_saved(small, tmp_path, monkeypatch, 
     ]
     assert all(0 < entry["seconds"]["low"] <= entry["seconds"]["median"] for entry in result["entries"].values())
     assert loader.table(result) in capsys.readouterr().out
+    monkeypatch.setattr(loader.results, "FOLDER", tmp_path)
+    later = {**result, "date": "2999-01-01T00:00:00", "commit": "later"}
+    (path.parent / "2999-01-01-loader.json").write_text(json.dumps(later))
+    assert loader.block([]) == loader.table(later)
 
 
 def test_the_table_says_which_of_two_limits():

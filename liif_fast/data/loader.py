@@ -53,7 +53,7 @@ def make_loader(
     device: where the batches are used. Items made on the CPU are pinned for a GPU, not moved.
     Raises ValueError for a bad section, or a batch_size that the ranks cannot share.
     """
-    kind = section.get("loader", "workers")
+    kind = section.get("loader") or "workers"  # a key left empty in YAML is None
     if kind not in KINDS:
         raise ValueError(f"loader is {kind!r}; it must be one of {', '.join(KINDS)}")
     if split not in ("batches", "items"):
@@ -70,7 +70,7 @@ def make_loader(
         from liif_fast.data.device import DeviceLoader
 
         return DeviceLoader(dataset, numbers, place)
-    count = section.get("num_workers", 0) if workers is None else workers
+    count = (section.get("num_workers") or 0) if workers is None else workers
     return WorkerLoader(dataset, numbers, workers=count, pin_memory=place.type == "cuda")
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,18 @@ from typing import Any
 import torch
 
 import liif_fast.ops  # noqa: F401  (loads the extension)
-from bench import timing
 
 _ROOT = Path(__file__).resolve().parent.parent
 # What decides a timing; results and documents do not.
-_MEASURED = ("csrc", "liif_fast", "bench/*.py", "setup.py")
+_MEASURED = ("csrc", "liif_fast", ":(glob)bench/*.py", "setup.py")
 
 
-def describe() -> dict[str, Any]:
-    """The processor and how much of it is used."""
+def describe(device: str = "cpu") -> dict[str, Any]:
+    """The processor and how much of it is used, and the GPU where that is what is measured."""
     info = _cpuinfo()
     ops = torch.ops.liif_fast_C
-    return {
-        "device": "cpu",
+    found = {
+        "device": device,
         "cpu": info.get("model name") or platform.processor() or platform.machine(),
         "architecture": _architecture(info),
         "threads": torch.get_num_threads(),
@@ -34,12 +34,42 @@ def describe() -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
     }
+    if device == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        found |= {
+            "gpu": gpu.name,
+            "capability": f"sm_{gpu.major}{gpu.minor}",
+            "gpu_memory_bytes": gpu.total_memory,
+            "multiprocessors": gpu.multi_processor_count,
+            "l2_bytes": getattr(gpu, "L2_cache_size", None),
+            "driver": _nvidia_smi(["driver_version"]).get("driver_version", "unknown"),
+        }
+    return found
+
+
+def state(device: str) -> dict[str, Any]:
+    """What drifts during a run: the load of the machine; of a GPU its clocks in MHz, power in W, temperature in C."""
+    if device == "cpu":
+        return {"load": round(os.getloadavg()[0], 2)}
+    return _nvidia_smi(["clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu", "pstate"])
+
+
+def _nvidia_smi(fields: list[str]) -> dict[str, Any]:
+    """Fields of `nvidia-smi --query-gpu` for the first GPU; empty where there is no such program."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return {}
+    return dict(zip(fields, (value.strip() for value in line.split(","))))
 
 
 def versions() -> dict[str, str]:
     """Of everything whose version can change a number."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in ("liif_fast", "numpy"):
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    for name in ("liif_fast", "triton", "numpy"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -57,7 +87,9 @@ def commit() -> str:
 
 
 def slug(machine: dict[str, Any]) -> str:
-    """The results' folder: cpu-amd-epyc-zen4-2-threads."""
+    """The results' folder: cpu-amd-epyc-zen4-2-threads, nvidia-h100-80gb-hbm3."""
+    if machine.get("device") == "cuda":
+        return re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
     name = re.sub(r"\((?:r|tm)\)|@.*|\b(?:cpu|processor)\b", " ", machine["cpu"].lower())
     threads = machine["threads"]
     parts = ["cpu", name, machine["architecture"], f"{threads}-thread{'s' if threads > 1 else ''}"]
@@ -67,8 +99,10 @@ def slug(machine: dict[str, Any]) -> str:
 def warn_if_busy(machine: dict[str, Any]) -> None:
     """One sentence where other programs would spoil the numbers."""
     if machine["load_before"] > 0.5:
-        timing.note(
-            f"The load average is {machine['load_before']}: something else is running here, and times will be too long."
+        print(
+            f"The load average is {machine['load_before']}: something else runs here, and times will be too long.",
+            file=sys.stderr,
+            flush=True,
         )
 
 

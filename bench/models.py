@@ -11,8 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 import liif_fast
-from bench import original
-from bench.workloads import HIDDEN, OUTS, Problem, Workload
+from bench.method import Job, Prepared, multiply_in
+from liif_fast.benchmark import original
+from liif_fast.benchmark.problem import HIDDEN, OUTS
+from liif_fast.benchmark.yardsticks import DTYPES, precision
 from liif_fast.models import make_model
 
 _SPEC = {
@@ -25,61 +27,64 @@ _SPEC = {
 _PHOTO = Path(liif_fast.__file__).parent / "assets" / "demo.png"
 
 
-def photo(size: tuple[int, int]) -> Tensor:
-    """The middle of the shipped photo, [3, H, W] in [0, 1]."""
+def photo(job: Job) -> Tensor:
+    """The middle of the shipped photo, repeated where it is too small, [3, H, W] in [0, 1], in the problem's dtype."""
+    height, width = job.workload.map_size
     with Image.open(_PHOTO) as image:
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-    top, left = ((pixels.shape[1] - size[0]) // 2, (pixels.shape[2] - size[1]) // 2)
-    return pixels[:, top : top + size[0], left : left + size[1]].contiguous()
+    pixels = pixels.repeat(1, -(-height // pixels.shape[1]), -(-width // pixels.shape[2]))
+    top, left = ((pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2)
+    part = pixels[:, top : top + height, left : left + width].contiguous()
+    return part.to(job.device, job.problem.feat.dtype)
 
 
-def make_liif(dtype: torch.dtype) -> Any:
-    """LIIF-EDSR-baseline with random weights, the same every time."""
-    with torch.random.fork_rng():
+def make_liif(job: Job) -> Any:
+    """LIIF-EDSR-baseline with random weights, the same every time, in the problem's dtype."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return make_model(_SPEC).to(dtype).eval()
+        return make_model(_SPEC).to(job.device, job.problem.feat.dtype).eval()
 
 
-def encode(workload: Workload, problem: Problem, autocast: bool = False) -> tuple[Any, str]:
-    """The encoder, in the dtype of the problem's features or under autocast."""
-    dtype = problem.feat.dtype
-    encoder = make_liif(dtype).encoder
-    inp = (photo(workload.map_size).to(dtype) * 2 - 1).unsqueeze(0)
+def encode(job: Job, dtype: str = "float32") -> Prepared:
+    """The encoder in PyTorch, 16 bits by autocast."""
+    encoder = make_liif(job).encoder
+    inp = (photo(job) * 2 - 1).unsqueeze(0)
 
     def run() -> Tensor:
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.no_grad(), multiply_in(dtype, job.device):
             return encoder(inp)
 
     return run, ""
 
 
-def upscale_original(workload: Workload, problem: Problem) -> tuple[Any, str]:
-    """Encoder, then the original decoder in chunks, as the public code's demo does it."""
-    dtype = problem.feat.dtype
-    model = make_liif(dtype)
-    image = photo(workload.map_size).to(dtype)
-    assert workload.out_size is not None
-    height, width = workload.out_size
+def upscale_original(job: Job, dtype: str = "float32") -> Prepared:
+    """Encoder, then the original decoder in chunks, as the public code's demo does it; 16 bits by autocast."""
+    model = make_liif(job)
+    image = photo(job)
+    assert job.workload.out_size is not None
+    height, width = job.workload.out_size
 
     def run() -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), multiply_in(dtype, job.device):
             feat = model.encoder((image.unsqueeze(0) - 0.5) / 0.5)
             coord = original.make_coord(height, width, image).view(1, -1, 2)
-            cell = torch.ones_like(coord) * coord.new_tensor([2 / height, 2 / width])
-            out = original.predict(feat, coord, cell, model.imnet)
+            out = original.predict(feat, coord, original.make_cell(height, width, coord), model.imnet)
             return (out * 0.5 + 0.5).clamp_(0, 1)[0].view(height, width, OUTS).permute(2, 0, 1)
 
     return run, ""
 
 
-def upscale(workload: Workload, problem: Problem, dtype: torch.dtype) -> tuple[Any, str]:
-    """`liif_fast.upscale` on the cpu backend; 16 bits by autocast."""
+def upscale(job: Job, backend: str, dtype: str) -> Prepared:
+    """`liif_fast.upscale`; 16 bits by autocast."""
     from liif_fast.upscale import upscale as upscale_image
 
-    model = make_liif(torch.float32)
-    image = photo(workload.map_size)
+    model = make_liif(job)
+    image = photo(job)
 
     def run() -> Tensor:
-        return upscale_image(image, size=workload.out_size, model=model, backend="cpu", dtype=dtype)
+        with precision(dtype == "tf32"):
+            return upscale_image(
+                image, size=job.workload.out_size, model=model, backend=backend, dtype=DTYPES[dtype], device=job.device
+            )
 
     return run, ""

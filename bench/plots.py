@@ -2,97 +2,238 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from bench import results
+from bench import pieces, results
+from bench.tables import SCALES, SIZES, Results
+from bench.workloads import WORKLOADS
 
-_COLOURS = {"float32": "#3b6ea5", "bfloat16": "#c8762b"}
-_SWEEP = {"x2": 2.0, "x3.7": 3.7, "x8": 8.0, "x30": 30.0}
+_COLOURS = {"float32": "#3b6ea5", "tf32": "#4f9d8f", "bfloat16": "#c8762b", "float16": "#8a4f9d"}
+_LINES = {"original": "--", "folded": ":"}  # backends: solid
+_SCALE = dict(zip(SCALES, (2.0, 3.7, 8.0, 30.0)))
+_BATCH = {1: "batch-1", 4: "batch-4", 16: "training-step", 64: "batch-64"}
+_LADDER = {"cpu": "decode-64-to-256", "cuda": "decode-256-to-1024"}
+_PARTS = {"cpu": "parts", "cuda": "gpu-parts"}
+_SHADES = ("#9aa7b1", "#3b6ea5", "#4f9d8f", "#c8762b", "#8a4f9d")
 
 
-def draw(found: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Every plot that the results have the numbers for; returns the files written."""
+def draw(found: Results, folder: Path) -> list[Path]:
+    """Every plot that the results have the numbers for, a GPU's with `gpu-` before it; returns the files written."""
     written = []
     folder.mkdir(parents=True, exist_ok=True)
-    for name, make in (("ladder", ladder), ("sweep", sweep)):
-        figure = make(found)
-        if figure is None:
-            continue
-        for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            path = folder / f"{name}.{suffix}"
-            with rc_context({"svg.hashsalt": "liif_fast"}):  # the same numbers give the same file
-                figure.savefig(path, dpi=150, bbox_inches="tight", metadata=metadata)
-            written.append(path)
+    makers: dict[str, Callable[[Results, str], Figure | None]] = {
+        "ladder": ladder,
+        "sizes": sizes,
+        "sweep": sweep,
+        "batches": batches,
+        "parts": parts,
+    }
+    for device, prefix in (("cpu", ""), ("cuda", "gpu-")):
+        for name, make in makers.items():
+            figure = make(found, device)
+            if figure is None:
+                continue
+            for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+                path = folder / f"{prefix}{name}.{suffix}"
+                with rc_context({"svg.hashsalt": "liif_fast"}):  # the same numbers give the same file
+                    figure.savefig(path, dpi=150, bbox_inches="tight", metadata=metadata)
+                written.append(path)
     return written
 
 
-def ladder(found: list[dict[str, Any]]) -> Figure | None:
-    """Decoding 64x64 to 256x256: every method's time, slowest first, with its fraction of the loop's rate."""
-    result = results.newest_with(found, "decode-64-to-256")
+def ladder(found: Results, device: str) -> Figure | None:
+    """One decode: every method's time, slowest last, with its fraction of what the machine can multiply."""
+    workload = _LADDER[device]
+    result = results.newest_with(found, workload, device)
     if result is None:
         return None
-    record = result["workloads"]["decode-64-to-256"]
-    entries = [entry for entry in record["methods"].values() if entry["status"] == "ok"]
+    record = result["workloads"][workload]
+    entries = [entry for entry in record["methods"].values() if "seconds" in entry]
     entries.sort(key=lambda entry: entry["seconds"]["median"])
-    figure = Figure(figsize=(8, 0.45 * len(entries) + 1.2))
+    of, peak = ("loop", "a register-only multiply-add loop") if device == "cpu" else ("gemm", "cuBLAS")
+    figure = Figure(figsize=(8, 0.42 * len(entries) + 1.2))
     axes = figure.subplots()
     for place, entry in enumerate(entries):
         seconds = entry["seconds"]
         spread = [[seconds["median"] - seconds["p20"]], [seconds["p80"] - seconds["median"]]]
         axes.barh(place, seconds["median"], xerr=spread, color=_COLOURS[entry["dtype"]], ecolor="#333333")
-        fraction = f", {entry['fraction_of_loop']['median']:.0%} of peak" if "fraction_of_loop" in entry else ""
+        key = f"fraction_of_{of}"
+        fraction = f", {entry[key]['median']:.0%} of peak" if key in entry else ""
         axes.annotate(
-            f"{seconds['median']:.2f} s{fraction}",
+            f"{_in_words(seconds['median'])}{fraction}",
             (seconds["p80"], place),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
         )
-    axes.set_yticks(range(len(entries)), [f"{entry['label']}, {entry['dtype']}" for entry in entries])
+    axes.set_yticks(range(len(entries)), [_label(entry) for entry in entries])
     axes.set_xlim(0, max(entry["seconds"]["p80"] for entry in entries) * 1.35)
-    axes.set_xlabel("seconds; peak = a register-only multiply-add loop in the same dtype and run")
+    axes.set_xlabel(f"seconds; peak = {peak} in the same dtype and run")
     _finish(axes, record["about"], result)
     return figure
 
 
-def sweep(found: list[dict[str, Any]]) -> Figure | None:
-    """Pixels a second against scale, a line a method."""
-    result = next((each for each in reversed(found) if all(f"scale-{x}" in each["workloads"] for x in _SWEEP)), None)
-    if result is None:
+def sizes(found: Results, device: str) -> Figure | None:
+    """Latency and peak memory of a decode by x4 against the output's side; a cross where a method runs out."""
+    names = [name for name in SIZES if not WORKLOADS[name].refusal(device)]
+    held = _newest_series(found, names, device)
+    if held is None:
         return None
-    records = {scale: result["workloads"][f"scale-{name}"]["methods"] for name, scale in _SWEEP.items()}
+    result, records = held
+    sides = {name: int(name.removeprefix("size-")) for name in records}
+    figure = Figure(figsize=(10, 4))
+    for axes, key, unit, title in zip(
+        figure.subplots(1, 2), ("seconds", "peak_bytes"), (1.0, 1e-6), ("seconds", "peak beside the inputs, MB")
+    ):
+        for name, entry in _methods(records.values()).items():
+            points = []
+            for workload, record in records.items():
+                value = record["methods"].get(name, {}).get(key)
+                if value is not None:
+                    points.append((sides[workload], (value["median"] if key == "seconds" else value) * unit))
+            if points:
+                axes.plot(*zip(*points), marker="o", label=_label(entry), **_style(name, entry))
+                ends = [side for at, side in sides.items() if _ran_out(records[at], name)]
+                if ends:
+                    axes.plot(min(ends), points[-1][1], "x", markersize=10, color=_COLOURS[entry["dtype"]])
+                    axes.annotate("out of memory", (min(ends), points[-1][1]), fontsize=8, ha="right", va="bottom")
+        axes.set(xscale="log", yscale="log", xlabel="output side, pixels (x4)", ylabel=title)
+        axes.set_xticks(list(sides.values()), [str(side) for side in sides.values()])
+        axes.minorticks_off()
+        _finish(axes, "Decoder alone; the original's time from its first chunks", result)
+    figure.axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def sweep(found: Results, device: str) -> Figure | None:
+    """Pixels a second against scale, a line a method."""
+    held = _newest_series(found, SCALES, device)
+    if held is None:
+        return None
+    result, records = held
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
-    for name, entry in records[2.0].items():
+    for name, entry in _methods(records.values()).items():
         points = [
-            (scale, methods[name]["mpixel_per_second"])
-            for scale, methods in records.items()
-            if methods[name]["status"] == "ok"
+            (_SCALE[workload], record["methods"][name]["mpixel_per_second"])
+            for workload, record in records.items()
+            if "mpixel_per_second" in record["methods"].get(name, {})
         ]
-        axes.plot(
-            *zip(*points),
-            marker="o",
-            linestyle="--" if name == "original" else "-",
-            color=_COLOURS[entry["dtype"]],
-            label=f"{entry['label']}, {entry['dtype']}",
-        )
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xticks(list(records), [f"x{scale:g}" for scale in records])
+        if points:
+            axes.plot(*zip(*points), marker="o", label=_label(entry), **_style(name, entry))
+    axes.set(xscale="log", yscale="log", xlabel="scale, from a 96x96 map", ylabel="megapixels a second")
+    axes.set_xticks(list(_SCALE.values()), [f"x{scale:g}" for scale in _SCALE.values()])
     axes.minorticks_off()
-    axes.set_xlabel("scale, from a 96x96 map")
-    axes.set_ylabel("megapixels a second")
-    axes.legend()
+    axes.legend(fontsize=8)
     _finish(axes, "Decoder alone", result)
     return figure
 
 
+def batches(found: Results, device: str) -> Figure | None:
+    """Forward and backward against the number of maps, a line a method of the short comparison."""
+    by_size = {size: name for size, name in _BATCH.items() if not WORKLOADS[name].refusal(device)}
+    held = _newest_series(found, list(by_size.values()), device)
+    if held is None:
+        return None
+    result, records = held
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    for name, entry in _methods([records[by_size[1]]]).items():
+        points = [
+            (size, records[workload]["methods"][name]["seconds"]["median"] / size * 1e3)
+            for size, workload in by_size.items()
+            if "seconds" in records[workload]["methods"].get(name, {})
+        ]
+        if points:
+            axes.plot(*zip(*points), marker="o", label=_label(entry), **_style(name, entry))
+    axes.set(xscale="log", yscale="log", xlabel="maps of 48x48, 2304 queries each", ylabel="milliseconds a map")
+    axes.set_xticks(list(by_size), [str(size) for size in by_size])
+    axes.minorticks_off()
+    axes.legend(fontsize=8)
+    _finish(axes, "Decoder, forward and backward", result)
+    return figure
+
+
+def parts(found: Results, device: str) -> Figure | None:
+    """Where the time goes: the original's parts, and the two of each fused backend, behind the same encoder."""
+    workload = _PARTS[device]
+    result = results.newest_with(found, workload, device)
+    if result is None:
+        return None
+    methods = {
+        name: entry["seconds"]["median"]
+        for name, entry in result["workloads"][workload]["methods"].items()
+        if "seconds" in entry
+    }
+    encoder = ("encoder", methods.get("encoder", 0.0))
+    bars = [("original, float32", [encoder, *((part, methods.get(f"original/{part}", 0.0)) for part in pieces.PARTS)])]
+    for name, seconds in methods.items():
+        backend, _, dtype = name.rpartition("-")
+        if backend and backend != "fold":
+            fold = ("first layer as a convolution", methods.get(f"fold-{dtype}", 0.0))
+            bars.append((name, [encoder, fold, ("fused kernel", seconds)]))
+    figure = Figure(figsize=(8, 0.6 * len(bars) + 1.6))
+    axes = figure.subplots()
+    longest = max(sum(seconds for _, seconds in bar) for _, bar in bars)
+    for place, (_, bar) in enumerate(reversed(bars)):
+        start = 0.0
+        for shade, (part, seconds) in zip(_SHADES, bar):
+            axes.barh(place, seconds, left=start, color=shade)
+            if seconds > 0.06 * longest:
+                words = {"inputs": "nearest latents", "first layer as a convolution": "fold"}.get(part, part)
+                axes.annotate(words, (start + seconds / 2, place), ha="center", va="center", color="white", fontsize=8)
+            start += seconds
+    axes.set_yticks(range(len(bars)), [name for name, _ in reversed(bars)])
+    axes.set_xlabel("seconds, parts timed one by one")
+    _finish(axes, result["workloads"][workload]["about"], result)
+    return figure
+
+
+def _newest_series(
+    found: Results, names: Iterable[str], device: str
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]] | None:
+    """The newest result that timed all of some workloads, and their records."""
+    names = list(names)
+    result = results.newest_with_all(found, names, device)
+    return None if result is None else (result, {name: result["workloads"][name] for name in names})
+
+
+def _methods(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Methods that were tried in some record."""
+    return {
+        name: entry for record in records for name, entry in record["methods"].items() if entry["status"] != "refused"
+    }
+
+
+def _ran_out(record: dict[str, Any], name: str) -> bool:
+    return record["methods"].get(name, {}).get("status") == "out of memory"
+
+
+def _style(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    family = name.partition("-")[0]
+    return {"linestyle": _LINES.get(family, "-"), "color": _COLOURS[entry["dtype"]]}
+
+
+def _label(entry: dict[str, Any]) -> str:
+    return f"{entry['label']}, {entry['dtype']}"
+
+
+def _in_words(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
+
+
 def _finish(axes: Any, title: str, result: dict[str, Any]) -> None:
     machine = result["machine"]
-    where = " ".join(part for part in (machine["cpu"], machine["architecture"]) if part)
-    axes.set_title(f"{title}\n{where}, {machine['threads']} threads, {result['date'][:10]}", fontsize=10)
+    if machine["device"] == "cuda":
+        where = machine["gpu"]
+    else:
+        name = " ".join(part for part in (machine["cpu"], machine["architecture"]) if part)
+        where = f"{name}, {machine['threads']} threads"
+    axes.set_title(f"{title}\n{where}, {result['date'][:10]}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

@@ -2,7 +2,7 @@
 
 README.md holds blocks between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; each is written anew from the newest
 saved result that measured its workloads, so that no number in it is ever typed. `--check` writes nothing and fails
-where the README says something else than the results do.
+where the README says something else than the results do, or claims a measured number outside the blocks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,13 @@ from bench import results, tables
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 _BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
+# Outside the blocks no line may claim what only a measurement knows: a time, a rate, a ratio of speeds, a PSNR, a peak.
+_MEASURED = re.compile(
+    r"\d\s?(?:ms|us|seconds?|[GT]FLOP/s|[GT]B/s|dB|Mpixel/s|images/s)\b"
+    r"|\d\s?(?:x|times) (?:as fast|faster|slower|less memory)"
+    r"|\d\s?% (?:of (?:the )?(?:peak|loop|cuBLAS|copy)|faster|slower)"
+)
+_CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 _MARKER = re.compile(r"<!-- /?bench:[\w-]+ -->")
 
 
@@ -30,6 +37,12 @@ def block_names(text: str) -> list[str]:
     if len(_MARKER.findall(text)) != 2 * len(names):
         raise ReportError("a <!-- bench:NAME --> marker in the README lacks its <!-- /bench:NAME -->, or stands inside")
     return names
+
+
+def loose_numbers(text: str) -> list[str]:
+    """Lines of a README that claim a measured number outside of every block: no result file stands behind them."""
+    rest = _CODE.sub("", _BLOCK.sub("", text))
+    return [line for line in rest.splitlines() if _MEASURED.search(line)]
 
 
 def rewrite(text: str, found: list[dict[str, Any]]) -> str:
@@ -63,6 +76,8 @@ def main() -> None:
     except (OSError, ValueError, ReportError) as error:
         sys.exit(str(error))
     if args.check:
+        if loose := loose_numbers(text):
+            sys.exit(f"{args.readme.name} claims a number that no saved result stands behind: {loose[0]}")
         if wanted != text:
             sys.exit(f"{args.readme.name} differs from the saved results: run `python -m bench.report`")
         return

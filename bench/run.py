@@ -1,70 +1,96 @@
-"""Times every workload and saves one result file: `python -m bench.run [--quick]`.
+"""Times the workloads and saves one result file: `python -m bench.run [--device cuda] [--budget SECONDS]`.
 
-The whole run takes under a quarter of an hour on two cores, `--quick` two to three minutes: what the project promises
-of its CPU kernels, and nothing else. Run it on a machine that does nothing else.
+Needs torch, numpy and what liif_fast itself needs. Workloads run in order of importance until --budget is used up, and
+the file is written anew after each of them, so that whatever stops the run costs only what was not yet done. On a GPU
+the work is done by a child process: a crash, a hang or a broken device costs one method, which is recorded with the
+reason, and the run goes on. Out of memory is a result too.
+
+The last line on stdout is the file's path, below --out: DEVICE/DATE-NAME.json. The exit code is 0 when at least one
+method of one workload was timed. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bench import machine, results, targets
-from bench.measure import measure
-from bench.timing import note
+from bench import results, supervise, targets
+from bench.session import Session, begin
 from bench.workloads import WORKLOADS
+from liif_fast.benchmark.cuda_timing import CudaClock
+from liif_fast.benchmark.timing import CpuClock
 
 
-def run(names: list[str], *, quick: bool, rounds: int | None = None, name: str = "full") -> dict[str, Any]:
-    """Measure the named workloads; what a result file holds."""
-    described = machine.describe()
-    machine.warn_if_busy(described)
-    return {
-        "schema": results.SCHEMA,
-        "name": name,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "command": " ".join(["python -m bench.run", *sys.argv[1:]]),
-        "commit": machine.commit(),
-        "machine": described,
-        "versions": machine.versions(),
-        "workloads": {each: measure(WORKLOADS[each], quick=quick, rounds=rounds) for each in names},
-    }
+def chosen(only: list[str] | None, quick: bool) -> list[str]:
+    """Names of the workloads of a run, in order of importance."""
+    if only:
+        return [name for name in WORKLOADS if name in only]
+    return [name for name, workload in WORKLOADS.items() if workload.quick or not quick]
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="nothing is begun after so long; default: none")
     parser.add_argument("--quick", action="store_true", help="only what the project promises")
-    parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
-    parser.add_argument("--rounds", type=int, help="samples of each method; default: the workload's own")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help="see --list")
+    parser.add_argument("--rounds", type=int, help="samples of each method; default: the workload's own, 100 on a GPU")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--name", help="of the result file, behind the date; default: quick, full or some")
-    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder for the result file")
-    args = parser.parse_args()
-    if args.rounds is not None and args.rounds < 1:
-        parser.error(f"--rounds is {args.rounds}, but must be at least 1")
-    if args.threads < 1:
-        parser.error(f"--threads is {args.threads}, but must be at least 1")
+    parser.add_argument("--out", type=Path, default=results.FOLDER, metavar="DIR", help="folder for the result file")
+    parser.add_argument("--list", action="store_true", help="name the workloads and end")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with a result file that was not finished")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    for option in ("rounds", "threads"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            parser.error(f"--{option} is {value}, but must be at least 1")
+    if args.budget is not None and args.budget <= 0:
+        parser.error(f"--budget is {args.budget:g}, but must be more than 0 seconds")
     return args
 
 
-def main() -> None:
-    args = _arguments()
+def main(arguments: list[str] | None = None) -> int:
+    args = _arguments(arguments)
+    if args.list:
+        for workload in WORKLOADS.values():
+            print(f"{workload.name:20}{workload.about}" + (f" (only {workload.device})" if workload.device else ""))
+        return 0
     torch.set_num_threads(args.threads)
-    names = args.only or [name for name, workload in WORKLOADS.items() if workload.quick or not args.quick]
-    name = args.name or ("some" if args.only else "quick" if args.quick else "full")
-    result = run(names, quick=args.quick, rounds=args.rounds, name=name)
-    path = results.save(result, args.results)
-    for target in targets.TARGETS:
-        if verdict := targets.judge(target, result["workloads"]):
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device is cuda, but torch finds no GPU that it can use: choose --device cpu")
+    if args.resume:
+        result = results.load(args.resume)
+        folder = args.resume.parent.parent
+    else:
+        name = args.name or ("some" if args.only else "quick" if args.quick else "full")
+        command = " ".join(["python -m bench.run", *(sys.argv[1:] if arguments is None else arguments)])
+        result = begin(args.device, chosen(args.only, args.quick), name=name, command=command)
+        folder = args.out
+    if args.device == "cuda" and not args.child:
+        path = results.save(result, folder)
+        supervise.run(path, supervise.child_command(path, args.budget, args.rounds, args.quick, args.threads))
+        result = results.load(path)
+    else:
+        clock = CpuClock() if args.device == "cpu" else CudaClock()
+        session = Session(result, clock, folder, quick=args.quick, rounds=args.rounds, budget=args.budget)
+        for name in result["planned"]:
+            session.measure(name)
+        session.finish()
+        path = results.path_of(result, folder)
+    if not args.child:
+        for verdict in targets.verdicts(result):
             kept = "kept" if verdict.met else "MISSED"
             print(f"{kept:7} {verdict.what}: {verdict.measured} (wanted {verdict.wanted})")
-    note(f"Saved in {path}. `python -m bench.report` brings it into the README.")
+        print(path)
+    return 0 if any(results.timed(result, name) for name in result["workloads"]) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,30 +1,32 @@
-"""The named workloads, the random tensors they run on and the work they ask for."""
+"""The named workloads, in order of importance, and the work they ask for."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from bench import original
+from liif_fast.benchmark import problem
+from liif_fast.benchmark.problem import Problem, random_problem
 
-CHANNELS = 64  # of EDSR-baseline's features
-HIDDEN = (256, 256, 256, 256)
-OUTS = 3
+CPU_ONLY = "smaller than a GPU needs"
+TOO_LONG = "the original alone would take minutes a repetition on a CPU"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """kind: decode | train | gather | ensemble | encoder | upscale | memory, which decides the methods.
+    """One thing to time.
 
+    kind: decode | train | gather | ensemble | encoder | upscale | size | parts, which decides the methods.
     map_size: rows, columns of the feature map (of the image for encoder and upscale).
     out_size: rows, columns of the whole output; None where queries lie at random.
     window: (top, left, height, width) of the part of the output that is decoded; None is all of it.
     queries: number of random queries a map where out_size is None.
+    passes: forward | backward | both, where gradients are a question.
+    device: the only device type it is for, and why_not the reason elsewhere; '' is any.
+    compared: all methods, or the few that a series of workloads is drawn of.
+    rounds: on a CPU. limit_s: no round is begun after so many seconds of timing on a GPU.
     quick: also part of `--quick`.
     """
 
@@ -36,7 +38,12 @@ class Workload:
     window: tuple[int, int, int, int] | None = None
     batch: int = 1
     queries: int = 0
+    passes: str = "forward"
+    device: str = ""
+    why_not: str = ""
+    compared: str = "all"
     rounds: int = 5
+    limit_s: float = 10.0
     quick: bool = False
 
     @property
@@ -46,110 +53,150 @@ class Workload:
             return self.batch * self.window[2] * self.window[3]
         return self.batch * (math.prod(self.out_size) if self.out_size else self.queries)
 
+    def refusal(self, device: str) -> str:
+        """Why it is not run on a device type; '' where it is."""
+        return "" if self.device in ("", device) else self.why_not
+
+
+def _decode(name: str, map_size: tuple[int, int], out_size: tuple[int, int], **options: object) -> Workload:
+    about = f"decoder, {map_size[0]}x{map_size[1]} to {out_size[0]}x{out_size[1]}"
+    return Workload(name, "decode", about, map_size, out_size, **options)  # type: ignore[arg-type]
+
 
 def _scale(name: str, out: int, window: int | None = None) -> Workload:
+    # The crop is fixed; beyond x4 only a window of the output is decoded, as the work a pixel stays the same.
     part = "" if window is None else f", its middle {window}x{window}"
     middle = None if window is None else ((out - window) // 2, (out - window) // 2, window, window)
     about = f"decoder, 96x96 to {out}x{out}{part}"
-    return Workload(f"scale-{name}", "decode", about, (96, 96), (out, out), middle, rounds=3)
+    return Workload(f"scale-{name}", "decode", about, (96, 96), (out, out), middle, compared="few", rounds=3, limit_s=4)
 
+
+def _train(name: str, batch: int, passes: str, about: str, **options: object) -> Workload:
+    about = f"decoder {about}, {batch} map{'s' if batch > 1 else ''} of 48x48, 2304 queries each"
+    return Workload(  # type: ignore[arg-type]
+        name, "train", about, (48, 48), batch=batch, queries=2304, passes=passes, **options
+    )
+
+
+def _batch(batch: int, **options: object) -> Workload:
+    return _train(f"batch-{batch}", batch, "both", "forward and backward", compared="few", **options)
+
+
+def _size(out: int, **options: object) -> Workload:
+    about = f"decoder, {out // 4}x{out // 4} to {out}x{out}"
+    return Workload(  # type: ignore[arg-type]
+        f"size-{out}", "size", about, (out // 4,) * 2, (out, out), compared="few", limit_s=4, **options
+    )
+
+
+_GPU = {"device": "cuda", "why_not": TOO_LONG}
+_CPU = {"device": "cpu", "why_not": CPU_ONLY}
+_BOTH_DIRECTIONS = "forward and backward"
 
 _ALL = [
-    Workload("decode-64-to-256", "decode", "decoder, 64x64 to 256x256", (64, 64), (256, 256), rounds=10, quick=True),
-    Workload(
-        "training-step",
-        "train",
-        "decoder forward and backward, 16 maps of 48x48, 2304 queries each",
-        (48, 48),
-        batch=16,
-        queries=2304,
-        rounds=6,
-        quick=True,
-    ),
-    Workload("memory-512-to-2048", "memory", "decoder, 512x512 to 2048x2048", (512, 512), (2048, 2048), quick=True),
-    Workload("gather", "gather", "imnet inputs of 16384 queries on a 64x64 map", (64, 64), queries=16384, rounds=10),
+    _decode("decode-64-to-256", (64, 64), (256, 256), rounds=6, quick=True, **_CPU),
+    _decode("decode-256-to-1024", (256, 256), (1024, 1024), limit_s=60, quick=True, **_GPU),
+    _train("training-step", 16, "both", _BOTH_DIRECTIONS, rounds=5, limit_s=25, quick=True),
+    Workload("gather", "gather", "imnet inputs of 16384 queries, 64x64 map", (64, 64), queries=16384, rounds=10),
     Workload("ensemble", "ensemble", "blend of 262144 queries, 3 values", (64, 64), queries=262144, rounds=10),
-    # The crop is fixed; beyond x4 only a window of the output is decoded, as the work a pixel stays the same.
+    Workload("parts", "parts", "decoder, 64x64 to 256x256, and its encoder", (64, 64), (256, 256), rounds=4, **_CPU),
+    Workload("gpu-parts", "parts", "decoder, 256x256 to 1024x1024, and its encoder", (256, 256), (1024, 1024), **_GPU),
+    _decode("decode-540-to-2160", (540, 960), (2160, 3840), compared="few", **_GPU),
+    _train("training-forward", 16, "forward", "forward", compared="few", rounds=4),
+    _train("training-backward", 16, "backward", "backward", compared="few", rounds=4),
+    Workload(
+        "gather-backward",
+        "gather",
+        "gradients of imnet inputs, 16384 queries, 64x64 map",
+        (64, 64),
+        queries=16384,
+        passes="backward",
+        rounds=6,
+    ),
+    Workload(
+        "ensemble-backward",
+        "ensemble",
+        "gradients of the blend, 262144 queries, 3 values",
+        (64, 64),
+        queries=262144,
+        passes="backward",
+        rounds=6,
+    ),
+    _size(2048, quick=True),
+    Workload(
+        "upscale-photo",
+        "upscale",
+        "a 96x96 photo to 384x384, whole LIIF-EDSR-baseline",
+        (96, 96),
+        (384, 384),
+        rounds=4,
+    ),
+    Workload(
+        "upscale-large",
+        "upscale",
+        "a 512x512 image to 2048x2048, whole LIIF-EDSR-baseline",
+        (512, 512),
+        (2048, 2048),
+        **_GPU,
+    ),
+    Workload("encoder", "encoder", "EDSR-baseline on a 96x96 image", (96, 96), rounds=5),
     _scale("x2", 192),
     _scale("x3.7", 355),
     _scale("x8", 768, 256),
     _scale("x30", 2880, 256),
-    Workload("encoder", "encoder", "EDSR-baseline on a 96x96 image", (96, 96), rounds=5),
-    Workload("upscale-photo", "upscale", "a 96x96 photo to 384x384, whole LIIF-EDSR-baseline", (96, 96), (384, 384)),
+    _size(256),
+    _size(512),
+    _size(1024),
+    _batch(1, rounds=5),
+    _batch(4, rounds=4),
+    _batch(64, **_GPU),
+    *(_size(out, **_GPU) for out in (4096, 8192, 16384, 32768)),
 ]
 WORKLOADS = {workload.name: workload for workload in _ALL}
 
 
-class Problem(NamedTuple):
-    """What a decoder gets. feat [B,C,H,W]; coord, cell [B,Q,2]; weights [out,in] and biases [out] of each layer."""
-
-    feat: Tensor
-    coord: Tensor
-    cell: Tensor
-    weights: list[Tensor]
-    biases: list[Tensor]
-
-    def to(self, dtype: torch.dtype) -> Problem:
-        """Features and layers in `dtype`; coordinates never below float32."""
-        geometry = torch.float64 if dtype == torch.float64 else torch.float32
-        return Problem(
-            self.feat.to(dtype),
-            self.coord.to(geometry),
-            self.cell.to(geometry),
-            [weight.to(dtype) for weight in self.weights],
-            [bias.to(dtype) for bias in self.biases],
-        )
-
-    def leaves(self) -> list[Tensor]:
-        """What a training step differentiates."""
-        return [self.feat, *self.weights, *self.biases]
-
-
-def make_problem(workload: Workload) -> Problem:
-    """Random features and layers (He et al.'s uniform range, so that signals keep their size), the same every time."""
-    generator = torch.Generator().manual_seed(0)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator) * 2 - 1
-
-    feat = torch.randn(workload.batch, CHANNELS, *workload.map_size, generator=generator)
-    widths = layer_widths()
-    weights = [uniform(o, i) * math.sqrt(6 / i) for i, o in itertools.pairwise(widths)]
-    biases = [uniform(o) * 0.05 for o in widths[1:]]
-    if workload.out_size is None:
-        coord = uniform(workload.batch, workload.queries, 2)
-        cell = torch.full_like(coord, 0.01)
-        return Problem(feat, coord, cell, weights, biases)
-    height, width = workload.out_size
-    top, left, rows, cols = workload.window or (0, 0, height, width)
-    grid = original.make_coord(height, width, feat)[top : top + rows, left : left + cols]
-    coord = grid.reshape(1, -1, 2).expand(workload.batch, -1, 2).contiguous()
-    cell = torch.ones_like(coord) * coord.new_tensor([2 / height, 2 / width])
-    return Problem(feat, coord, cell, weights, biases)
-
-
-def layer_widths() -> list[int]:
-    """580, 256, 256, 256, 256, 3: the imnet behind EDSR-baseline with unfolding and cells."""
-    return [CHANNELS * 9 + 4, *HIDDEN, OUTS]
+def make_problem(
+    workload: Workload, device: torch.device | str = "cpu", window: tuple[int, int, int, int] | None = None
+) -> Problem:
+    """The random tensors of a workload, the same every time; `window` instead of the workload's own."""
+    return random_problem(
+        workload.map_size,
+        out_size=workload.out_size,
+        window=window or workload.window,
+        queries=workload.queries,
+        batch=workload.batch,
+        device=device,
+    )
 
 
 def original_flop(workload: Workload) -> float:
-    """Floating point operations of the original formulation's imnet: every layer for every query and corner."""
-    return 2.0 * 4 * workload.total_queries * _products(layer_widths()) * _passes(workload)
+    """Floating point operations of the original formulation, as `problem.original_flop` counts them."""
+    return problem.original_flop(workload.total_queries) * _passes(workload)
 
 
 def folded_flop(workload: Workload) -> float:
-    """Of the folded formulation: a 3x3 convolution a latent; geometry terms and later layers a query and corner."""
-    rows = 4 * workload.total_queries
+    """Of the folded formulation, as `problem.folded_flop` counts them."""
     latents = workload.batch * math.prod(workload.map_size)
-    per_row = 4 * HIDDEN[0] + _products([*HIDDEN, OUTS])
-    return 2.0 * (rows * per_row + latents * 9 * CHANNELS * HIDDEN[0]) * _passes(workload)
+    return problem.folded_flop(workload.total_queries, latents) * _passes(workload)
 
 
-def _products(widths: list[int]) -> int:
-    return sum(i * o for i, o in itertools.pairwise(widths))
+def least_bytes(workload: Workload, item: int) -> float:
+    """Bytes that must pass through memory once, with numbers of `item` bytes: inputs read and results written.
+
+    For gather and ensemble what their op reads and writes; for decodes features in, latent map out and in, result out.
+    """
+    queries, latents = workload.total_queries, workload.batch * math.prod(workload.map_size)
+    backward = 2 if workload.passes == "backward" else 1  # gradients in, and the forward's inputs again
+    if workload.kind == "gather":
+        row = problem.layer_widths()[0] * item + 4  # imnet input and weight
+        return float(latents * problem.CHANNELS * item + queries * (16 + 4 * row))
+    if workload.kind == "ensemble":
+        return float(queries * (4 * (problem.OUTS * item + 4) * backward + problem.OUTS * item))
+    coords = 0 if workload.out_size else 16 * queries
+    maps = latents * (problem.CHANNELS + 2 * problem.HIDDEN[0]) * item
+    return float((maps + coords + queries * problem.OUTS * item) * _passes(workload))
 
 
 def _passes(workload: Workload) -> int:
     # Backward multiplies twice for every product of the forward. What a method recomputes is not counted.
-    return 3 if workload.kind == "train" else 1
+    return {"forward": 1, "backward": 2, "both": 3}[workload.passes]

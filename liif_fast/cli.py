@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 import liif_fast
-from liif_fast import checkpoints, cli_evaluate, cli_train, distributed, doctor, image, memory, tiles
+from liif_fast import checkpoints, cli_bench, cli_evaluate, cli_train, distributed, doctor, image, memory, tiles
 from liif_fast.ops.backends import BACKENDS
 from liif_fast.upscale import DTYPES, Scale, output_size, upscale, usable_device
 
@@ -96,7 +96,7 @@ def _add_upscale(commands: Any) -> None:
     parser.set_defaults(run=_upscale)
 
 
-COMMANDS = (_add_upscale, cli_train.add, cli_evaluate.add, _add_doctor)
+COMMANDS = (_add_upscale, cli_train.add, cli_evaluate.add, cli_bench.add, _add_doctor)
 
 
 def _upscale(options: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ def _installed(name: str) -> str:
         return "not installed"
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     """The processor's name as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -61,7 +61,7 @@ def _extension() -> Iterator[tuple[str, str]]:
 
 
 def _devices() -> Iterator[tuple[str, str]]:
-    yield "cpu", _cpu_model()
+    yield "cpu", cpu_model()
     if extension.is_available() and hasattr(torch.ops.liif_fast_C, "cpu_isa"):
         yield "instructions", torch.ops.liif_fast_C.cpu_isa()
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()}"

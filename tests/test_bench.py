@@ -1,92 +1,49 @@
-"""The benchmarks' baselines compute what the original does; the README's numbers are those of saved results."""
+"""Workloads, methods and what becomes of their results: the README's numbers are those of saved results."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import Case, norm_error, random_problem, reason_against
-from test_golden import FILES, assert_close, golden, uniform
+from helpers import reason_against
 
-from bench import folded, machine, measure, memory, methods, original, report, results, run, tables, targets, timing
-from bench.workloads import WORKLOADS, folded_flop, original_flop
+from bench import machine, measure, methods, report, results, sizes, tables, targets
+from bench.session import Session, begin
+from bench.workloads import WORKLOADS, folded_flop, least_bytes, original_flop
+from liif_fast.benchmark import timing, yardsticks
+from liif_fast.benchmark.timing import CpuClock
+from liif_fast.ops import backends
 
 TINY: dict[str, dict[str, Any]] = {
     "decode-64-to-256": {"map_size": (10, 12), "out_size": (25, 31)},
     "training-step": {"map_size": (7, 6), "batch": 2, "queries": 90},
+    "training-forward": {"map_size": (7, 6), "batch": 2, "queries": 90},
+    "training-backward": {"map_size": (7, 6), "batch": 2, "queries": 90},
     "gather": {"map_size": (9, 8), "queries": 120},
+    "gather-backward": {"map_size": (9, 8), "queries": 120},
     "ensemble": {"queries": 200},
+    "ensemble-backward": {"queries": 200},
+    "parts": {"map_size": (8, 8), "out_size": (16, 16)},
     "scale-x2": {"map_size": (6, 6), "out_size": (12, 12)},
     "scale-x3.7": {"map_size": (6, 6), "out_size": (22, 22)},
     "scale-x8": {"map_size": (6, 6), "out_size": (48, 48), "window": (20, 20, 8, 8)},
     "scale-x30": {"map_size": (6, 6), "out_size": (180, 180), "window": (80, 80, 8, 8)},
+    "batch-1": {"map_size": (7, 6), "queries": 90},
+    "batch-4": {"map_size": (7, 6), "queries": 90},
     "encoder": {"map_size": (12, 12)},
     "upscale-photo": {"map_size": (12, 12), "out_size": (48, 48)},
 }
-MEMORY = {
-    "original": {"peak_bytes": 3_000_000_000, "note": "its first 4 chunks of 140"},
+SIZE = {  # what a run of its own would say
+    "original": {"peak_bytes": 3_000_000_000, "note": "from 4 of its 140 chunks"},
+    "folded-fp32": {"peak_bytes": 5_000_000_000},
     "cpu-fp32": {"peak_bytes": 330_000_000},
     "cpu-bf16": {"peak_bytes": 210_000_000},
 }
-WITH_IMNET = [file for file in FILES if file.stem.startswith("liif-") and file.stem != "liif-no-imnet"]
-FLOATS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
-
-
-def imnet_of(case: Any, dtype: torch.dtype) -> torch.nn.Sequential:
-    """The imnet of a golden file; its gradients are stored for every layer."""
-    keys = [key.removeprefix("grad.") for key in case.numbers if key.startswith("grad.imnet.")]
-    layers = sorted({int(key.split(".")[2]) for key in keys})
-    hidden = case.spec["args"]["imnet_spec"]["args"]["hidden_list"]
-    assert len(layers) == len(hidden) + 1, "the file does not tell every layer's shape"
-
-    def layer(index: int, kind: str) -> torch.Tensor:
-        key = f"imnet.layers.{index}.{kind}"
-        shape = case.numbers[f"grad.{key}"].shape
-        scale = 0.05 if len(shape) == 1 else (6 / shape[1]) ** 0.5
-        return (uniform(key, shape, case.seed) * scale).to(dtype)
-
-    return original.make_imnet([layer(i, "weight") for i in layers], [layer(i, "bias") for i in layers])
-
-
-@pytest.mark.parametrize("dtype, tolerance", FLOATS, ids=["float64", "float32"])
-@pytest.mark.parametrize("file", WITH_IMNET, ids=lambda file: file.stem)
-def test_the_baseline_is_the_original(file: Path, dtype: torch.dtype, tolerance: float) -> None:
-    case = golden(file)
-    flags = case.spec["args"]
-    feat = case.numbers["feat_f64"].to(dtype)
-    coord = case.coord.to(dtype)
-    cell = case.cell.to(dtype) if flags.get("cell_decode", True) else None
-    imnet = imnet_of(case, dtype)
-    switches = {name: flags.get(name, True) for name in ("local_ensemble", "feat_unfold")}
-
-    out = original.query(feat, coord, cell, imnet, **switches)
-    assert_close(out, case.numbers["out_f64"], tolerance, "out")
-    (out * uniform("probe", out.shape, case.seed).to(dtype)).sum().backward()
-    for name, parameter in imnet.named_parameters():
-        expected = case.numbers[f"grad.imnet.layers.{name}"]
-        assert_close(parameter.grad, expected, tolerance, f"grad of {name}")
-
-
-@pytest.mark.parametrize("stem", ["liif-full", "liif-paper-width"])
-def test_the_baseline_in_chunks_is_the_original(stem: str) -> None:
-    case = golden(next(file for file in FILES if file.stem == stem))
-    out = original.predict(case.numbers["feat_f64"], case.coord, case.cell, imnet_of(case, torch.float64), chunk=50)
-    assert case.coord.shape[1] > 50
-    assert_close(out, case.numbers["out_f64"], 1e-10, "out")
-
-
-@pytest.mark.parametrize("tile", [50, None])
-def test_the_folded_baseline_is_the_original(tile: int | None) -> None:
-    problem = random_problem(Case(batch=2, hidden=(24, 16)))
-    feat, coord, cell, weights, biases = problem
-    expected = original.query(feat, coord, cell, original.make_imnet(weights, biases))
-    assert norm_error(folded.query(*problem, tile=tile), expected) < 1e-12
+CPU_SIZES = [name for name in tables.SIZES if not WORKLOADS[name].refusal("cpu")]
 
 
 def test_work_is_counted_as_the_formulas_say() -> None:
@@ -97,29 +54,97 @@ def test_work_is_counted_as_the_formulas_say() -> None:
     assert window.total_queries == 256**2
     training = WORKLOADS["training-step"]
     assert folded_flop(training) == 3 * 2 * (4 * 16 * 2304 * 198_400 + 16 * 48**2 * 576 * 256)
+    assert folded_flop(WORKLOADS["training-backward"]) == 2 * folded_flop(WORKLOADS["training-forward"])
+    assert least_bytes(WORKLOADS["gather"], 2) == 64**2 * 64 * 2 + 16384 * (16 + 4 * (580 * 2 + 4))
+    assert least_bytes(decode, 4) == 4 * (64**2 * (64 + 2 * 256) + 256**2 * 3)
+
+
+def test_the_issues_workloads_are_there_and_a_cpu_says_what_it_leaves_out() -> None:
+    described = {name: (workload.map_size, workload.out_size) for name, workload in WORKLOADS.items()}
+    assert described["decode-64-to-256"] == ((64, 64), (256, 256))
+    assert described["decode-256-to-1024"] == ((256, 256), (1024, 1024))
+    assert described["decode-540-to-2160"] == ((540, 960), (2160, 3840))
+    assert [described[name][0] for name in tables.SCALES] == [(96, 96)] * 4
+    assert (WORKLOADS["training-step"].batch, WORKLOADS["training-step"].queries) == (16, 2304)
+    left_out = {name for name, workload in WORKLOADS.items() if workload.refusal("cpu")}
+    assert "decode-256-to-1024" in left_out and "decode-64-to-256" not in left_out
+    assert WORKLOADS["decode-64-to-256"].refusal("cuda") and not WORKLOADS["decode-256-to-1024"].refusal("cuda")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_backend_of_the_table_takes_part_or_says_why_not(name: str, device: str) -> None:
+    workload = WORKLOADS[name]
+    found = methods.methods_for(workload, device)
+    assert len({method.name for method in found}) == len(found)
+    if workload.kind == "encoder":
+        return
+    assert found[0].name == "original" and found[0].dtype == "float32" and not found[0].refusal
+    for backend in backends.BACKENDS:
+        if backend == "reference" and (workload.compared == "few" or workload.kind in ("upscale", "parts")):
+            continue
+        entries = [method for method in found if method.name.startswith(f"{backend}-")]
+        assert entries, backend
+        if backend == "cpu":
+            assert all(bool(entry.refusal) == (device == "cuda") for entry in entries)
+
+
+def test_the_issues_baselines_are_there_on_a_gpu() -> None:
+    decode = {method.name for method in methods.methods_for(WORKLOADS["decode-256-to-1024"], "cuda")}
+    eager = {f"original{tuned}-{dtype}" for tuned in ("", "-tuned") for dtype in ("tf32", "fp16", "bf16")}
+    assert eager | {"original", "original-tuned-fp32", "folded-bf16", "folded-compiled-bf16"} <= decode
+    assert {"original-compiled-tf32", "original-compiled-bf16", "folded-compiled-tf32"} <= decode
+    training = {method.name for method in methods.methods_for(WORKLOADS["training-step"], "cuda")}
+    assert {"original", "original-tf32", "original-fp16", "original-bf16", "folded-compiled-bf16"} <= training
 
 
 @pytest.fixture(scope="module")
-def result() -> dict[str, Any]:
-    """What `bench.run` makes of tiny workloads; compiling is left out for its time, memory because it takes 512x512."""
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run makes of tiny workloads; without compiling for its time, and without sizes, which cannot be tiny.
+
+    On one thread: where other programs run too, threads wait for each other, thousands of times.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "_MIN_SAMPLE_S", 0.0)
-        patch.setattr(timing, "_LOOP_S", 0.001)
-        for name, sizes in TINY.items():
-            patch.setitem(WORKLOADS, name, replace(WORKLOADS[name], **sizes))
-        patch.setattr(
-            measure,
-            "methods_for",
-            lambda *args, **kw: [m for m in methods.methods_for(*args, **kw) if m.name != "original-compiled"],
+        patch.setattr(timing, "MIN_SAMPLE_S", 0.0)
+        patch.setattr(yardsticks, "LOOP_S", 0.001)
+        patch.setitem(yardsticks.GEMM_SIZE, "cpu", 64)
+        patch.setitem(yardsticks.COPY_BYTES, "cpu", 1 << 16)
+        for name, changed in TINY.items():
+            patch.setitem(WORKLOADS, name, replace(WORKLOADS[name], **changed))
+        every = methods.methods_for
+        patch.setattr(measure, "methods_for", lambda *a, **k: [m for m in every(*a, **k) if "compiled" not in m.name])
+        folder = tmp_path_factory.mktemp("results")
+        session = Session(
+            begin("cpu", [*TINY, "size-4096"], name="tiny", command="python -m bench.run"),
+            CpuClock(),
+            folder,
+            rounds=2,
         )
-        made = run.run(list(TINY), quick=False, rounds=2, name="tiny")
-    labels = {method.name: measure._describe(method) for method in methods.BY_KIND["memory"]}
-    made["workloads"]["memory-512-to-2048"] = {
-        "about": "decoder",
-        "methods": {
-            name: {**labels[name], "allowed_bytes": 382_000_000, **numbers} for name, numbers in MEMORY.items()
-        },
-    }
+        for name in session.result["planned"]:
+            session.measure(name)
+            assert name in results.load(results.path_of(session.result, folder))["workloads"], "saved as it goes"
+        session.finish()
+    torch.set_num_threads(threads)
+    made = results.load(results.path_of(session.result, folder))
+    assert "planned" not in made and made["seconds_taken"] >= 0
+    for name in CPU_SIZES:
+        described = {method.name: method for method in methods.methods_for(WORKLOADS[name], "cpu")}
+        made["workloads"][name] = {
+            "about": WORKLOADS[name].about,
+            "methods": {
+                method: {
+                    "label": described[method].label,
+                    "dtype": described[method].dtype,
+                    "status": "ok",
+                    "seconds": timing.summary([2.0]),
+                    "allowed_bytes": 382_000_000,
+                    **numbers,
+                }
+                for method, numbers in SIZE.items()
+            },
+        }
     return made
 
 
@@ -127,23 +152,51 @@ def test_every_method_computes_the_workload(result: dict[str, Any]) -> None:
     cpu_runs = not reason_against("cpu", "query", torch.float32)
     for name in TINY:
         for method, entry in result["workloads"][name]["methods"].items():
-            if method.startswith("cpu") and not cpu_runs:
-                assert entry["status"] == "failed" and "extension" in entry["reason"]
+            if method.startswith(("cuda", "triton")) or (method.startswith("cpu") and not cpu_runs):
+                assert entry["status"] == "refused" and entry["reason"], f"{name}, {method}"
                 continue
             assert entry["status"] == "ok", f"{name}, {method}: {entry.get('reason')}"
             assert len(entry["seconds"]["samples"]) == 2
-            low = entry["dtype"] == "bfloat16"
+            assert entry["peak_bytes"] is None or entry["peak_bytes"] >= 0
+            low = entry["dtype"] in ("bfloat16", "float16")
             assert entry.get("psnr_db", 200) > (35 if low else 100), f"{name}, {method}"
             assert entry.get("gradient_error", 0) < (0.2 if low else 1e-3), f"{name}, {method}"
-            if not name.startswith(("encoder", "gather", "ensemble", "upscale")):
+            if name.startswith(("decode", "training", "scale", "batch")):
                 assert entry["gflop_per_second"] > 0
+                assert entry["dtype"] == "float16" or entry["fraction_of_gemm"]["median"] > 0
+            if name.startswith(("gather", "ensemble")):
+                assert entry["fraction_of_copy"]["median"] > 0
+    step = result["workloads"]["training-step"]["methods"]
+    assert {"gradient_error", "speedup"} <= step["original"].keys()
+    assert "original-bf16" in step["original"]["speedup_over"]
+    assert "psnr_db" in result["workloads"]["training-forward"]["methods"]["original-bf16"]
+
+
+def test_what_a_cpu_cannot_time_is_recorded_with_the_reason(result: dict[str, Any]) -> None:
+    assert "minutes" in result["workloads"]["size-4096"]["skipped"]
 
 
 def test_a_result_names_its_machine_and_code(result: dict[str, Any]) -> None:
-    assert result["machine"]["threads"] == torch.get_num_threads()
+    assert result["machine"]["threads"] == 1
     assert result["machine"]["cpu"] and result["machine"]["instructions"]
     assert result["versions"]["torch"] == torch.__version__
     assert result["commit"] and result["date"].endswith("Z") and result["command"].startswith("python -m bench.run")
+
+
+def test_a_budget_that_is_used_up_skips_with_the_reason(tmp_path: Path) -> None:
+    begun = {**begin("cpu", ["gather"], name="late", command=""), "started": 0.0}
+    session = Session(begun, CpuClock(), tmp_path, budget=5)
+    assert session.measure("gather")["skipped"] == "the 5 s given to this run were used up"
+    record = measure.measure(WORKLOADS["gather"], CpuClock(), rounds=1, deadline=0.0)
+    assert {entry["status"] for entry in record["methods"].values()} <= {"skipped", "refused"}
+
+
+def test_methods_that_broke_a_process_are_not_tried_again() -> None:
+    lost = {"original": "the measuring process hung", "cpu-fp32": "out of memory"}
+    workload = replace(WORKLOADS["gather"], **TINY["gather"])
+    record = measure.measure(workload, CpuClock(), rounds=1, only=set(lost), lost=lost)
+    statuses = {name: entry["status"] for name, entry in record["methods"].items()}
+    assert statuses == {"original": "failed", "cpu-fp32": "out of memory"}
 
 
 def readme(*names: str) -> str:
@@ -169,7 +222,7 @@ def test_report_writes_every_block_and_check_notices_a_change(
     text = file.read_text()
     assert "STALE" not in text and text.count("after\n") == len(tables.BLOCKS)
     assert report.block_names(text) == list(tables.BLOCKS)
-    assert "330 MB" in text and "its first 4 chunks of 140" in text and path.name in text
+    assert "330 MB" in text and "from 4 of its 140 chunks" in text and path.name in text
     report_main("--check")
 
     file.write_text(text.replace("330 MB", "329 MB"))
@@ -230,111 +283,152 @@ def test_targets_are_judged_by_what_was_measured() -> None:
     entry = {"speedup": {"median": 3.6}, "fraction_of_loop": {"median": 0.79}}
     workloads = {
         "decode-64-to-256": {"methods": {"cpu-fp32": entry, "cpu-bf16": {"status": "failed", "reason": "no memory"}}},
-        "memory-512-to-2048": {"methods": {"cpu-fp32": {"peak_bytes": 10**9, "allowed_bytes": 10**8}}},
+        "size-2048": {"methods": {"cpu-fp32": {"peak_bytes": 10**9, "allowed_bytes": 10**8}}},
     }
-    verdicts = [targets.judge(target, workloads) for target in targets.TARGETS]
+    promises = [target for target in targets.TARGETS if target.device == "cpu"]
+    verdicts = [targets.judge(target, workloads) for target in promises]
     met = [None if verdict is None else verdict.met for verdict in verdicts]
     assert met == [True, False, False, False, None, False, None]
     assert verdicts[2] is not None and verdicts[2].measured == "no memory"
+    rival = {"speedup_over": {"original-bf16": {"median": 9.0}}}
+    gpu = {"decode-256-to-1024": {"methods": {"cuda-bf16": rival}}}
+    against_amp = next(target for target in targets.TARGETS if target.field == "speedup_over original-bf16")
+    assert targets.judge(against_amp, gpu) == (against_amp.what, ">= 8 x", "9.00 x", True)
+    made = {"machine": {"device": "cuda"}, "workloads": gpu}
+    assert [verdict.met for verdict in targets.verdicts(made)].count(True) == 1
     entry["fraction_of_loop"]["median"] = 2.6  # of a peak: not credible
     verdict = targets.judge(targets.TARGETS[1], workloads)
     assert verdict is not None and not verdict.met
 
 
-def test_contenders_take_turns_and_a_failure_is_a_result() -> None:
-    turns: list[str] = []
+@pytest.mark.parametrize(
+    "line, loose",
+    [
+        ("It takes 4.2 ms on a laptop.", True),
+        ("Three times faster, or 7.9x faster.", True),
+        ("At 93 % of the loop, 436 GFLOP/s.", True),
+        ("The gain is 1.6 dB.", True),
+        ("(1.7x fewer operations)", False),
+        ("a tile of 24 queries x 4 corners, 30,000-query chunks, Python >= 3.10", False),
+    ],
+)
+def test_a_measured_number_outside_the_blocks_is_noticed(line: str, loose: bool) -> None:
+    text = f"{readme('decode').replace('STALE', '5 ms')}\n```\nsleep 5 ms\n```\n{line}\n"
+    assert report.loose_numbers(text) == ([line] if loose else [])
 
-    def fail() -> None:
-        turns.append("b")
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    good = timing.Contender("a", lambda: turns.append("a"))
-    bad = timing.Contender("b", fail)
-    assert timing.interleave([good, bad], 3, []) == {}
-    assert turns == ["a", "b", "a", "a"]
-    assert len(good.samples) == 3 and bad.error == "out of memory" and not bad.samples
+def test_the_readme_claims_no_number_without_a_result() -> None:
+    assert report.loose_numbers(report.README.read_text()) == []
 
 
-def test_summary_and_ratios() -> None:
-    assert timing.summary([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == {
-        "median": 3.5,
-        "p20": 2.0,
-        "p80": 5.0,
-        "samples": [3.0, 1.0, 2.0, 5.0, 4.0, 6.0],
+def test_without_a_gpus_result_its_block_says_so(result: dict[str, Any]) -> None:
+    assert tables.BLOCKS["gpu"]([result]) == tables.NOT_YET == "Not yet run on a GPU.\n"
+    machine_of = {**result["machine"], "device": "cuda", "gpu": "Some GPU", "driver": "1"}
+    record = {**result["workloads"]["decode-64-to-256"]}
+    made = {**result, "machine": machine_of, "workloads": {"decode-256-to-1024": record}, "path": "some-gpu/x.json"}
+    result = {**result, "path": "cpu/y.json"}
+    table = tables.BLOCKS["gpu"]([made, result])
+    assert table is not None and "Some GPU, driver 1" in table and "of cuBLAS" in table
+    assert "Some GPU" not in (tables.BLOCKS["decode"]([result, made]) or "")
+
+
+def test_plots_are_drawn_for_whatever_has_numbers(result: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench import plots
+
+    wanted = {"ladder", "sizes", "sweep", "batches", "parts"}
+    assert {path.name for path in plots.draw([result], tmp_path)} == {
+        f"{name}.{suffix}" for name in wanted for suffix in ("png", "svg")
     }
-    assert timing.summary([2.0])["p80"] == 2.0
-    assert timing.pair_ratios([6.0, 9.0], [3.0, 3.0]) == [2.0, 3.0]
-
-
-@pytest.mark.parametrize("dtype", timing.loop_dtypes())
-def test_the_loop_is_faster_than_a_library_product(dtype: str) -> None:
-    """By the thread's own processor time, as other programs may run beside it; best of a few, so that clocks are up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        a = torch.randn(512, 512).to(getattr(torch, dtype))
-        product = max(_rate(lambda: (a @ a, 2.0 * 512**3)[1]) for _ in range(20))
-        count = timing._loop_repetitions(dtype)
-        loop = max(_rate(lambda: torch.ops.liif_fast_C.cpu_multiply_add_loop(dtype, count)) for _ in range(5))
-    finally:
-        torch.set_num_threads(threads)
-    assert loop > product > 0, "the loop waits for something: is it kept in registers?"
-
-
-def _rate(work: Callable[[], float]) -> float:
-    begin = time.thread_time()
-    flop = work()
-    return flop / (time.thread_time() - begin)
-
-
-@pytest.mark.skipif(not timing.loop_dtypes(), reason=reason_against("cpu", "query", torch.float32) or "no loop")
-def test_two_threads_run_the_loop_at_once() -> None:
-    """Loosely: other programs may take the processors away at any moment."""
-    threads = torch.get_num_threads()
-    rates = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            rates.append(timing.loop_rate("float32"))
-    finally:
-        torch.set_num_threads(threads)
-    assert rates[1] > rates[0] / 4 > 0
-
-
-def test_preparing_is_stopped_when_it_takes_too_long() -> None:
-    with pytest.raises(measure.TooSlow, match="more than 0 s"), measure.time_limit(0.05):
-        time.sleep(5)
+    first = (tmp_path / "sizes.svg").read_bytes()
+    plots.draw([result], tmp_path)
+    assert (tmp_path / "sizes.svg").read_bytes() == first, "the same numbers give the same file"
+    out = {
+        **result["workloads"]["size-2048"]["methods"]["original"],
+        "status": "out of memory",
+        "reason": "out of memory",
+    }
+    del out["seconds"], out["peak_bytes"]
+    result = json.loads(json.dumps(result))
+    result["workloads"]["size-2048"]["methods"]["original"] = out
+    plots.draw([result], tmp_path)
+    assert b"out of memory" in (tmp_path / "sizes.svg").read_bytes()
+    assert plots.draw([], tmp_path) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not tell a process' memory")
-def test_memory_is_measured_in_a_process_of_its_own() -> None:
-    workload = WORKLOADS["scale-x2"]
+def test_memory_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = WORKLOADS["size-256"]
     peaks = {}
-    for name in ("original", "folded-eager"):
-        entry = memory.measure(name, workload)
-        assert entry["status"] == "ok", entry
-        peaks[name] = entry["peak_bytes"]
-    unfolded = 96 * 96 * 576 * 4
-    latent_map = 96 * 96 * 256 * 4
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # that many the process is given
+    for method in methods.methods_for(workload, "cpu"):
+        if method.name in ("original", "folded-fp32"):
+            entry = sizes.measure(method, workload, CpuClock())
+            assert entry["status"] == "ok", entry
+            assert entry["seconds"]["median"] > 0
+            peaks[method.name] = entry["peak_bytes"]
+    unfolded = 64 * 64 * 576 * 4
+    latent_map = 64 * 64 * 256 * 4
     assert peaks["original"] > unfolded + 30_000 * 580 * 4
-    assert latent_map < peaks["folded-eager"] < peaks["original"]
-    assert memory.allowance(workload, torch.float32) == latent_map + 192 * 192 * 3 * 4 + 64 * 10**6
+    assert latent_map < peaks["folded-fp32"] < peaks["original"]
+    assert sizes.allowance(workload, 4) == latent_map + 256 * 256 * 3 * 4 + 64 * 10**6
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not tell a process' memory")
+def test_the_originals_first_chunks_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes.original, "CHUNK", 30)
+    workload = replace(WORKLOADS["size-256"], map_size=(5, 5), out_size=(20, 20))
+    method = methods.methods_for(workload, "cpu")[0]
+    entry = sizes.decode(method, workload, CpuClock())
+    assert entry["note"] == "from 4 of its 14 chunks" and entry["peak_bytes"] is not None
+
+
+def test_out_of_memory_is_a_result() -> None:
+    def prepare(job: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 38 GiB")
+
+    method = methods.Method("huge", "huge", "float32", False, prepare)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "methods_for", lambda *a, **k: [methods.methods_for(*a, **k)[0], method])
+        workload = replace(WORKLOADS["gather"], **TINY["gather"])
+        entry = measure.measure(workload, CpuClock(), rounds=1)["methods"]["huge"]
+    assert entry["status"] == entry["reason"] == "out of memory"
 
 
 @pytest.mark.parametrize(
-    "cpu, architecture, threads, expected",
+    "described, expected",
     [
-        ("AMD EPYC", "zen4", 2, "cpu-amd-epyc-zen4-2-threads"),
-        ("Intel(R) Xeon(R) CPU @ 2.20GHz", "", 1, "cpu-intel-xeon-1-thread"),
-        ("AMD Ryzen 9 7950X 16-Core Processor", "zen4", 16, "cpu-amd-ryzen-9-7950x-16-core-zen4-16-threads"),
+        ({"cpu": "AMD EPYC", "architecture": "zen4", "threads": 2}, "cpu-amd-epyc-zen4-2-threads"),
+        ({"cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz", "architecture": "", "threads": 1}, "cpu-intel-xeon-1-thread"),
+        (
+            {"cpu": "AMD Ryzen 9 7950X 16-Core Processor", "architecture": "zen4", "threads": 16},
+            "cpu-amd-ryzen-9-7950x-16-core-zen4-16-threads",
+        ),
+        ({"device": "cuda", "gpu": "NVIDIA H100 80GB HBM3"}, "nvidia-h100-80gb-hbm3"),
     ],
 )
-def test_slug(cpu: str, architecture: str, threads: int, expected: str) -> None:
-    assert machine.slug({"cpu": cpu, "architecture": architecture, "threads": threads}) == expected
+def test_slug(described: dict[str, Any], expected: str) -> None:
+    assert machine.slug(described) == expected
 
 
-def test_result_files_of_another_schema_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "cpu-x").mkdir()
-    (tmp_path / "cpu-x" / "2001-01-01-full.json").write_text(json.dumps({"schema": 0}))
+def test_a_gpus_state_is_read_and_its_absence_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.state("cuda") == {}
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '1980, 2619, 1980, 512.25, 51, P0'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    state = machine.state("cuda")
+    assert (state["clocks.sm"], state["power.draw"], state["pstate"]) == ("1980", "512.25", "P0")
+
+
+def test_result_files_of_another_schema_are_refused_and_others_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "cpu-x"
+    folder.mkdir()
+    (folder / "checks.json").write_text(json.dumps({"passed": 3}))
+    assert results.load_all(tmp_path) == []
+    with pytest.raises(ValueError, match="has no workloads"):
+        results.load(folder / "checks.json")
+    (folder / "2001-01-01-full.json").write_text(json.dumps({"schema": 0, "workloads": {}}))
     with pytest.raises(ValueError, match="schema 0"):
         results.load_all(tmp_path)

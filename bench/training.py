@@ -1,0 +1,107 @@
+"""Methods that decode with gradients: forward, backward, or both, of the decoder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import folded
+from bench.method import SHORT, Job, Method, Prepared, compiled, is_16_bit, multiply_in
+from liif_fast import ops
+from liif_fast.benchmark import original
+from liif_fast.benchmark.yardsticks import precision
+
+
+def _probe(job: Job) -> Tensor:
+    """What the gradients are the gradients of: sum(out * probe). [B, Q, 3]"""
+    generator = torch.Generator(device=job.device).manual_seed(1)
+    shape = (job.workload.batch, job.workload.queries, 3)
+    return torch.randn(shape, generator=generator, device=job.device).to(job.problem.feat.dtype)
+
+
+def _passes(job: Job, dtype: str, forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Callable[[], Any]:
+    """The passes that the workload asks for. A backward alone runs again and again on one forward."""
+    probe = _probe(job)
+
+    def backward(out: Tensor, again: bool) -> list[Tensor]:
+        with precision(dtype == "tf32"):
+            return list(torch.autograd.grad(out, leaves, probe.to(out.dtype), retain_graph=again))
+
+    if job.workload.passes == "forward":
+        return forward
+    if job.workload.passes == "both":
+        return lambda: backward(forward(), False)
+    kept = forward()
+    return lambda: backward(kept, True)
+
+
+def _original(job: Job, dtype: str, compile_it: bool = False) -> Prepared:
+    problem = job.problem
+    feat = problem.feat.detach().clone().requires_grad_()
+    imnet = original.make_imnet(problem.weights, problem.biases)
+    layers = [layer for layer in imnet if isinstance(layer, nn.Linear)]
+    leaves = [feat, *(layer.weight for layer in layers), *(layer.bias for layer in layers)]
+    query = compiled(original.query) if compile_it else original.query
+
+    def forward() -> Tensor:
+        if feat.dtype == torch.float64:
+            return query(feat, problem.coord, problem.cell, imnet)
+        with multiply_in(dtype, job.device):
+            return query(feat, problem.coord, problem.cell, imnet)
+
+    return _passes(job, dtype, forward, leaves), ""
+
+
+def _with(job: Job, dtype: str, make_query: Callable[[], Callable[..., Tensor]]) -> Prepared:
+    """float32 leaves, multiplied in `dtype`: as one trains."""
+    problem, query = job.problem, make_query()
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in problem.leaves()]
+    layers = len(problem.weights)
+    feat, weights, biases = leaves[0], leaves[1 : 1 + layers], leaves[1 + layers :]
+
+    def forward() -> Tensor:
+        with multiply_in(dtype, job.device):
+            return query(feat, problem.coord, problem.cell, weights, biases)
+
+    return _passes(job, dtype, forward, leaves), ""
+
+
+def _folded(compile_it: bool) -> Callable[..., Tensor]:
+    decode = compiled(folded.decode_tile) if compile_it else folded.decode_tile
+    return partial(folded.query, tile=None, decode=decode)
+
+
+def query(job: Job, backend: str, dtype: str) -> Prepared:
+    """`ops.query` under autocast where dtype has 16 bits."""
+    return _with(job, dtype, lambda: partial(ops.query, backend=backend))
+
+
+def baselines(device: str) -> list[Method]:
+    """Original and folded; the original in float32 comes first."""
+    dtypes = ["float32", "bfloat16"] if device == "cpu" else ["float32", "tf32", "bfloat16", "float16"]
+    compiled_in = ["float32"] if device == "cpu" else ["bfloat16"]
+    found = []
+    for dtype in dtypes:
+        how = ", autocast" if is_16_bit(dtype) else ""
+        few = dtype in ("float32", "bfloat16")
+        name = "original" if dtype == "float32" else f"original-{SHORT[dtype]}"
+        run = partial(_original, dtype=dtype)
+        found.append(Method(name, f"original, eager{how}", dtype, False, run, few=few, quick=few))
+    for dtype in dtypes if device == "cuda" else ["float32"]:
+        how = ", autocast" if is_16_bit(dtype) else ""
+        run = partial(_with, dtype=dtype, make_query=partial(_folded, False))
+        few = dtype == ("float32" if device == "cpu" else "bfloat16")
+        found.append(Method(f"folded-{SHORT[dtype]}", f"folded, PyTorch calls{how}", dtype, True, run, few=few))
+    for dtype in compiled_in:
+        how = ", autocast" if is_16_bit(dtype) else ""
+        run = partial(_original, dtype=dtype, compile_it=True)
+        label = f"original, torch.compile{how}"
+        found.append(Method(f"original-compiled-{SHORT[dtype]}", label, dtype, False, run, late=2))
+        run = partial(_with, dtype=dtype, make_query=partial(_folded, True))
+        label = f"folded, torch.compile{how}"
+        found.append(Method(f"folded-compiled-{SHORT[dtype]}", label, dtype, True, run))
+    return found

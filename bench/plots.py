@@ -10,13 +10,12 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from bench import pieces, results
-from bench.tables import SCALES, SIZES, Results
+from bench.tables import BATCHES, SCALES, SIZES, Results
 from bench.workloads import WORKLOADS
 
 _COLOURS = {"float32": "#3b6ea5", "tf32": "#4f9d8f", "bfloat16": "#c8762b", "float16": "#8a4f9d"}
 _LINES = {"original": "--", "folded": ":"}  # backends: solid
 _SCALE = dict(zip(SCALES, (2.0, 3.7, 8.0, 30.0)))
-_BATCH = {1: "batch-1", 4: "batch-4", 16: "training-step", 64: "batch-64"}
 _LADDER = {"cpu": "decode-64-to-256", "cuda": "decode-256-to-1024"}
 _PARTS = {"cpu": "parts", "cuda": "gpu-parts"}
 _SHADES = ("#9aa7b1", "#3b6ea5", "#4f9d8f", "#c8762b", "#8a4f9d")
@@ -137,7 +136,7 @@ def sweep(found: Results, device: str) -> Figure | None:
 
 def batches(found: Results, device: str) -> Figure | None:
     """Forward and backward against the number of maps, a line a method of the short comparison."""
-    by_size = {size: name for size, name in _BATCH.items() if not WORKLOADS[name].refusal(device)}
+    by_size = {size: name for size, name in BATCHES.items() if not WORKLOADS[name].refusal(device)}
     held = _newest_series(found, list(by_size.values()), device)
     if held is None:
         return None

@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{workload.name:20}{workload.about}" + (f" (only {workload.device})" if workload.device else ""))
         return 0
     torch.set_num_threads(args.threads)
+    if args.child:
+        supervise.end_with_parent()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device is cuda, but torch finds no GPU that it can use: choose --device cpu")
     if args.resume:

@@ -6,6 +6,8 @@ what broke it. A kernel's invalid access breaks a CUDA context for good, which o
 
 from __future__ import annotations
 
+import ctypes
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from bench import results
 METHOD_LIMIT_S = 200.0  # a method that is prepared, or a round of all of them
 RESTARTS = 6
 _POLL_S = 0.5
+_SET_PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def child_command(path: Path, budget: float | None, rounds: int | None, quick: bool, threads: int) -> list[str]:
@@ -29,6 +32,13 @@ def child_command(path: Path, budget: float | None, rounds: int | None, quick: b
     if rounds is not None:
         command += ["--rounds", str(rounds)]
     return command + (["--quick"] if quick else [])
+
+
+def end_with_parent() -> None:
+    """Let this process be killed when the one that watches it is, so that it does not keep the GPU (Linux)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def run(path: Path, command: Sequence[str], *, method_limit_s: float = METHOD_LIMIT_S) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from bench import results, targets
+from bench import loader, results, study, targets, training_step
 from bench.workloads import WORKLOADS
 from liif_fast.evaluation import markdown_table, mean_scores, read_csv
 
@@ -199,7 +199,26 @@ def psnr_table(_: Results) -> str | None:
     return f"{markdown_table(mean_scores(scores))}\n\n{source}\n"
 
 
-_BATCHES = ("batch-1", "batch-4", "training-step", "batch-64")
+BATCHES = {1: "batch-1", 4: "batch-4", 16: "training-step", 64: "batch-64"}  # by number of maps
+_PLOTS = {  # what a plot shows, and the workloads it is drawn from; bench/plots.py draws them
+    "sizes": ("Latency and peak memory against the output's size", SIZES),
+    "sweep": ("Pixels a second against the scale, x2 to x30", SCALES),
+    "batches": ("Forward and backward against the number of maps", tuple(BATCHES.values())),
+    "parts": ("Where the time goes", ("parts", "gpu-parts")),
+}
+
+
+def plots_block(found: Results) -> str:
+    """The plots that some result has the numbers for, one below the other."""
+    lines = []
+    for device, prefix in (("cpu", ""), ("cuda", "gpu-")):
+        for name, (about, names) in _PLOTS.items():
+            wanted = [each for each in names if not WORKLOADS[each].refusal(device)]
+            if results.newest_with_all(found, wanted, device):
+                lines.append(f"![{about}](bench/results/plots/{prefix}{name}.png)\n")
+    return "\n".join(lines)
+
+
 BLOCKS: dict[str, Callable[[Results], str | None]] = {
     "targets": targets_table,
     "decode": partial(methods_table, workload="decode-64-to-256", columns=[*_TIMES, *_WORK, _ACCURACY]),
@@ -211,7 +230,7 @@ BLOCKS: dict[str, Callable[[Results], str | None]] = {
     ),
     "sizes": partial(series_table, names=SIZES, title="seconds, and peak beside the inputs", cell=_time_and_memory),
     "sweep": partial(series_table, names=SCALES, title="thousand pixels a second", cell=_pixels),
-    "batches": partial(series_table, names=_BATCHES, title="forward and backward", cell=_milliseconds),
+    "batches": partial(series_table, names=tuple(BATCHES.values()), title="forward and backward", cell=_milliseconds),
     "psnr": psnr_table,
     "gather": partial(methods_table, workload="gather", columns=[*_TIMES, _ACCURACY]),
     "ensemble": partial(methods_table, workload="ensemble", columns=[*_TIMES, _ACCURACY]),
@@ -219,4 +238,9 @@ BLOCKS: dict[str, Callable[[Results], str | None]] = {
     "upscale": partial(methods_table, workload="upscale-photo", columns=[*_TIMES, _MEMORY, _ACCURACY]),
     "parts": partial(methods_table, workload="parts", columns=[_TIMES[0], ("share of the original", _share)]),
     "gpu": gpu_tables,
+    "plots": plots_block,
+    # These read what their own programs saved.
+    "train-step": training_step.block,
+    "study": study.block,
+    "loader": loader.block,
 }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -295,6 +298,34 @@ def test_a_process_that_dies_before_any_method_costs_workloads_and_ends(unfinish
     supervise.run(unfinished, [sys.executable, "-c", "raise SystemExit(3)"])
     skipped = {name: record["skipped"] for name, record in results.load(unfinished)["workloads"].items()}
     assert skipped == dict.fromkeys(["one", "two"], "the process ended with exit code 3")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process hears of its parent's death only on Linux")
+def test_the_measuring_process_ends_with_the_one_that_watches_it(tmp_path: Path) -> None:
+    child = (
+        "import time; from bench import supervise; supervise.end_with_parent(); print(1, flush=True); time.sleep(60)"
+    )
+    parent = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdout=2);"
+    parent += "print(p.pid, flush=True); time.sleep(60)"
+    watched = subprocess.Popen(
+        [sys.executable, "-c", parent, child],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert watched.stdout is not None and watched.stderr is not None
+    pid = int(watched.stdout.readline())
+    assert watched.stderr.readline() == "1\n", "the child has asked for it"
+    watched.kill()
+    watched.wait()
+    for _ in range(200):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the child outlived its parent")
 
 
 def test_the_child_goes_on_with_the_same_file_and_choices(tmp_path: Path) -> None:

@@ -156,7 +156,11 @@ def test_an_interrupted_run_goes_on(images, tmp_path, monkeypatch):
         count_calls(patch, fail_after=7)
         with pytest.raises(KeyboardInterrupt):
             study.run(images, settings(tmp_path, ["bicubic", "liif"]), tmp_path / "out")
-    assert len(study.read_rows(tmp_path / "out" / "scores.rank0.csv")) == 7
+    with monkeypatch.context() as patch:  # a second run, of other rows, forgets nothing when it is killed too
+        count_calls(patch, fail_after=1)
+        with pytest.raises(KeyboardInterrupt):
+            study.run(images, settings(tmp_path, ["liif"], scales=(4,)), tmp_path / "out")
+    assert len(study.read_rows(tmp_path / "out" / "scores.rank0.csv")) == 8
     calls = count_calls(monkeypatch)
     rows = study.run(images, settings(tmp_path, ["bicubic", "liif"]), tmp_path / "out")
     assert len(calls) == 12 - 7 and [row[:4] for row in rows] == [row[:4] for row in expected]
@@ -274,6 +278,7 @@ def test_the_comparison_shows_the_busiest_part():
         (["--methods", "bicubic", "rdn"], "method 'rdn' needs a model: add --model rdn=FILE"),
         (["--model", "some.pth"], "'some.pth' is not NAME=FILE"),
         (["--model", "edsr@two=some.pth"], "'two', which is no number"),
+        (["--model", "bicubic=tiny"], "give the model another name"),
         (["--methods", "bicubic", "--model", "liif=tiny"], "--methods does not list"),
         (["--model", "liif=some.pth"], "some.pth does not exist"),
         (["--scales", "0.5"], "scale 0.5 cannot be evaluated"),

@@ -120,6 +120,8 @@ def resolve_methods(names: Sequence[str] | None, models: Sequence[str]) -> list[
         files.setdefault(name, {})[key] = file
     if names is None:
         names = [BICUBIC, *(files or ["liif"])]
+    if BICUBIC in files:
+        raise ValueError(f"--model names {BICUBIC!r}, which is Pillow's; give the model another name")
     if unused := [name for name in files if name not in names]:
         raise ValueError(f"--model names {unused[0]!r}, which --methods does not list; add it there")
     found = []
@@ -138,7 +140,8 @@ def resolve_methods(names: Sequence[str] | None, models: Sequence[str]) -> list[
 def run(folder: str | Path, settings: Settings, out: str | Path, *, progress: bool = False) -> list[Row]:
     """Score everything that `out` does not know yet; returns the rows asked for and writes `out`/scores.csv.
 
-    Processes of one launch share the images; every one returns all rows. A kill loses the last seconds' scores.
+    Processes of one launch share the images; every one returns all rows. A kill loses the last seconds' scores. Rows of
+    methods, scales and images that are not asked for this time stay in the file.
     Raises ValueError for unusable images, models or settings.
     """
     folder, out = Path(folder), Path(out)
@@ -149,6 +152,11 @@ def run(folder: str | Path, settings: Settings, out: str | Path, *, progress: bo
     part = out / f"scores.rank{distributed.rank()}.csv"
     rows: list[Row] = []
     saved, computed = time.monotonic(), 0
+
+    def save() -> None:
+        done = {row.fingerprint for row in rows}
+        write_rows([*rows, *(row for row in known.values() if row.fingerprint not in done)], part)
+
     try:
         bar = tqdm(_jobs(mine, settings), total=_count(mine, settings), unit="score", disable=not progress, leave=False)
         for job in bar:
@@ -162,11 +170,11 @@ def run(folder: str | Path, settings: Settings, out: str | Path, *, progress: bo
                 row = Row(job.method.name, job.cell, job.scale, job.path.name, scores[0], scores[1], fingerprint)
             rows.append(row._replace(method=job.method.name, image=job.path.name))
             if computed and time.monotonic() - saved > _SAVE_SECONDS:
-                write_rows(rows, part)
+                save()
                 saved = time.monotonic()
     finally:
         if computed:
-            write_rows(rows, part)
+            save()
     gathered = distributed.gather([tuple(row) for row in rows])
     everything = [Row(*row) for part_rows in gathered for row in part_rows]
     if distributed.is_main():

@@ -50,6 +50,7 @@ SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefin
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"]
 LINK_FLAGS = ["-shared", "-Wl,-z,relro,-z,now"]
+PTXAS_LINES = re.compile(r"ptxas info|\s+\d+ bytes stack frame")  # of a report; what is no such line is for people
 CUDA_LIBRARIES = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
@@ -149,6 +150,10 @@ class Toolkit:
         flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
         return [*flags, "-gencode=arch=compute_80,code=compute_80"]  # PTX: the catch-all for what comes later
 
+    def compression(self) -> list[str]:
+        """A quarter of the size. From CUDA 13 on: every driver that goes with it can unpack that."""
+        return ["--compress-mode=size"] if int(self.release.split(".")[0]) >= 13 else []
+
 
 # ---- compile what changed ------------------------------------------------------------------------------------------
 
@@ -162,6 +167,7 @@ class Step:
     inputs: list[Path]
     depfile: Path | None = None
     stamp: str = field(default="")  # versions of the tools, which the command does not show
+    report: Path | None = None  # nvcc's: where ptxas's account of every kernel is kept, as valid as the output
 
     @property
     def record(self) -> Path:
@@ -181,16 +187,18 @@ class Step:
     def is_stale(self) -> bool:
         try:
             built = self.output.stat().st_mtime_ns
-            same = self.record.read_text() == self.description()
+            same = self.record.read_text() == self.description() and (self.report is None or self.report.exists())
             return not same or any(path.stat().st_mtime_ns > built for path in self.read_files())
         except OSError:  # something was never built, or a header is gone
             return True
 
-    def run(self) -> None:
+    def run(self, threads: int = 1) -> None:
+        """Compile; nvcc, which has several architectures to do, may use so many threads."""
         print(f"{Path(self.command[0]).name}: {self.output.relative_to(ROOT)}", flush=True)
         self.record.unlink(missing_ok=True)
         began = time.time_ns()
-        if subprocess.run(self.command, cwd=ROOT, check=False).returncode:  # its messages went to the terminal
+        failed = self.call_nvcc(threads) if self.report else subprocess.run(self.command, cwd=ROOT).returncode
+        if failed:  # its messages went to the terminal
             kind = CudaBuildError if self.output.name.endswith(".cu.o") else BuildError
             raise kind(
                 f"{Path(self.command[0]).name} could not make {self.output.name} of {self.inputs[0].relative_to(ROOT)}"
@@ -198,14 +206,30 @@ class Step:
         os.utime(self.output, ns=(began, began))  # a file saved while the compiler ran counts as newer
         self.record.write_text(self.description())
 
+    def call_nvcc(self, threads: int) -> int:
+        """Its exit code. What it says about kernels goes to the report, everything else to the terminal."""
+        assert self.report is not None
+        command = [*self.command, "--threads", str(threads)]
+        result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        others = [line for line in result.stdout.splitlines() if line and not PTXAS_LINES.match(line)]
+        if others:
+            print(*others, sep="\n", file=sys.stderr, flush=True)
+        self.report.write_text(result.stdout)
+        return result.returncode
+
 
 def run_stale(steps: list[Step]) -> None:
-    """Run the stale ones, MAX_JOBS at a time; every failure's messages are shown, the first one is raised."""
+    """Run the stale ones, MAX_JOBS at a time; every failure's messages are shown, the first one is raised.
+
+    Where there are fewer of them than MAX_JOBS, nvcc gets the rest as threads.
+    """
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     if not re.fullmatch("[1-9][0-9]*", jobs):
         raise BuildError(f"MAX_JOBS is {jobs!r}: set it to a whole number above 0")
+    stale = [step for step in steps if step.is_stale()]
+    threads = max(1, int(jobs) // max(1, len(stale)))
     with ThreadPoolExecutor(int(jobs)) as pool:
-        running = [pool.submit(step.run) for step in steps if step.is_stale()]
+        running = [pool.submit(step.run, threads) for step in stale]
     for one in running:
         one.result()
 
@@ -246,12 +270,7 @@ def build_extension(objects: Path, toolkit: Toolkit | None) -> tuple[Path, dict[
     link = [*compiler, *LINK_FLAGS, *SANITIZE_FLAGS, "-L", str(torch / "lib")]
     libraries = ["-ltorch_cpu"]
     if toolkit:
-        for source in cuda_sources():
-            output = objects / ("-".join(source.parts[1:]) + ".o")
-            depfile = output.with_suffix(".d")
-            command = [toolkit.nvcc, *NVCC_FLAGS, *toolkit.gencode(), "--threads", "2", "-I", "csrc"]
-            command += ["-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(output)]
-            steps.append(Step(output, command, [ROOT / source], depfile, toolkit.release))
+        steps = [*cuda_steps(objects, toolkit), *steps]  # first what takes longest
         link += [
             word
             for name in ("lib64", "lib")
@@ -274,6 +293,19 @@ def build_extension(objects: Path, toolkit: Toolkit | None) -> tuple[Path, dict[
 
 def cuda_sources() -> list[Path]:
     return sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/cuda/*.cu"))
+
+
+def cuda_steps(objects: Path, toolkit: Toolkit) -> list[Step]:
+    """One call of nvcc for every .cu; beside each object, ptxas's report on its kernels."""
+    steps = []
+    for source in cuda_sources():
+        output = objects / ("-".join(source.parts[1:]) + ".o")
+        depfile = output.with_suffix(".d")
+        command = [toolkit.nvcc, *NVCC_FLAGS, *toolkit.compression(), *toolkit.gencode(), "-Xptxas", "-v", "-I", "csrc"]
+        command += ["-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(output)]
+        report = output.with_suffix(".ptxas.txt")
+        steps.append(Step(output, command, [ROOT / source], depfile, toolkit.release, report))
+    return steps
 
 
 def warn(sentence: str) -> None:

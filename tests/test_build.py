@@ -207,6 +207,12 @@ def test_cuda_sources_go_through_nvcc_without_a_gpu(project: Path) -> None:
     result = build(project, LIIF_FAST_BUILD="cuda", LIIF_FAST_CUDA_ARCHS="90a")
     assert compiled(result) == {"bindings.cpp.o", "cpu-one.cpp.o", "cuda-four.cu.o"}
     assert '"90a"' in (project / "liif_fast" / "_build.json").read_text()
+    report = project / "build" / "objects" / "cuda-four.cu.ptxas.txt"
+    assert "four_kernel" in report.read_text() and "ptxas" not in result.stdout + result.stderr
+    report.unlink()  # an object without its report is not current
+    assert compiled(build(project, LIIF_FAST_BUILD="cuda", LIIF_FAST_CUDA_ARCHS="90a")) == {"cuda-four.cu.o"}
+    assert report.exists()
+    assert compiled(build(project, LIIF_FAST_BUILD="cuda", LIIF_FAST_CUDA_ARCHS="90a")) == set()
     unknown = build(project, LIIF_FAST_BUILD="cuda", LIIF_FAST_CUDA_ARCHS="7")
     assert unknown.returncode != 0 and "does not know sm_7 of LIIF_FAST_CUDA_ARCHS" in unknown.stderr
 

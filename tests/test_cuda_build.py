@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import re
@@ -59,22 +58,17 @@ def toolkit():
         return pytest.skip(str(error))
 
 
-def compile_cuda(source: Path, *flags: str) -> str:
-    """What nvcc says or writes with setup.py's flags and these; kept in build/ while sources and command stay."""
-    command = [toolkit().nvcc, *setup_py().NVCC_FLAGS, *flags, "-I", "csrc", str(source.relative_to(ROOT))]
-    digest = hashlib.sha256("\0".join([*command, toolkit().release]).encode())
-    for folder in (ROOT / "csrc", ROOT / "csrc" / "cuda"):
-        for path in sorted(folder.glob("*.*")):
-            digest.update(path.name.encode() + path.read_bytes())
-    cached = ROOT / "build" / "cuda_reports" / f"{source.stem}-{digest.hexdigest()[:16]}.txt"
-    if not cached.exists():
-        result = subprocess.run([*command, "-o", "/dev/stdout"], cwd=ROOT, capture_output=True)
-        report = result.stderr.decode()
-        assert result.returncode == 0, report
-        assert "warning" not in report.lower(), report
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        cached.write_text(report + (result.stdout.decode() if "-ptx" in flags else ""))
-    return cached.read_text()
+@cache
+def reports() -> dict[Path, str]:
+    """What ptxas said of each source: kept beside the build's objects, or asked here where those are not current."""
+    module = setup_py()
+    built = module.cuda_steps(module.OBJECTS, toolkit())
+    folder = ROOT / "build" / "cuda_reports"
+    own = module.cuda_steps(folder, toolkit())
+    chosen = [own[i] if step.is_stale() else step for i, step in enumerate(built)]
+    with module.locked(folder):
+        module.run_stale([step for step in chosen if step in own])
+    return {step.inputs[0]: step.report.read_text() for step in chosen}
 
 
 def kernel_name(mangled: str) -> str:
@@ -90,9 +84,7 @@ def kernel_name(mangled: str) -> str:
 def usages() -> dict[tuple[str, str], Usage]:
     """{(kernel, architecture): usage} of every kernel."""
     found: dict[tuple[str, str], Usage] = {}
-    for source in SOURCES:
-        flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in toolkit().archs]
-        report = compile_cuda(source, "-Xptxas", "-v", "--threads", "2", *flags, "-c")
+    for report in reports().values():
         for part in report.split("Compiling entry function '")[1:]:
             mangled, arch = re.match(r"(\w+)' for 'sm_(\w+)'", part).groups()
             kernel = kernel_name(mangled)
@@ -127,12 +119,30 @@ def test_kernel_stays_within_its_budget(kernel):
     assert not over, f"{budget} allowed"
 
 
-def test_nothing_contracts_to_a_fused_multiply_add():
-    """Geometry must round as on the CPU; no kernel here asks for an FMA by name."""
-    for source in SOURCES:
-        ptx = compile_cuda(source, "-ptx", "-arch=compute_80")
-        assert "mul.rn.f32" in ptx or "mul.f32" in ptx  # it is the code in question
-        assert not re.search(r"fma\.\w+(\.\w+)*\.f(16|32|64)", ptx)
+def test_nvcc_has_nothing_to_warn_of():
+    assert set(reports()) == set(SOURCES)
+    for source, report in reports().items():
+        assert "warning" not in report.lower(), f"{source.name}: {report}"
+
+
+@pytest.mark.parametrize("contraction", [False, True], ids=["as-built", "with-contraction"])
+def test_geometry_never_contracts_to_a_fused_multiply_add(contraction, tmp_path):
+    """It must round as on the CPU, and would even without setup.py's --fmad=false; the control shows what would not.
+
+    One product may contract there, and is exact: a corner's side, -1 or 1, times half a latent.
+    """
+    flags = [flag for flag in setup_py().NVCC_FLAGS if not (contraction and flag == "--fmad=false")]
+    target = tmp_path / "probe.ptx"
+    probe = ROOT / "tests" / "geometry_probe.cu"
+    command = [toolkit().nvcc, *flags, "-arch=compute_80", "-I", ROOT / "csrc", "-ptx", probe, "-o", target]
+    subprocess.run(command, check=True)
+    entries = target.read_text().split(".entry ")[1:]
+    fused = {kernel_name(entry.split("(")[0]): [] for entry in entries}
+    for entry in entries:
+        fused[kernel_name(entry.split("(")[0])] += re.findall(r"\bfma\.[.\w]*f(?:32|64)\b", entry)
+    assert len(entries) == 3
+    expected = {"geometry_kernel": ["fma.rn.f64"] * 2, "control_kernel": ["fma.rn.f32"]}
+    assert fused == (expected if contraction else {kernel: [] for kernel in expected})
 
 
 needs_cuda_half = pytest.mark.skipif(
@@ -148,6 +158,7 @@ def test_bindings_refuse_what_is_not_on_a_gpu():
     ops = torch.ops.liif_fast_C
     feat, coord, weights = torch.rand(1, 3, 4, 5), torch.zeros(1, 2, 2), torch.rand(1, 2, 4)
     x, pred = torch.rand(1, 2, 4, 29), torch.rand(1, 2, 4, 3)
+    metasr = [coord, coord, torch.rand(2, 3), torch.rand(2), [0, 0, 4, 5]]
     calls = {
         "feat must be a CUDA tensor": (ops.gather, feat, coord, None, True, True),
         "coord must be a CUDA tensor": (
@@ -162,6 +173,16 @@ def test_bindings_refuse_what_is_not_on_a_gpu():
         ),
         "pred must be a contiguous CUDA tensor": (ops.ensemble, pred, weights),
         "must be a contiguous CUDA tensor": (ops.ensemble_backward, pred[:, :, 0], pred, weights),
+        "latent_map must be a CUDA tensor": (ops.metasr_query, torch.rand(1, 4, 5, 9), *metasr),
+        "coord must be a CUDA tensor of 3": (ops.cuda_metasr_latents, *metasr[:2], metasr[-1], [1, 4, 5]),
+        "latent_map must be a CUDA tensor of 4": (
+            ops.cuda_metasr_query_backward,
+            torch.rand(1, 2, 3),
+            torch.rand(1, 4, 5, 9),
+            *metasr,
+            None,
+            None,
+        ),
     }
     for message, (op, *arguments) in calls.items():
         with pytest.raises(RuntimeError, match=message):
@@ -170,7 +191,9 @@ def test_bindings_refuse_what_is_not_on_a_gpu():
 
 @needs_cuda_half
 def test_the_cuda_half_is_registered_for_the_device_and_carries_every_architecture():
-    for name in ("gather", "cuda_gather_backward", "ensemble", "ensemble_backward"):
+    names = ["gather", "cuda_gather_backward", "ensemble", "ensemble_backward"]
+    names += ["metasr_query", "cuda_metasr_latents", "cuda_metasr_query_backward"]
+    for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"liif_fast_C::{name}", "CUDA")
     if shutil.which("nvcc") and (facts := extension.build_facts()).get("cuda_archs"):
         assert set(facts["cuda_archs"]) <= set(setup_py().CUDA_ARCHS)

@@ -24,7 +24,7 @@ KINDS = {
     "bfloat16": (torch.bfloat16, False),
 }
 # Processors, shared memory of a block and of a processor in KB, compute capability.
-DEVICES = {"as-sm_90": (3, 227, 228, 9, 0), "as-sm_86": (2, 99, 100, 8, 6)}
+DEVICES = {"as-sm_90": (3, 227, 228, 9, 0), "as-sm_80": (4, 163, 164, 8, 0), "as-sm_86": (2, 99, 100, 8, 6)}
 CASES = {
     "plain": Case(batch=2, channels=3, height=5, width=7, queries=70, hidden=(32, 48)),
     "one-query": Case(queries=1, hidden=(16,)),
@@ -127,11 +127,20 @@ def test_query_equals_the_reference(case, flags, kind):
         check_forward(out, exact, on_torch(leaves, keywords, dtype), name)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ["as-sm_90", "as-sm_86"])
 @every_kind
 def test_gradients_of_the_papers_width(kernels, device, kind):
     set_device(kernels, device)
     check_gradients(WIDE, (True, True, True), kind)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("width", [64, 128, 256])
+@every_kind
+def test_the_largest_workspace_fits(kernels, device, width, kind):
+    """Sixteen outputs, a query a row, gradients of coordinates: what asks for the most shared memory."""
+    set_device(kernels, device)
+    check_gradients(Case(channels=2, queries=2, hidden=(width, 16), outs=16), (False, True, True), kind)
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)

@@ -293,7 +293,7 @@ __device__ __forceinline__ void first_layer(const QueryTask& task, const Geometr
       for (int i = 0; i < T::kVector; ++i)
         base[i] = fmaf(task.rel_cell[1], by_cell_col[i], fmaf(task.rel_cell[0], by_cell_row[i], base[i]));
     }
-#pragma unroll 2
+#pragma unroll(T::kWidth == 64 ? 1 : 2)
     for (int m = place.warp / kSpan; m < T::kRows / 16; m += kWarps / kSpan) {
       float values[2][T::kVector];
 #pragma unroll

@@ -144,7 +144,9 @@ def table(result: dict[str, Any]) -> str:
     where = result["machine"].get("gpu") or f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     versions = f"torch {result['versions']['torch']}; commit {result['commit']}, {result['date'][:10]}"
-    return f"{rows}\n\n{where}; {versions}.\n"
+    load = result["machine"].get("load_before", 0)
+    doubt = f" **Others used the machine (load average {load}): times are too long.**" if load > 0.5 else ""
+    return f"{rows}\n\n{where}; {versions}.{doubt}\n"
 
 
 def block(_: list[dict[str, Any]]) -> str | None:

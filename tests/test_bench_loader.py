@@ -55,7 +55,7 @@ def test_the_table_says_which_of_two_limits():
     result = {
         "settings": {"batch": 16},
         "entries": {"slow": entry("loader", 80), "quick": entry("loader", 8), "step": entry("step", 40)},
-        "machine": {"cpu": "some CPU", "threads": 2},
+        "machine": {"cpu": "some CPU", "threads": 2, "load_before": 3.5},
         "versions": {"torch": "2"},
         "commit": "abc",
         "date": "2026-01-02T00:00:00",
@@ -65,3 +65,6 @@ def test_the_table_says_which_of_two_limits():
         "| quick | 8.0 (8.0 to 8.0) | 2000.0 | no |",
         "| step | 40.0 (40.0 to 40.0) | 400.0 |  |",
     ]
+    assert "load average 3.5" in loader.table(result)
+    result["machine"]["load_before"] = 0.1
+    assert "load average" not in loader.table(result)

@@ -44,13 +44,19 @@ def test_two_processes_train_as_one(tmp_path, folders, monkeypatch):
     plain = ["optimizer={name: sgd, args: {lr: 0.1}}", "epoch_max=3", "accumulate=2", "ema=0.9", "clip_grad=0.5"]
     settings = [*QUICK, *plain]
     monkeypatch.chdir(folders)
-    training.train(config.load(LIIF, overrides=settings), tmp_path / "one", device="cpu", report=lambda line: None)
+    one_item = [
+        "val_dataset.dataset.args.first_k=1",
+        "val_dataset.dataset.args.repeat=1",
+    ]  # none for the second process
+    for resume, more in ((None, ["epoch_max=2"]), ("auto", one_item)):
+        content = config.load(LIIF, overrides=[*settings, *more])
+        training.train(content, tmp_path / "one", resume=resume, device="cpu", report=lambda line: None)
     shared = ["train", "--config", str(LIIF), "--save", str(tmp_path), "--name", "two", "--device", "cpu", "--set"]
     said = torchrun(folders, *shared, *settings, "epoch_max=2")
     assert said.count("epoch 1/2") == 1 and said.count("wrote") == 1
     states = torch.load(tmp_path / "two" / "state.pth", weights_only=True)["random"]
     assert len(states) == 2 and not torch.equal(states[0]["torch"], states[1]["torch"])
-    torchrun(folders, *shared, *settings, "--resume", "auto")
+    torchrun(folders, *shared, *settings, *one_item, "--resume", "auto")
     assert torch.allclose(numbers(tmp_path / "two"), numbers(tmp_path / "one"), rtol=1e-5, atol=1e-7)
     for name in ("epoch-last.safetensors", "epoch-best.safetensors"):
         two, one = (safetensors.torch.load_file(tmp_path / each / name) for each in ("two", "one"))

@@ -385,6 +385,11 @@ def test_what_cannot_be_trained_is_named(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_validation_without_items_is_named(tmp_path):
+    with pytest.raises(config.ConfigError, match=r"val_dataset: .*first_k"):
+        run(tmp_path / "run", "val_dataset.dataset.args.first_k=0")
+
+
 def test_curves_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     from PIL import Image

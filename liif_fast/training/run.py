@@ -215,15 +215,16 @@ class _Run:
     def _validate(self) -> float:
         """Mean PSNR over the validation items of all processes; of the averaged weights where the run keeps them."""
         config = self.config
-        total, count = distributed.sum_over_ranks(
-            evaluation.eval_psnr_sum(
+        found = (0.0, 0)
+        if len(self.val_loader):  # with more processes than items some have none
+            found = evaluation.eval_psnr_sum(
                 self.val_loader,
                 self.evaluated,
                 data_norm=self.model.data_norm,
                 eval_type=config.get("eval_type"),
                 eval_bsize=config.get("eval_bsize"),
             )
-        )
+        total, count = distributed.sum_over_ranks(found)
         return total / count
 
     @property

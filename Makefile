@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
 # Tests of what runs inside the extension: the ones worth running under the sanitisers.
-KERNEL_TESTS = $(wildcard tests/test_cpu_*.py tests/test_ops_*.py tests/test_cuda_on_cpu.py tests/test_cuda_metasr.py)
+KERNEL_TESTS = $(wildcard tests/test_cpu_*.py tests/test_ops_*.py tests/test_cuda_on_cpu.py tests/test_cuda_metasr.py tests/test_cuda_query.py)
 CXX_FILES = find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 # Not $(VENV)/bin/clang-format: an environment that reuses another one's packages has no script of its own for them.
 CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'

@@ -88,6 +88,13 @@ def test_scores_are_psnr_of_predictions(images, tmp_path):
     )
 
 
+def test_rdn_from_the_originals_format(images, tmp_path):
+    (row, *_) = study.run(images, settings(tmp_path, ["rdn-liif"], scales=(4,)), tmp_path / "out")
+    low, high = data.shrink_whole(data.read_rgb(images / "0.png"), 4)
+    pred = predict(checkpoints.load(tmp_path / "rdn-liif.pth"), low, (64, 80))
+    assert row.psnr == pytest.approx(psnr(pred, data.to_tensor(high), "div2k-4"), abs=1e-4)
+
+
 def test_edsr_upsamples_by_itself(images, tmp_path):
     """Without an imnet the encoder's own output is the picture, pixel for pixel."""
     model = checkpoints.load(checkpoint(tmp_path, "edsr"))

@@ -18,7 +18,16 @@ from bench.methods import exact, methods_for
 from bench.targets import CREDIBLE_FRACTION
 from bench.workloads import Workload, folded_flop, least_bytes, make_problem, original_flop
 from liif_fast.benchmark import yardsticks
-from liif_fast.benchmark.timing import Clock, Contender, Yardstick, failure, interleave, pair_ratios, summary
+from liif_fast.benchmark.timing import (
+    Clock,
+    Contender,
+    Yardstick,
+    failure,
+    interleave,
+    make_ready,
+    pair_ratios,
+    summary,
+)
 from liif_fast.benchmark.yardsticks import DTYPES
 
 PREPARE_LIMIT_S = 150.0  # torch.compile may not take longer
@@ -139,7 +148,8 @@ def _measure_times(
         if over := _over(prepared_by):
             entry.update(over)
             continue
-        contender = _prepare(Job(workload, problem, clock), method, entry, truth)
+        limit = PREPARE_LIMIT_S if deadline is None else min(PREPARE_LIMIT_S, max(10.0, deadline - perf_counter()))
+        contender = _prepare(Job(workload, problem, clock), method, entry, truth, limit)
         if contender:
             contenders[method.name] = contender
     del truth
@@ -176,17 +186,16 @@ def _over(until: float | None) -> dict[str, Any] | None:
     return {"status": "skipped", "reason": "the time given to this run was used up"}
 
 
-def _prepare(job: Job, method: Method, entry: dict[str, Any], truth: Tensor | None) -> Contender | None:
+def _prepare(job: Job, method: Method, entry: dict[str, Any], truth: Tensor | None, limit_s: float) -> Contender | None:
     try:
-        with time_limit(PREPARE_LIMIT_S):
+        with time_limit(limit_s):
             run, remark = method.prepare(job)
             result = _flat(run())
             if truth is not None and result is not None:
                 entry.update(_accuracy(job.workload, result, truth))
             del result
-            entry["peak_bytes"] = job.clock.peak(run)
             contender = Contender(method.name, run)
-            job.clock.warm_up(contender)
+            entry["peak_bytes"] = make_ready(job.clock, contender)
     except Exception as error:  # whatever stops a method is its result, with the reason
         if job.clock.is_broken():
             raise

@@ -15,7 +15,7 @@ import torch
 from bench import decoding, models, pieces, training
 from bench.method import SHORT, Job, Method, is_16_bit
 from bench.workloads import Workload
-from liif_fast.benchmark.problem import Problem
+from liif_fast.benchmark.problem import Problem, layer_widths
 from liif_fast.benchmark.timing import Clock
 from liif_fast.benchmark.yardsticks import DTYPES
 from liif_fast.ops import backends
@@ -32,11 +32,12 @@ def with_backends(
     dtypes = ["float32", "bfloat16", "float16"]
     if device == "cuda" and products:
         dtypes.insert(1, "tf32")
+    widths = tuple(layer_widths()[1:]) if op in ("query", "render") else ()
     found = []
     for backend, can_run in backends.BACKENDS.items():
         for dtype in _SLOW.get((device, backend), dtypes):
             try:
-                can_run(backends.Problem(op, device, DTYPES[dtype]), raise_error=True)
+                can_run(backends.Problem(op, device, DTYPES[dtype], widths), raise_error=True)
                 refusal = ""
             except RuntimeError as error:
                 refusal = str(error)

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from bench import pieces, results
 from bench.tables import BATCHES, SCALES, SIZES, Results
@@ -15,6 +16,7 @@ from bench.workloads import WORKLOADS
 
 _COLOURS = {"float32": "#3b6ea5", "tf32": "#4f9d8f", "bfloat16": "#c8762b", "float16": "#8a4f9d"}
 _LINES = {"original": "--", "folded": ":"}  # backends: solid
+_MARKERS = {"cuda": "s", "triton": "^"}
 _SCALE = dict(zip(SCALES, (2.0, 3.7, 8.0, 30.0)))
 _LADDER = {"cpu": "decode-64-to-256", "cuda": "decode-256-to-1024"}
 _PARTS = {"cpu": "parts", "cuda": "gpu-parts"}
@@ -96,14 +98,12 @@ def sizes(found: Results, device: str) -> Figure | None:
                 if value is not None:
                     points.append((sides[workload], (value["median"] if key == "seconds" else value) * unit))
             if points:
-                axes.plot(*zip(*points), marker="o", label=_label(entry), **_style(name, entry))
+                axes.plot(*zip(*points), label=_label(entry), **_style(name, entry))
                 ends = [side for at, side in sides.items() if _ran_out(records[at], name)]
                 if ends:
                     axes.plot(min(ends), points[-1][1], "x", markersize=10, color=_COLOURS[entry["dtype"]])
                     axes.annotate("out of memory", (min(ends), points[-1][1]), fontsize=8, ha="right", va="bottom")
-        axes.set(xscale="log", yscale="log", xlabel="output side, pixels (x4)", ylabel=title)
-        axes.set_xticks(list(sides.values()), [str(side) for side in sides.values()])
-        axes.minorticks_off()
+        _log_axes(axes, {side: str(side) for side in sides.values()}, "output side, pixels (x4)", title)
         _finish(axes, "Decoder alone; the original's time from its first chunks", result)
     figure.axes[0].legend(fontsize=8)
     figure.tight_layout()
@@ -125,10 +125,9 @@ def sweep(found: Results, device: str) -> Figure | None:
             if "mpixel_per_second" in record["methods"].get(name, {})
         ]
         if points:
-            axes.plot(*zip(*points), marker="o", label=_label(entry), **_style(name, entry))
-    axes.set(xscale="log", yscale="log", xlabel="scale, from a 96x96 map", ylabel="megapixels a second")
-    axes.set_xticks(list(_SCALE.values()), [f"x{scale:g}" for scale in _SCALE.values()])
-    axes.minorticks_off()
+            axes.plot(*zip(*points), label=_label(entry), **_style(name, entry))
+    ticks = {scale: f"x{scale:g}" for scale in _SCALE.values()}
+    _log_axes(axes, ticks, "scale, from a 96x96 map", "megapixels a second")
     axes.legend(fontsize=8)
     _finish(axes, "Decoder alone", result)
     return figure
@@ -150,10 +149,9 @@ def batches(found: Results, device: str) -> Figure | None:
             if "seconds" in records[workload]["methods"].get(name, {})
         ]
         if points:
-            axes.plot(*zip(*points), marker="o", label=_label(entry), **_style(name, entry))
-    axes.set(xscale="log", yscale="log", xlabel="maps of 48x48, 2304 queries each", ylabel="milliseconds a map")
-    axes.set_xticks(list(by_size), [str(size) for size in by_size])
-    axes.minorticks_off()
+            axes.plot(*zip(*points), label=_label(entry), **_style(name, entry))
+    ticks = {size: str(size) for size in by_size}
+    _log_axes(axes, ticks, "maps of 48x48, 2304 queries each", "milliseconds a map")
     axes.legend(fontsize=8)
     _finish(axes, "Decoder, forward and backward", result)
     return figure
@@ -216,7 +214,20 @@ def _ran_out(record: dict[str, Any], name: str) -> bool:
 
 def _style(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     family = name.partition("-")[0]
-    return {"linestyle": _LINES.get(family, "-"), "color": _COLOURS[entry["dtype"]]}
+    return {
+        "linestyle": _LINES.get(family, "-"),
+        "color": _COLOURS[entry["dtype"]],
+        "marker": _MARKERS.get(family, "o"),
+    }
+
+
+def _log_axes(axes: Any, ticks: dict[float, str], x: str, y: str) -> None:
+    """Both axes logarithmic: ticks at the points measured below, at 1, 2 and 5 beside."""
+    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
 
 
 def _label(entry: dict[str, Any]) -> str:

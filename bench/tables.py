@@ -13,7 +13,7 @@ from liif_fast.evaluation import markdown_table, mean_scores, read_csv
 Results = list[dict[str, Any]]
 Column = tuple[str, Callable[[dict[str, Any]], str]]
 SCALES = ("scale-x2", "scale-x3.7", "scale-x8", "scale-x30")
-SIZES = tuple(name for name, workload in WORKLOADS.items() if workload.kind == "size")
+SIZES = tuple(sorted((name for name in WORKLOADS if WORKLOADS[name].kind == "size"), key=lambda name: int(name[5:])))
 NOT_YET = "Not yet run on a GPU.\n"
 
 

@@ -94,12 +94,13 @@ _CPU = {"device": "cpu", "why_not": CPU_ONLY}
 _BOTH_DIRECTIONS = "forward and backward"
 
 _ALL = [
-    _decode("decode-64-to-256", (64, 64), (256, 256), rounds=6, quick=True, **_CPU),
+    _decode("decode-64-to-256", (64, 64), (256, 256), rounds=5, quick=True, **_CPU),
     _decode("decode-256-to-1024", (256, 256), (1024, 1024), limit_s=60, quick=True, **_GPU),
-    _train("training-step", 16, "both", _BOTH_DIRECTIONS, rounds=5, limit_s=25, quick=True),
+    _train("training-step", 16, "both", _BOTH_DIRECTIONS, rounds=4, limit_s=25, quick=True),
+    _size(2048, quick=True),
     Workload("gather", "gather", "imnet inputs of 16384 queries, 64x64 map", (64, 64), queries=16384, rounds=10),
     Workload("ensemble", "ensemble", "blend of 262144 queries, 3 values", (64, 64), queries=262144, rounds=10),
-    Workload("parts", "parts", "decoder, 64x64 to 256x256, and its encoder", (64, 64), (256, 256), rounds=4, **_CPU),
+    Workload("parts", "parts", "decoder, 64x64 to 256x256, and its encoder", (64, 64), (256, 256), rounds=3, **_CPU),
     Workload("gpu-parts", "parts", "decoder, 256x256 to 1024x1024, and its encoder", (256, 256), (1024, 1024), **_GPU),
     _decode("decode-540-to-2160", (540, 960), (2160, 3840), compared="few", **_GPU),
     _train("training-forward", 16, "forward", "forward", compared="few", rounds=4),
@@ -122,14 +123,13 @@ _ALL = [
         passes="backward",
         rounds=6,
     ),
-    _size(2048, quick=True),
     Workload(
         "upscale-photo",
         "upscale",
         "a 96x96 photo to 384x384, whole LIIF-EDSR-baseline",
         (96, 96),
         (384, 384),
-        rounds=4,
+        rounds=3,
     ),
     Workload(
         "upscale-large",
@@ -141,7 +141,7 @@ _ALL = [
     ),
     Workload("encoder", "encoder", "EDSR-baseline on a 96x96 image", (96, 96), rounds=5),
     _scale("x2", 192),
-    _scale("x3.7", 355),
+    _scale("x3.7", 355, 256),
     _scale("x8", 768, 256),
     _scale("x30", 2880, 256),
     _size(256),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from bench import machine, measure, methods, report, results, sizes, tables, tar
 from bench.session import Session, begin
 from bench.workloads import WORKLOADS, folded_flop, least_bytes, original_flop
 from liif_fast.benchmark import timing, yardsticks
+from liif_fast.benchmark.cuda_timing import CudaClock
 from liif_fast.benchmark.timing import CpuClock
 from liif_fast.ops import backends
 
@@ -29,7 +31,7 @@ TINY: dict[str, dict[str, Any]] = {
     "ensemble-backward": {"queries": 200},
     "parts": {"map_size": (8, 8), "out_size": (16, 16)},
     "scale-x2": {"map_size": (6, 6), "out_size": (12, 12)},
-    "scale-x3.7": {"map_size": (6, 6), "out_size": (22, 22)},
+    "scale-x3.7": {"map_size": (6, 6), "out_size": (22, 22), "window": (3, 4, 8, 8)},
     "scale-x8": {"map_size": (6, 6), "out_size": (48, 48), "window": (20, 20, 8, 8)},
     "scale-x30": {"map_size": (6, 6), "out_size": (180, 180), "window": (80, 80, 8, 8)},
     "batch-1": {"map_size": (7, 6), "queries": 90},
@@ -170,7 +172,7 @@ def test_every_method_computes_the_workload(result: dict[str, Any]) -> None:
     step = result["workloads"]["training-step"]["methods"]
     assert {"gradient_error", "speedup"} <= step["original"].keys()
     assert "original-bf16" in step["original"]["speedup_over"]
-    assert "psnr_db" in result["workloads"]["training-forward"]["methods"]["original-bf16"]
+    assert "psnr_db" in result["workloads"]["training-forward"]["methods"]["cpu-bf16"]
 
 
 def test_what_a_cpu_cannot_time_is_recorded_with_the_reason(result: dict[str, Any]) -> None:
@@ -396,6 +398,44 @@ def test_out_of_memory_is_a_result() -> None:
         workload = replace(WORKLOADS["gather"], **TINY["gather"])
         entry = measure.measure(workload, CpuClock(), rounds=1)["methods"]["huge"]
     assert entry["status"] == entry["reason"] == "out of memory"
+
+
+def test_a_gpus_record_holds_cold_and_warm_times_and_what_was_running(tmp_path: Path) -> None:
+    """With a stand-in that runs on the CPU; methods are the CPU's."""
+
+    class Event:
+        def record(self) -> None:
+            self.at = perf_counter()
+
+        def elapsed_time(self, other: Event) -> float:
+            return (other.at - self.at) * 1e3
+
+    class Driver:
+        device = torch.device("cpu")
+
+        def synchronize(self) -> None: ...
+
+        def event(self) -> Event:
+            return Event()
+
+        def capture(self, run: Any) -> Any:
+            return run
+
+        def flush(self) -> None: ...
+
+        def peak(self, run: Any) -> int:
+            run()
+            return 7
+
+    told: list[str] = []
+    workload = replace(WORKLOADS["gather"], **TINY["gather"])
+    record = measure.measure(
+        workload, CudaClock(Driver()), rounds=2, only={"original", "reference-fp32"}, tell=told.append
+    )
+    assert told == ["original", "reference-fp32", "all in turns", ""]
+    for entry in record["methods"].values():
+        assert entry["captured"] and entry["peak_bytes"] == 7
+        assert entry["seconds"]["median"] > 0 and entry["hot_seconds"]["median"] > 0
 
 
 @pytest.mark.parametrize(

@@ -116,10 +116,7 @@ def _measure_row(row: Row, clock: Clock, deadline: float) -> dict[tuple[str, tor
         contender = Contender(" ".join(map(str, key)), run)
         try:
             run()  # what is made once is no part of the peak
-            times: list[float] = []
-            peaks[key] = clock.peak(lambda run=run, times=times: times.append(clock.once(run)))  # type: ignore[misc]
-            if clock.device.type != "cpu" or times[0] < MIN_SAMPLE_S:
-                clock.warm_up(contender)
+            peaks[key] = make_ready(clock, contender)
             contenders[key] = contender
         except (RuntimeError, MemoryError) as error:
             reasons[key] = failure(error)

@@ -108,6 +108,18 @@ class CpuClock:
         return False
 
 
+def make_ready(clock: Clock, contender: Contender) -> int | None:
+    """Warm a contender up; returns its run's peak memory.
+
+    Expects that it has run once. A run long enough to be a sample is not run again just to choose how to take one.
+    """
+    times: list[float] = []
+    peak = clock.peak(lambda: times.append(clock.once(contender.run)))
+    if clock.device.type != "cpu" or times[0] < MIN_SAMPLE_S:
+        clock.warm_up(contender)
+    return peak
+
+
 def interleave(
     clock: Clock,
     contenders: Sequence[Contender],

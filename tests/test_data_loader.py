@@ -15,6 +15,7 @@ from liif_fast.data.loader import Numbers
 from liif_fast.data.resize import resize_squares
 
 KEYS = ("inp", "coord", "cell", "gt")
+NEEDS_GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"))
 
 
 @pytest.fixture
@@ -169,10 +170,11 @@ def worker_items_with_every_pixel(spec, epoch):
         lambda f: section(f, scale_min=2.5, scale_max=2.5, sample_q=None),
     ],
 )
-def test_device_items_are_the_workers(folder, make):
+@pytest.mark.parametrize("device", ["cpu", NEEDS_GPU])
+def test_device_items_are_the_workers(folder, make, device):
     spec = make(folder)
-    loader = make_loader({**spec, "loader": "device"}, seed=7, shuffle=True)
-    batches = list(loader.epoch(1))
+    loader = make_loader({**spec, "loader": "device"}, seed=7, shuffle=True, device=device)
+    batches = [{key: value.cpu() for key, value in batch.items()} for batch in loader.epoch(1)]
     assert isinstance(loader, DeviceLoader) and len(batches) == len(loader)
     items = [{key: batch[key][each] for key in KEYS} for batch in batches for each in range(len(batch["inp"]))]
     expected = worker_items_with_every_pixel(spec, 1)
@@ -188,6 +190,19 @@ def test_device_items_are_the_workers(folder, make):
         assert torch.equal(item["gt"], full["gt"][0, row * side + col])
         turned.add(int(row[0] * side + col[0]))
     assert count is None or len(turned) > len(items) // 2  # every item its own sample
+
+
+@pytest.mark.parametrize("device", [NEEDS_GPU])
+def test_the_host_never_waits_for_the_device(folder, device):
+    loader = make_loader({**section(folder), "loader": "device"}, shuffle=True, device=device)
+    batches = loader.epoch()
+    next(batches)  # what is set up once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in batches:
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_device_samples_are_uniform_over_the_crop(folder):

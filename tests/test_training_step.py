@@ -125,6 +125,33 @@ def test_cuda_graphs_are_refused_elsewhere(options):
         step(**options)
 
 
+def test_a_recorded_encoder_serves_training_batches_of_its_shape_only(monkeypatch):
+    """The dispatch alone: recording needs a GPU, and is stood in for by a function that counts."""
+    replayed = []
+
+    def record(encoder, sample):
+        plain, shape = encoder.forward, sample[0].shape
+
+        def replay(x):
+            assert x.shape == shape and encoder.training
+            replayed.append(x.shape[0])
+            return plain(x)
+
+        encoder.forward = replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    net = model()
+    stepper = Stepper(net, torch.optim.SGD(net.parameters(), lr=0.1), StepOptions(), NORM)
+    stepper.options = StepOptions(cuda_graphs=True)
+    losses = [stepper.step(batch(items)).item() for items in (6, 6, 4)]
+    assert replayed == [6, 6]
+    net.eval()
+    net.gen_feat(batch()["inp"])
+    assert replayed == [6, 6]
+    plain = Stepper(other := model(), torch.optim.SGD(other.parameters(), lr=0.1), StepOptions(), NORM)
+    assert losses == [plain.step(batch(items)).item() for items in (6, 6, 4)]
+
+
 @pytest.mark.parametrize("switch", ["channels_last", "compile_encoder", "cuda_graphs"])
 def test_a_switch_of_the_encoder_needs_one(switch):
     net = nn.Linear(3, 3)

@@ -144,7 +144,9 @@ class Stepper:
         if self.options.channels_last:
             inp = inp.contiguous(memory_format=torch.channels_last)
         dtype = AUTOCAST_DTYPES.get(self.options.autocast or "")
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+        # A recorded graph must not read weights that autocast cast for an earlier step.
+        keep = not self.options.cuda_graphs
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=keep):
             if self.options.cuda_graphs and not self._graphed:
                 self._graph_encoder(inp)
             pred = self._forward(inp, batch["coord"], batch["cell"])

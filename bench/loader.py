@@ -166,8 +166,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8, help="of a loader a round (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=None, help="a round (default: 2 on a CPU, 20 on a GPU)")
     parser.add_argument("--workers", type=int, default=2, help="at most (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU, for the step")
     parser.add_argument("--results", type=Path, default=results.FOLDER)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     steps = args.steps or (20 if args.device == "cuda" else 2)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.images or Path(temporary) / "images"

@@ -16,10 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_rows import find_queries, find_rows, first_layer, out_offset, relu
+from .triton_rows import find_queries, find_rows, first_layer, joined, out_offset, relu
 
 OUTS = tl.constexpr(8)  # at most; a last layer's product has twice as many columns
-_SIZES = ["places", "rows", "cols", "image_rows", "image_cols", "layers"]
 
 
 @triton.jit
@@ -73,7 +72,7 @@ def load_mask(place, row, valid, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl
     return tl.reshape((words[:, None, :] & (1 << bit)[None, :, None]) != 0, [ROWS, BLOCK])
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["layers"])
 def chain_forward_kernel(
     latent_map, coord, cell, first, weights, biases, last, last_bias, out, acts, masks, blended, preds,
     places, rows, cols, image_rows, image_cols, layers,
@@ -95,7 +94,7 @@ def chain_forward_kernel(
     valid, flat, batch, row, latent, weight, rel = find_rows(
         tile, coord, cell, places, rows, cols, image_rows, image_cols, TERMS, GRID, ENSEMBLE, T, ROWS
     )
-    number = places.total.to(tl.int64) * CORNERS
+    number = joined(places.total) * CORNERS
     latent = tl.where(valid, latent, 0)
     inner = tl.arange(0, BLOCK)
     block_of_row = row[:, None] * P + inner[None, :]
@@ -142,7 +141,7 @@ def chain_forward_kernel(
     tl.store(out + place, value, mask=exists[:, None] & (output < NUMBER)[None, :])
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=["layers"])
 def chain_backward_kernel(
     grad_out, coord, weights, last, masks, preds, grads, partial, grad_area_weight,
     places, rows, cols, image_rows, image_cols, layers,
@@ -162,7 +161,7 @@ def chain_backward_kernel(
     valid, flat, batch, row, latent, weight, rel = find_rows(
         tile, coord, coord, places, rows, cols, image_rows, image_cols, 2, GRID, ENSEMBLE, T, ROWS
     )
-    number = places.total.to(tl.int64) * CORNERS
+    number = joined(places.total) * CORNERS
     inner = tl.arange(0, BLOCK)
     pair = tl.arange(0, 2 * OUTS)
     inside = valid[:, None] & (pair % OUTS < NUMBER)[None, :]

@@ -14,7 +14,7 @@ from torch import Tensor
 from .library import compute_dtype
 from .triton_geometry import Axis, make_axis
 from .triton_launch import DTYPES, OPTIONS, padded_width
-from .triton_rows import PATCH, Places
+from .triton_rows import PATCH, Places, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,11 @@ class Decode:
     cell: Tensor | None  # [B*Q, 2], for points with cells
     first: Tensor  # [terms + 1, padded K]: the weights of each geometry term, then the bias
     axes: tuple[Axis, Axis, Axis, Axis]  # rows and columns of the map, and of the grid's image
-    places: Places  # tiles_y and tiles_x are filled in at each launch
+    queries: int  # of all batch entries
     ensemble: bool
+    first_query: int = 0  # points: in the whole problem
+    points_of_entry: int = 0
+    window: tuple[int, int, int, int] = (0, 0, 0, 0)  # a grid's: top, left, height, width in the image
     begin: tuple[int, int] = (0, 0)  # a grid's first batch entry and row, in the whole problem's window
 
     @property
@@ -38,12 +41,8 @@ class Decode:
         return 4 if self.ensemble else 1
 
     @property
-    def queries(self) -> int:
-        return self.places.total
-
-    @property
     def rows(self) -> int:
-        return self.places.total * self.corners
+        return self.queries * self.corners
 
     @property
     def terms(self) -> int:
@@ -65,11 +64,12 @@ class Decode:
     def tiles(self, rows: int) -> tuple[int, tuple[Any, ...]]:
         """The number of tiles of `rows`, and the arguments that place them: Places and the axes."""
         queries = rows // self.corners
+        counts = (split(self.first_query), split(self.queries), split(self.points_of_entry))
         if self.coord is not None:
-            return triton.cdiv(self.queries, queries), (self.places, *self.axes)
-        height = triton.cdiv(self.places.height, queries // PATCH.value)
-        width = triton.cdiv(self.places.width, PATCH.value)
-        places = self.places._replace(tiles_y=height, tiles_x=width)
+            return triton.cdiv(self.queries, queries), (Places(*counts, *(0.0,) * 6), *self.axes)
+        height = triton.cdiv(self.window[2], queries // PATCH.value)
+        width = triton.cdiv(self.window[3], PATCH.value)
+        places = Places(*counts, *map(float, (*self.window, height, width)))
         return self.latent_map.shape[0] * height * width, (places, *self.axes)
 
     def pieces(self, rows: int) -> Iterator[Decode]:
@@ -79,25 +79,28 @@ class Decode:
             yield self
         elif self.coord is not None:
             for first in range(0, self.queries, limit):
-                count = min(limit, self.queries - first)
-                yield dataclasses.replace(self, places=self.places._replace(first=first, total=count))
+                yield dataclasses.replace(self, first_query=first, queries=min(limit, self.queries - first))
         else:
-            height, width = self.places.height, self.places.width
+            top, left, height, width = self.window
             band = min(max(limit // width, 1), height)
             for entry in range(self.latent_map.shape[0]):
-                for top in range(0, height, band):
-                    tall = min(band, height - top)
-                    places = self.places._replace(total=tall * width, top=self.places.top + top, height=tall)
-                    latents = self.latent_map[entry : entry + 1]
-                    yield dataclasses.replace(self, latent_map=latents, places=places, begin=(entry, top))
+                for row in range(0, height, band):
+                    tall = min(band, height - row)
+                    yield dataclasses.replace(
+                        self,
+                        latent_map=self.latent_map[entry : entry + 1],
+                        queries=tall * width,
+                        window=(top + row, left, tall, width),
+                        begin=(entry, row),
+                    )
 
     def of_queries(self, out: Tensor) -> Tensor:
         """The part of the whole problem's output or its gradient that belongs here: [B, Q, O] or, for a grid,
         [B, O, h, w] -> [queries, O], a view where that is possible."""
         if self.coord is not None:
-            return out.reshape(-1, out.shape[-1])[self.places.first : self.places.first + self.queries]
+            return out.reshape(-1, out.shape[-1])[self.first_query : self.first_query + self.queries]
         entry, top = self.begin
-        part = out[entry : entry + self.latent_map.shape[0], :, top : top + self.places.height]
+        part = out[entry : entry + self.latent_map.shape[0], :, top : top + self.window[2]]
         return part.permute(0, 2, 3, 1).reshape(self.queries, -1)
 
     def put_queries(self, out: Tensor, values: Tensor) -> None:
@@ -106,8 +109,8 @@ class Decode:
             self.of_queries(out).copy_(values)
             return
         entry, top = self.begin
-        part = out[entry : entry + self.latent_map.shape[0], :, top : top + self.places.height]
-        part.copy_(values.view(-1, self.places.height, self.places.width, out.shape[1]).permute(0, 3, 1, 2))
+        part = out[entry : entry + self.latent_map.shape[0], :, top : top + self.window[2]]
+        part.copy_(values.view(-1, self.window[2], self.window[3], out.shape[1]).permute(0, 3, 1, 2))
 
     def latents_of(self, whole: Tensor) -> Tensor:
         """The part of the whole problem's latent map, or its gradient, that belongs here."""
@@ -138,7 +141,8 @@ def decode_points(
         cell=None if cell is None else cell.reshape(-1, 2).contiguous(),
         first=_first_table(weight_geometry, bias, None, dtype),
         axes=(rows, cols, rows, cols),
-        places=Places(0, batch * queries, queries, 0, 0, 0, 0, 0, 0),
+        queries=batch * queries,
+        points_of_entry=queries,
         ensemble=ensemble,
     )
 
@@ -171,7 +175,8 @@ def decode_grid(
             make_axis(image_height),
             make_axis(image_width),
         ),
-        places=Places(0, batch * height * width, 0, top, left, height, width, 0, 0),
+        queries=batch * height * width,
+        window=(top, left, height, width),
         ensemble=ensemble,
     )
 

@@ -16,7 +16,8 @@ from .triton_geometry import Axis, area_weights_backward, find_corner, find_neig
 from .triton_launch import DTYPES, OPTIONS, on_device_of, power_of_two, segments
 
 ROWS, QUERIES = 32, 128  # rows of a tile; queries of a program of the geometry's backward
-_SIZES = ["count", "queries", "features", "depth", "channels", "height", "width"]
+_STRIDES = ["batch_stride", "channel_stride", "row_stride", "col_stride"]
+_SIZES = ["count", "queries", "features", "depth", "channels", "height", "width", *_STRIDES]
 
 
 @triton.jit
@@ -77,20 +78,22 @@ def find_tile(
     y = map_row[:, None] + dy[None, :]
     x = map_col[:, None] + dx[None, :]
     stored = valid[:, None] & exists[None, :]
-    inside = stored & (y >= 0) & (y < rows.size) & (x >= 0) & (x < cols.size)
+    inside = stored & (y >= 0) & (y < tl.cast(rows.size, tl.int32)) & (x >= 0) & (x < tl.cast(cols.size, tl.int32))
     return index, feature, valid, query, rel_row, rel_col, weight, latent[:, None] + offset[None, :], stored, inside
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def gather_forward_kernel(
-    feat, coord, cell, x, area_weight, count, queries, feat_strides, rows, cols, features, depth,
+    feat, coord, cell, x, area_weight, count, queries,
+    batch_stride, channel_stride, row_stride, col_stride, rows, cols, features, depth,
     HAS_CELL: tl.constexpr, UNFOLD: tl.constexpr, ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):  # fmt: skip
     """A tile of x; the first tile of a row writes its geometry too."""
     index, feature, valid, query, rel_row, rel_col, weight, offset, stored, inside = find_tile(
-        count, queries, coord, feat_strides, rows, cols, features, UNFOLD, ENSEMBLE, T, ROWS, FEATURES
-    )
+        count, queries, coord, (batch_stride, channel_stride, row_stride, col_stride), rows, cols, features,
+        UNFOLD, ENSEMBLE, T, ROWS, FEATURES,
+    )  # fmt: skip
     value = tl.load(feat + offset, mask=inside, other=0.0)
     tl.store(x + index[:, None] * depth + feature[None, :], value, mask=stored)
     if tl.program_id(0) % tl.cdiv(features, FEATURES) == 0:
@@ -107,13 +110,15 @@ def gather_forward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def gather_backward_feat_kernel(
-    grad_x, coord, grad_feat, count, queries, feat_strides, rows, cols, features, depth,
+    grad_x, coord, grad_feat, count, queries,
+    batch_stride, channel_stride, row_stride, col_stride, rows, cols, features, depth,
     UNFOLD: tl.constexpr, ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of grad_x to where the forward read it, in the hardware's order."""
     index, feature, valid, query, rel_row, rel_col, weight, offset, stored, inside = find_tile(
-        count, queries, coord, feat_strides, rows, cols, features, UNFOLD, ENSEMBLE, T, ROWS, FEATURES
-    )
+        count, queries, coord, (batch_stride, channel_stride, row_stride, col_stride), rows, cols, features,
+        UNFOLD, ENSEMBLE, T, ROWS, FEATURES,
+    )  # fmt: skip
     grad = tl.load(grad_x + index[:, None] * depth + feature[None, :], mask=inside, other=0.0).to(T)
     tl.atomic_add(grad_feat + offset, grad, mask=inside, sem="relaxed")
 
@@ -125,8 +130,8 @@ def gather_latent_kernel(
     """The number of every row's latent, batch entries one behind the other."""
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid, query, map_row, map_col, _, _, _ = find_rows(index, count, coord, queries, rows, cols, ENSEMBLE, T)
-    plane = query // queries * rows.size + map_row
-    tl.store(latent + index, plane * cols.size + map_col, mask=valid)
+    plane = query // queries * tl.cast(rows.size, tl.int32) + map_row
+    tl.store(latent + index, plane * tl.cast(cols.size, tl.int32) + map_col, mask=valid)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -223,11 +228,11 @@ def gather(
     if count == 0:
         return x, area_weight
     coord = coord.contiguous()
-    tile = power_of_two(features, 16, 256)
+    tile = power_of_two(features, 16, 64)
     with on_device_of(feat):
         gather_forward_kernel[(triton.cdiv(count, ROWS) * triton.cdiv(features, tile),)](
             feat, coord, coord if cell is None else cell.contiguous(), x, area_weight,
-            count, queries, feat.stride(), *_axes(feat), features, depth,
+            count, queries, *feat.stride(), *_axes(feat), features, depth,
             HAS_CELL=cell is not None, UNFOLD=feat_unfold, ENSEMBLE=local_ensemble, T=DTYPES[coord.dtype],
             ROWS=ROWS, FEATURES=tile, **OPTIONS,
         )  # fmt: skip
@@ -245,9 +250,9 @@ def launch_gather_backward_feat(
     flags = {"UNFOLD": feat_unfold, "T": DTYPES[coord.dtype], **OPTIONS}
     depth = grad_x.shape[-1]
     if not torch.are_deterministic_algorithms_enabled():
-        tile = power_of_two(features, 16, 256)
+        tile = power_of_two(features, 16, 64)
         gather_backward_feat_kernel[(triton.cdiv(count, ROWS) * triton.cdiv(features, tile),)](
-            grad_x, coord, grad_feat, count, queries, grad_feat.stride(), *_axes(feat), features, depth,
+            grad_x, coord, grad_feat, count, queries, *grad_feat.stride(), *_axes(feat), features, depth,
             ENSEMBLE=local_ensemble, ROWS=ROWS, FEATURES=tile, **flags,
         )  # fmt: skip
         return grad_feat

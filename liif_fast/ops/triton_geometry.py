@@ -21,13 +21,15 @@ HIGH = tl.constexpr(1.0 - 1e-6)
 class Axis(NamedTuple):
     """One axis of a map of pixels that tile [-1, 1], as kernels take it.
 
-    Triton hands a Python float to a kernel as float32, rounded once: what `static_cast<float>` makes of it in
-    geometry.h. In float64 the kernels work these numbers out of `size` themselves; GPUs without float64 need none.
+    Whole numbers are floats too, exact below 2^24: Triton compiles a kernel again for integers that are 1 or multiples
+    of 16, which sizes and places of bands often are. Triton hands a Python float to a kernel as float32, rounded once:
+    what `static_cast<float>` makes of it in geometry.h. In float64 the kernels work these numbers out of `size`
+    themselves; GPUs without float64 need none.
     """
 
-    size: int  # pixels of the whole map
-    begin: int  # the first pixel in memory
-    held: int  # pixels in memory
+    size: float  # pixels of the whole map
+    begin: float  # the first pixel in memory
+    held: float  # pixels in memory
     low: float  # centre of pixel 0
     step: float  # from centre to centre
     minus: float  # the shift to the lower neighbour
@@ -39,9 +41,9 @@ def make_axis(size: int, begin: int = 0, held: int | None = None) -> Axis:
     """The axis of a map of `size` pixels, of which `held` from `begin` are in memory (None: all)."""
     half = 1.0 / size
     return Axis(
-        size,
-        begin,
-        size if held is None else held,
+        float(size),
+        float(begin),
+        float(size if held is None else held),
         -1.0 + half,
         2.0 * half,
         -(2.0 / size / 2.0) + 1e-6,
@@ -83,7 +85,13 @@ def nearest_index(coord, axis, T: tl.constexpr):
     rounded = round_half_even(position)
     inside = (rounded > 0.0) & (rounded < size)
     index = tl.where(inside, rounded, 0.0).to(tl.int32)
-    return tl.where(rounded >= size, axis.size - 1, index)
+    return tl.where(rounded >= size, tl.cast(axis.size, tl.int32) - 1, index)
+
+
+@triton.jit
+def held_index(index, axis):
+    """Where a latent of the whole map lies in memory. What is not there is not reached; the clamp makes that safe."""
+    return tl.minimum(tl.maximum(index - tl.cast(axis.begin, tl.int32), 0), tl.cast(axis.held, tl.int32) - 1)
 
 
 @triton.jit

@@ -24,12 +24,17 @@ DTYPES = {
 
 @contextmanager
 def on_device_of(tensor: Tensor) -> Iterator[None]:
-    """Makes the tensor's device current: Triton launches on the current device and its current stream."""
-    if tensor.device.type == "cpu":  # the interpreter
-        yield
-        return
-    with torch.accelerator.device_index(tensor.device.index):
-        yield
+    """Makes the tensor's device current, and PyTorch's own products keep the dtypes they are given.
+
+    Triton launches on the current device and its current stream. An op runs under its caller's autocast, which would
+    round float32 products; the operands' dtype has been decided before.
+    """
+    with torch.autocast(tensor.device.type, enabled=False):
+        if tensor.device.type == "cpu":  # the interpreter
+            yield
+            return
+        with torch.accelerator.device_index(tensor.device.index):
+            yield
 
 
 def power_of_two(size: int, least: int, most: int) -> int:

@@ -145,7 +145,7 @@ def _scatter_in_order(decode: Decode, grad_rows: Tensor, grad_latent_map: Tensor
 def _backward_points(decode: Decode, grad_rel: Tensor, grad_area_weight: Tensor, grads: Grads) -> None:
     """Through relative coordinates, relative cells and area weights to coord and cell."""
     assert grads.coord is not None
-    part = slice(decode.places.first, decode.places.first + decode.queries)
+    part = slice(decode.first_query, decode.first_query + decode.queries)
     coord = grads.coord.view(-1, 2)[part]
     cell = coord if grads.cell is None else grads.cell.view(-1, 2)[part]
     gather_backward_geometry_kernel[(triton.cdiv(decode.queries, QUERIES),)](

@@ -9,12 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .library import compute_dtype
-from .triton_geometry import Axis, find_metasr_neighbour, make_axis
+from .triton_geometry import Axis, find_metasr_neighbour, held_index, make_axis
 from .triton_launch import DTYPES, OPTIONS, on_device_of, power_of_two, segments
 from .triton_rows import relu
 
-QUERIES, COLS = 32, 64  # queries and hidden units of a tile
-_SIZES = ["count", "queries", "rows", "cols", "hidden", "outs"]
+QUERIES, COLS = 16, 64  # queries and hidden units of a tile
+_SIZES = ["count", "queries", "hidden", "outs"]
 
 
 @triton.jit
@@ -24,9 +24,8 @@ def find_inputs(coord, cell, at, valid, queries, rows, cols, T: tl.constexpr):
     row, rel_row = find_metasr_neighbour(tl.load(coord + 2 * at, mask=valid, other=0.0), cell_row, rows, T)
     cell_col = tl.load(cell + 2 * at + 1, mask=valid, other=0.0)
     col, rel_col = find_metasr_neighbour(tl.load(coord + 2 * at + 1, mask=valid, other=0.0), cell_col, cols, T)
-    row = tl.minimum(tl.maximum(row - rows.begin, 0), rows.held - 1)
-    col = tl.minimum(tl.maximum(col - cols.begin, 0), cols.held - 1)
-    latent = (at // queries * rows.held + row) * cols.held + col
+    plane = at // queries * tl.cast(rows.held, tl.int32) + held_index(row, rows)
+    latent = plane * tl.cast(cols.held, tl.int32) + held_index(col, cols)
     return latent, rel_row, rel_col, cell_row * (tl.cast(rows.size, T) * 0.5)
 
 

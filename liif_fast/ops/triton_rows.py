@@ -12,23 +12,34 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .triton_geometry import find_corner, pixel_center
+from .triton_geometry import find_corner, held_index, pixel_center
 
 PATCH = tl.constexpr(8)  # columns of a grid's tile
 
 
 class Places(NamedTuple):
-    """Where a problem's queries are, as kernels take it."""
+    """Where a problem's queries are, as kernels take it: whole numbers as floats (`Axis` says why), counts in two."""
 
-    first: int  # points: the first one's number, counted over the whole batch
-    total: int  # queries of the problem
-    queries: int  # points of one batch entry
-    top: int  # the window in the image, for a grid
-    left: int
-    height: int
-    width: int
-    tiles_y: int  # patches of the window
-    tiles_x: int
+    first: tuple[float, float]  # points: the first one's number, counted over the whole batch
+    total: tuple[float, float]  # queries of the problem
+    queries: tuple[float, float]  # points of one batch entry
+    top: float  # the window in the image, for a grid
+    left: float
+    height: float
+    width: float
+    tiles_y: float  # patches of the window
+    tiles_x: float
+
+
+def split(count: int) -> tuple[float, float]:
+    """A count below 2^44 in two floats."""
+    return float(count >> 20), float(count & 0xFFFFF)
+
+
+@triton.jit
+def joined(parts):
+    """What `split` took apart."""
+    return tl.cast(parts[0], tl.int64) * 1048576 + tl.cast(parts[1], tl.int64)
 
 
 @triton.jit
@@ -41,24 +52,28 @@ def relu(x):
 def find_queries(tile, slot, places, GRID: tl.constexpr, QUERIES: tl.constexpr):
     """Whether the query in `slot` of a tile exists, its flat number, batch entry, and pixel of the window (grid)."""
     if GRID:
-        patches = places.tiles_y * places.tiles_x
+        height = tl.cast(places.height, tl.int32)
+        width = tl.cast(places.width, tl.int32)
+        tiles_x = tl.cast(places.tiles_x, tl.int32)
+        patches = tl.cast(places.tiles_y, tl.int64) * tiles_x
         batch = tile // patches
-        patch = tile % patches
-        y = patch // places.tiles_x * (QUERIES // PATCH) + slot // PATCH
-        x = patch % places.tiles_x * PATCH + slot % PATCH
-        return (y < places.height) & (x < places.width), (batch * places.height + y) * places.width + x, batch, y, x
+        patch = (tile % patches).to(tl.int32)
+        y = patch // tiles_x * (QUERIES // PATCH) + slot // PATCH
+        x = patch % tiles_x * PATCH + slot % PATCH
+        return (y < height) & (x < width), (batch * height + y) * width + x, batch, y, x
     else:
         flat = tile * QUERIES + slot
-        return flat < places.total, flat, (places.first + flat) // places.queries, flat, flat
+        return flat < joined(places.total), flat, (joined(places.first) + flat) // joined(places.queries), flat, flat
 
 
 @triton.jit
 def out_offset(flat, batch, output, outs, places, GRID: tl.constexpr):
     """Where output `output` of a query lies: [B, Q, O], or [B, O, height, width] of a grid."""
     if GRID:
-        return flat + (batch * (outs - 1) + output) * places.height * places.width
+        plane = tl.cast(places.height, tl.int64) * tl.cast(places.width, tl.int64)
+        return flat + (batch * (outs - 1) + output) * plane
     else:
-        return (places.first + flat) * outs + output
+        return (joined(places.first) + flat) * outs + output
 
 
 @triton.jit
@@ -73,19 +88,17 @@ def find_rows(
     corner = index % CORNERS
     valid, flat, batch, y, x = find_queries(tile, index // CORNERS, places, GRID, ROWS // CORNERS)
     if GRID:
-        row = pixel_center(places.top + y, image_rows, T)
-        col = pixel_center(places.left + x, image_cols, T)
+        row = pixel_center(tl.cast(places.top, tl.int32) + y, image_rows, T)
+        col = pixel_center(tl.cast(places.left, tl.int32) + x, image_cols, T)
     else:
-        at = places.first + flat
+        at = joined(places.first) + flat
         row = tl.load(coord + 2 * at, mask=valid, other=0.0)
         col = tl.load(coord + 2 * at + 1, mask=valid, other=0.0)
     map_row, map_col, rel_row, rel_col, weight = find_corner(row, col, corner, rows, cols, ENSEMBLE, T)
-    # The region holds every latent that the window reaches; the clamp only keeps a wrong one from reading elsewhere.
-    map_row = tl.minimum(tl.maximum(map_row - rows.begin, 0), rows.held - 1)
-    map_col = tl.minimum(tl.maximum(map_col - cols.begin, 0), cols.held - 1)
-    latent = (batch * rows.held + map_row) * cols.held + map_col
+    plane = batch * tl.cast(rows.held, tl.int32) + held_index(map_row, rows)
+    latent = plane * tl.cast(cols.held, tl.int32) + held_index(map_col, cols)
     if TERMS == 4:
-        at = places.first + flat
+        at = joined(places.first) + flat
         rel_cell_row = tl.load(cell + 2 * at, mask=valid, other=0.0) * tl.cast(rows.size, T)
         rel_cell_col = tl.load(cell + 2 * at + 1, mask=valid, other=0.0) * tl.cast(cols.size, T)
         rel = (rel_row, rel_col, rel_cell_row, rel_cell_col)
@@ -114,7 +127,7 @@ def first_layer(
     return total
 
 
-@triton.jit(do_not_specialize=["places", "rows", "cols", "image_rows", "image_cols"])
+@triton.jit
 def first_forward_kernel(
     latent_map, coord, cell, first, hidden, area_weight, places, rows, cols, image_rows, image_cols,
     RELU: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, TERMS: tl.constexpr, GRID: tl.constexpr,
@@ -137,7 +150,7 @@ def first_forward_kernel(
         tl.store(area_weight + row, weight, mask=valid)
 
 
-@triton.jit(do_not_specialize=["places", "rows", "cols", "image_rows", "image_cols"])
+@triton.jit
 def first_backward_kernel(
     grad, first, coord, cell, grad_latent_map, partial, grad_rel, places, rows, cols, image_rows, image_cols,
     SCATTER: tl.constexpr, COORD: tl.constexpr, WIDTH: tl.constexpr, GRAD_STRIDE: tl.constexpr, STRIDE: tl.constexpr,
@@ -178,7 +191,7 @@ def first_backward_kernel(
             tl.store(grad_rel + row * TERMS + term, row_sums[term], mask=valid)
 
 
-@triton.jit(do_not_specialize=["places", "rows", "cols", "image_rows", "image_cols"])
+@triton.jit
 def latent_kernel(
     coord, latent_numbers, places, rows, cols, image_rows, image_cols,
     GRID: tl.constexpr, ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr,

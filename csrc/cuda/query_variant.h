@@ -9,18 +9,18 @@ namespace liif_fast {
 
 // Rows of a 256-wide tile where a block may have 160 KB of shared memory, and where it may have 99 KB. Weights stream
 // from L2 once a tile: more rows are fewer bytes.
-constexpr int large_rows(int operand_bytes) { return operand_bytes == 2 ? 128 : 64; }
-constexpr int small_rows(int operand_bytes) { return operand_bytes == 2 ? 64 : 32; }
+LIIF_HOST_DEVICE constexpr int large_rows(int operand_bytes) { return operand_bytes == 2 ? 128 : 64; }
+LIIF_HOST_DEVICE constexpr int small_rows(int operand_bytes) { return operand_bytes == 2 ? 64 : 32; }
 constexpr int kLargeSharedBytes = 160 << 10;
 
 // GPUs of the second kind, by compute capability * 10: their machine code holds the small tiles alone, that of the
 // others the large ones alone. What comes later runs sm_80's PTX, which holds both.
-constexpr bool has_small_tiles_only(int arch) { return (arch > 800 && arch < 900) || arch >= 1200; }
+LIIF_HOST_DEVICE constexpr bool has_small_tiles_only(int arch) { return (arch > 800 && arch < 900) || arch >= 1200; }
 
-constexpr int padded_width(int width) { return width <= 64 ? 64 : (width <= 128 ? 128 : 256); }
+LIIF_HOST_DEVICE constexpr int padded_width(int width) { return width <= 64 ? 64 : (width <= 128 ? 128 : 256); }
 
 // Warp rows of a tile: each has a part of its own in a block's partial sums.
-constexpr int row_sums_of(int rows, int width, int operand_bytes) {
+LIIF_HOST_DEVICE constexpr int row_sums_of(int rows, int width, int operand_bytes) {
   return rows == 32 ? 1 : (width * operand_bytes < 256 ? 4 : 2);
 }
 

@@ -125,6 +125,12 @@ def run_check(check: Check, context: Context) -> Outcome:
     return Outcome(check.name, status, note, round(time.monotonic() - begin, 3), measured)
 
 
+def require_gpu(context: Context, what: str) -> None:
+    """Skip with one sentence where `what` exists on CUDA devices only."""
+    if not context.on_gpu:
+        raise Skip(f"{what} needs a CUDA device, this is {context.device}")
+
+
 def refused(error: Exception, backend: str) -> str:
     """The backend's own sentence where it refuses a problem (`backends.can_run_*`), else ''."""
     text = str(error)

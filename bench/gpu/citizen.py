@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import liif_fast
-from bench.gpu.chain import FORWARD, leaf_names, paper_case, require_gpu, run_query
-from bench.gpu.check import Check, Context, Judge, Skip
+from bench.gpu.chain import paper_case, run_query
+from bench.gpu.check import Check, Context, Judge, Skip, require_gpu
+from bench.gpu.limits import FORWARD, leaf_names
 from bench.gpu.problems import Case, Decode, decode, norm_error, psnr, range_error
 from liif_fast import ops
 
@@ -78,7 +79,7 @@ def empty_queries(context: Context, judge: Judge) -> None:
 def deterministic(context: Context, judge: Judge) -> None:
     """Many queries on few latents, so that additions collide: with the switch on, two runs agree in every bit."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        case = Case(batch=2, channels=16, height=5, width=6, queries=500 if context.small else 20_000, hidden=(64, 64))
+        case = Case(batch=2, channels=16, height=5, width=6, queries=500 if context.small else 30_000, hidden=(64, 64))
         problem = decode(case, dtype, context.device, grad=True)
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True)

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.gpu.chain import FORWARD, PSNR
 from bench.gpu.check import Check, Context, Judge, Skip
+from bench.gpu.limits import FORWARD, PSNR
 from bench.gpu.problems import Case, Decode, decode, exact_query, norm_error, psnr, range_error, short
 from liif_fast import ops
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.chain import FORWARD, GRADIENT, SLACK_16, TIMES_PYTORCH, judge_gradients, probe_like
 from bench.gpu.check import Check, Context, Judge
+from bench.gpu.limits import FORWARD, GRADIENT, SLACK_16, TIMES_PYTORCH, judge_gradients, probe_like
 from bench.gpu.problems import DTYPES, FLAGS, SHAPES, Case, decode, flag_name, norm_error, range_error, short
 from liif_fast import ops
 

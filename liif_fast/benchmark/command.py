@@ -23,12 +23,12 @@ from liif_fast.benchmark import original
 from liif_fast.benchmark.cuda_timing import CudaClock
 from liif_fast.benchmark.problem import Problem, random_problem
 from liif_fast.benchmark.timing import (
-    MIN_SAMPLE_S,
     Clock,
     Contender,
     CpuClock,
     failure,
     interleave,
+    make_ready,
     pair_ratios,
     summary,
 )

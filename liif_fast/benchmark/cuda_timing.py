@@ -90,7 +90,7 @@ class CudaClock:
         self._graphs = graphs
         self.device = self._driver.device
 
-    def warm_up(self, contender: Contender) -> None:
+    def warm_up(self, contender: Contender, seconds: float | None = None) -> None:
         contender.launch = contender.run
         contender.run()
         self._driver.synchronize()

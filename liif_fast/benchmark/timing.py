@@ -57,8 +57,8 @@ class Clock(Protocol):
 
     device: torch.device
 
-    def warm_up(self, contender: Contender) -> None:
-        """Run it until warm, and choose how a sample is taken."""
+    def warm_up(self, contender: Contender, seconds: float | None = None) -> None:
+        """Run it until warm, and choose how a sample is taken; `seconds` of a run that was timed before."""
 
     def sample(self, contender: Contender, turn: int) -> None:
         """Add one sample."""
@@ -79,10 +79,12 @@ class CpuClock:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
 
-    def warm_up(self, contender: Contender) -> None:
+    def warm_up(self, contender: Contender, seconds: float | None = None) -> None:
         contender.launch = contender.run
-        contender.run()
-        contender.calls = max(1, round(MIN_SAMPLE_S / max(self.once(contender.run), 1e-9)))
+        if seconds is None or seconds < MIN_SAMPLE_S:  # otherwise one run is a sample, whatever it takes
+            contender.run()
+            seconds = self.once(contender.run)
+        contender.calls = max(1, round(MIN_SAMPLE_S / max(seconds, 1e-9)))
 
     def sample(self, contender: Contender, turn: int) -> None:
         launch = contender.launch or contender.run
@@ -109,14 +111,10 @@ class CpuClock:
 
 
 def make_ready(clock: Clock, contender: Contender) -> int | None:
-    """Warm a contender up; returns its run's peak memory.
-
-    Expects that it has run once. A run long enough to be a sample is not run again just to choose how to take one.
-    """
+    """Warm a contender up that has run once; returns its run's peak memory."""
     times: list[float] = []
     peak = clock.peak(lambda: times.append(clock.once(contender.run)))
-    if clock.device.type != "cpu" or times[0] < MIN_SAMPLE_S:
-        clock.warm_up(contender)
+    clock.warm_up(contender, times[0])
     return peak
 
 

@@ -39,6 +39,8 @@ CHOSEN = [
     "render -u-c fp32",
     "render full bf16",
     "render windows and regions fp32",
+    "query many rows bf16",
+    "query and render, drawn by lot 6",
     "query NaN",
     "query infinite coordinates",
     "query strides",

@@ -26,7 +26,7 @@ _INDEX_BITS = 24  # of a key: crops up to 4096 x 4096 pixels
 
 
 class DeviceImages:
-    """Images of any sizes as one tensor on the device: uint8 [pixels of all, C].
+    """Images of any sizes as one tensor on the device: uint8 [pixels of all, C]; every process keeps all of them.
 
     sizes: [(H, W)] of every image; starts: the row at which each begins.
     """
@@ -76,8 +76,8 @@ class DeviceLoader:
             )
         if dataset.inp_size is None or (dataset.sample_q is None and not (pairs or _has_one_scale(dataset))):
             raise ValueError("loader 'device' stacks crops and samples to batches; give inp_size and sample_q")
-        folders = ("dataset_1", "dataset_2") if pairs else ("array",)
-        if not all(hasattr(dataset.dataset, name) for name in folders):
+        needed = ("dataset_1", "dataset_2") if pairs else ("array", "size", "image_count", "n_colors")
+        if not all(hasattr(dataset.dataset, name) for name in needed):
             raise ValueError(
                 f"loader 'device' reads {'paired-image-folders' if pairs else 'image-folder'}, not "
                 f"{type(dataset.dataset).__name__}; leave `loader` out"

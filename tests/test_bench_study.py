@@ -18,5 +18,6 @@ def test_saved_comparisons_become_a_block(tmp_path, monkeypatch):
             folder / "scores.csv",
         )
     text = bench_study.block([])
+    assert "**one.** PSNR in dB, mean over 1 images" in text and "**two.** PSNR in dB" in text
     assert text.count("| liif | **31.00** |") == 2 and text.count("SSIM") == 1
     assert "[weights/two/study/scores.csv](bench/results/weights/two/study/scores.csv)" in text

@@ -18,6 +18,6 @@ def block(_: list[dict[str, Any]]) -> str | None:
         rows = study.read_rows(path)
         metrics = ["psnr"] + (["ssim"] if all(row.ssim == row.ssim for row in rows) else [])
         where = path.relative_to(results.FOLDER).as_posix()
-        text = tables.markdown(rows, protocol="div2k", metrics=metrics)
-        parts.append(f"**{path.parent.parent.name}.** {text}\nScores of every image: [{where}](bench/results/{where}).\n")
+        text = f"**{path.parent.parent.name}.** {tables.markdown(rows, protocol='div2k', metrics=metrics)}"
+        parts.append(f"{text}\nScores of every image: [{where}](bench/results/{where}).\n")
     return "\n".join(parts) or None

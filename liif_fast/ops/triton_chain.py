@@ -91,13 +91,16 @@ def chain_forward_kernel(
     CORNERS: tl.constexpr = 4 if ENSEMBLE else 1
     QUERIES: tl.constexpr = ROWS // CORNERS
     tile = tl.program_id(0).to(tl.int64)
-    valid, flat, batch, row, latent, weight, rel = find_rows(
+    valid, flat, latent, weight, rel, first_row, row = find_rows(
         tile, coord, cell, places, rows, cols, image_rows, image_cols, TERMS, GRID, ENSEMBLE, T, ROWS
     )
     number = joined(places.total) * CORNERS
     latent = tl.where(valid, latent, 0)
     inner = tl.arange(0, BLOCK)
     block_of_row = row[:, None] * P + inner[None, :]
+    if SAVE:
+        acts += first_row * P
+        masks += first_row * (NB * 8)
     blocks = ()
     for k in tl.static_range(NB):
         value = relu(first_layer(latent_map, latent, rel, first, k * BLOCK + inner, WIDTH, P, TERMS, T)).to(OP)
@@ -123,7 +126,8 @@ def chain_forward_kernel(
 
     pair = tl.arange(0, 2 * OUTS)
     output = tl.arange(0, OUTS)
-    exists, query, entry, _, _ = find_queries(tile, tl.arange(0, QUERIES), places, GRID, QUERIES)
+    exists, entry, _, _, first_query, query = find_queries(tile, tl.arange(0, QUERIES), places, GRID, QUERIES)
+    query = first_query + query
     pred = tl.zeros([ROWS, 2 * OUTS], T)
     for k in tl.static_range(NB):
         value = blocks[k].to(OP, bitcast=True)
@@ -134,7 +138,7 @@ def chain_forward_kernel(
             tl.store(blended + query[:, None] * P + column[None, :], blend, mask=exists[:, None])
     if COORD:
         both = tl.sum(tl.reshape(pred, [ROWS, 2, OUTS]), axis=1)
-        tl.store(preds + row[:, None] * OUTS + output[None, :], both, mask=valid[:, None])
+        tl.store(preds + first_row * OUTS + row[:, None] * OUTS + output[None, :], both, mask=valid[:, None])
     value = tl.sum(tl.reshape(pred * weight[:, None], [QUERIES, CORNERS, 2 * OUTS]), axis=1)
     value = tl.sum(tl.reshape(value, [QUERIES, 2, OUTS]), axis=1) + tl.load(last_bias + output)[None, :]
     place = out_offset(query[:, None], entry[:, None], output[None, :], NUMBER, places, GRID)
@@ -158,7 +162,7 @@ def chain_backward_kernel(
     P: tl.constexpr = NB * BLOCK
     CORNERS: tl.constexpr = 4 if ENSEMBLE else 1
     tile = tl.program_id(0).to(tl.int64)
-    valid, flat, batch, row, latent, weight, rel = find_rows(
+    valid, flat, latent, weight, rel, first_row, row = find_rows(
         tile, coord, coord, places, rows, cols, image_rows, image_cols, 2, GRID, ENSEMBLE, T, ROWS
     )
     number = joined(places.total) * CORNERS
@@ -167,14 +171,20 @@ def chain_backward_kernel(
     inside = valid[:, None] & (pair % OUTS < NUMBER)[None, :]
     grad = tl.load(grad_out + flat[:, None] * NUMBER + (pair % OUTS)[None, :], mask=inside, other=0.0)
     if COORD:
-        pred = tl.load(preds + row[:, None] * OUTS + (pair % OUTS)[None, :], mask=inside, other=0.0)
-        tl.store(grad_area_weight + row, tl.sum(tl.where((pair < OUTS)[None, :], grad * pred, 0.0), axis=1), mask=valid)
+        pred = tl.load(preds + first_row * OUTS + row[:, None] * OUTS + (pair % OUTS)[None, :], mask=inside, other=0.0)
+        tl.store(
+            grad_area_weight + first_row + row,
+            tl.sum(tl.where((pair < OUTS)[None, :], grad * pred, 0.0), axis=1),
+            mask=valid,
+        )
     grad = grad * weight[:, None]
     rounded = grad.to(OP)
     rest = (grad - rounded.to(T)).to(OP)
     grad = tl.where((pair < OUTS)[None, :], rounded.to(T), rest.to(T)).to(OP)
     sums = partial + tile * layers * P
     block_of_row = row[:, None] * P + inner[None, :]
+    grads += first_row * P
+    masks += first_row * (NB * 8)
     blocks = ()
     for k in tl.static_range(NB):
         column = k * BLOCK + inner

@@ -234,7 +234,7 @@ def gather(
             feat, coord, coord if cell is None else cell.contiguous(), x, area_weight,
             count, queries, *feat.stride(), *_axes(feat), features, depth,
             HAS_CELL=cell is not None, UNFOLD=feat_unfold, ENSEMBLE=local_ensemble, T=DTYPES[coord.dtype],
-            ROWS=ROWS, FEATURES=tile, **OPTIONS,
+            ROWS=ROWS, FEATURES=tile, num_warps=8, **OPTIONS,
         )  # fmt: skip
     return x, area_weight
 
@@ -253,7 +253,7 @@ def launch_gather_backward_feat(
         tile = power_of_two(features, 16, 64)
         gather_backward_feat_kernel[(triton.cdiv(count, ROWS) * triton.cdiv(features, tile),)](
             grad_x, coord, grad_feat, count, queries, *grad_feat.stride(), *_axes(feat), features, depth,
-            ENSEMBLE=local_ensemble, ROWS=ROWS, FEATURES=tile, **flags,
+            ENSEMBLE=local_ensemble, ROWS=ROWS, FEATURES=tile, num_warps=8, **flags,
         )  # fmt: skip
         return grad_feat
     latent = torch.empty(count, dtype=torch.int64, device=feat.device)

@@ -83,11 +83,11 @@ def launch_settings(kernel: str, width: int, arch: int | str | None) -> Settings
         return Settings(64, whole, 4, 2)
     if not isinstance(arch, int):  # AMD and Intel: 64 KB of shared memory at least
         return Settings(64, min(width, 64), 4, 2)
-    if arch // 10 in (9, 10):  # 227 KB of shared memory
+    if arch // 10 in (9, 10) or arch == 80:  # 227 or 163 KB of shared memory
         return Settings(128, whole, 8, 3)
-    if arch == 80:  # 163 KB
-        return Settings(128, whole, 8, 3)
-    return Settings(128, min(width, 64), 8, 2)  # 99 KB
+    if kernel == "forward":  # 99 KB
+        return Settings(128, min(width, 64), 8, 3)
+    return Settings(128, whole, 8, 2)
 
 
 def current_arch() -> int | str | None:

@@ -50,7 +50,8 @@ def relu(x):
 
 @triton.jit
 def find_queries(tile, slot, places, GRID: tl.constexpr, QUERIES: tl.constexpr):
-    """Whether the query in `slot` of a tile exists, its flat number, batch entry, and pixel of the window (grid)."""
+    """Whether the query in `slot` of a tile exists, its batch entry, pixel of the window (grid), and its flat number in
+    two: the tile's first one, and the distance to it in 32 bits, which costs half the registers."""
     if GRID:
         height = tl.cast(places.height, tl.int32)
         width = tl.cast(places.width, tl.int32)
@@ -58,12 +59,16 @@ def find_queries(tile, slot, places, GRID: tl.constexpr, QUERIES: tl.constexpr):
         patches = tl.cast(places.tiles_y, tl.int64) * tiles_x
         batch = tile // patches
         patch = (tile % patches).to(tl.int32)
-        y = patch // tiles_x * (QUERIES // PATCH) + slot // PATCH
-        x = patch % tiles_x * PATCH + slot % PATCH
-        return (y < height) & (x < width), (batch * height + y) * width + x, batch, y, x
+        top = patch // tiles_x * (QUERIES // PATCH)
+        left = patch % tiles_x * PATCH
+        down = slot // PATCH
+        right = slot % PATCH
+        valid = (top + down < height) & (left + right < width)
+        return valid, batch, top + down, left + right, (batch * height + top) * width + left, down * width + right
     else:
-        flat = tile * QUERIES + slot
-        return flat < joined(places.total), flat, (joined(places.first) + flat) // joined(places.queries), flat, flat
+        start = tile * QUERIES
+        batch = (joined(places.first) + start + slot) // joined(places.queries)
+        return start + slot < joined(places.total), batch, slot, slot, start, slot
 
 
 @triton.jit
@@ -81,12 +86,13 @@ def find_rows(
     tile, coord, cell, places, rows, cols, image_rows, image_cols,
     TERMS: tl.constexpr, GRID: tl.constexpr, ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Every row of a tile: (exists, query's flat number, batch entry, row number, latent number, area weight) and its
-    geometry inputs, TERMS of them: rel_coord and, where queries have cells of their own, rel_cell."""
+    """Every row of a tile: (exists, query's flat number, latent number, area weight), its geometry inputs, TERMS of
+    them (rel_coord and, where queries have cells of their own, rel_cell), and the row's number in two, as queries'."""
     CORNERS: tl.constexpr = 4 if ENSEMBLE else 1
     index = tl.arange(0, ROWS)
     corner = index % CORNERS
-    valid, flat, batch, y, x = find_queries(tile, index // CORNERS, places, GRID, ROWS // CORNERS)
+    valid, batch, y, x, start, apart = find_queries(tile, index // CORNERS, places, GRID, ROWS // CORNERS)
+    flat = start + apart
     if GRID:
         row = pixel_center(tl.cast(places.top, tl.int32) + y, image_rows, T)
         col = pixel_center(tl.cast(places.left, tl.int32) + x, image_cols, T)
@@ -104,7 +110,7 @@ def find_rows(
         rel = (rel_row, rel_col, rel_cell_row, rel_cell_col)
     else:
         rel = (rel_row, rel_col)
-    return valid, flat, batch, flat * CORNERS + corner, latent, weight, rel
+    return valid, flat, latent, weight, rel, start * CORNERS, apart * CORNERS + corner
 
 
 @triton.jit
@@ -136,9 +142,10 @@ def first_forward_kernel(
     """A tile of rows of the first hidden layer [rows, WIDTH], and the rows' area weights."""
     blocks: tl.constexpr = STRIDE // COLS
     at = tl.program_id(0).to(tl.int64)
-    valid, flat, batch, row, latent, weight, rel = find_rows(
+    valid, _, latent, weight, rel, first_row, apart = find_rows(
         at // blocks, coord, cell, places, rows, cols, image_rows, image_cols, TERMS, GRID, ENSEMBLE, T, ROWS
     )
+    row = first_row + apart
     latent = tl.where(valid, latent, 0)
     column = (at % blocks).to(tl.int32) * COLS + tl.arange(0, COLS)
     value = first_layer(latent_map, latent, rel, first, column, WIDTH, STRIDE, TERMS, T)
@@ -163,9 +170,10 @@ def first_backward_kernel(
     the bias, partial [tiles, TERMS + 1, STRIDE], and sums the columns for the geometry terms, grad_rel [rows, TERMS].
     """
     tile = tl.program_id(0).to(tl.int64)
-    valid, flat, batch, row, latent, weight, rel = find_rows(
+    valid, _, latent, weight, rel, first_row, apart = find_rows(
         tile, coord, cell, places, rows, cols, image_rows, image_cols, TERMS, GRID, ENSEMBLE, T, ROWS
     )
+    row = first_row + apart
     row_sums = ()
     for _ in tl.static_range(TERMS):
         row_sums = row_sums + (tl.zeros([ROWS], T),)
@@ -198,9 +206,10 @@ def latent_kernel(
 ):  # fmt: skip
     """The number of every row's latent."""
     tile = tl.program_id(0).to(tl.int64)
-    valid, flat, batch, row, latent, weight, rel = find_rows(
+    valid, _, latent, weight, rel, first_row, apart = find_rows(
         tile, coord, coord, places, rows, cols, image_rows, image_cols, 2, GRID, ENSEMBLE, T, ROWS
     )
+    row = first_row + apart
     tl.store(latent_numbers + row, latent, mask=valid)
 
 

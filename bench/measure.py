@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ from liif_fast.benchmark.timing import (
 from liif_fast.benchmark.yardsticks import DTYPES
 
 PREPARE_LIMIT_S = 150.0  # torch.compile may not take longer
+_LEAST_S = 10.0  # given to whatever is begun
 GPU_ROUNDS = 100
 _PREPARING = 0.6  # of the time that is left, at most so much goes into preparing one workload's methods
 # Against these every method's ratio is kept, round by round, beside the one against the original.
@@ -122,7 +124,8 @@ def _measure_sizes(
         entry = entries[method.name]
         entry["allowed_bytes"] = sizes.allowance(workload, DTYPES[method.dtype].itemsize)
         tell(method.name)
-        entry.update(_over(deadline) or sizes.measure(method, workload, clock))
+        limit = math.inf if deadline is None else max(_LEAST_S, deadline - perf_counter())
+        entry.update(_over(deadline) or sizes.measure(method, workload, clock, limit))
         _tell(method, entry)
 
 
@@ -148,7 +151,7 @@ def _measure_times(
         if over := _over(prepared_by):
             entry.update(over)
             continue
-        limit = PREPARE_LIMIT_S if deadline is None else min(PREPARE_LIMIT_S, max(10.0, deadline - perf_counter()))
+        limit = PREPARE_LIMIT_S if deadline is None else min(PREPARE_LIMIT_S, max(_LEAST_S, deadline - perf_counter()))
         contender = _prepare(Job(workload, problem, clock), method, entry, truth, limit)
         if contender:
             contenders[method.name] = contender

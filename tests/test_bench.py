@@ -12,9 +12,10 @@ import pytest
 import torch
 from helpers import reason_against
 
-from bench import machine, measure, methods, report, results, sizes, tables, targets
+from bench import decoding, machine, measure, methods, report, results, sizes, tables, targets, training
+from bench.method import Job
 from bench.session import Session, begin
-from bench.workloads import WORKLOADS, folded_flop, least_bytes, original_flop
+from bench.workloads import WORKLOADS, folded_flop, least_bytes, make_problem, original_flop
 from liif_fast.benchmark import timing, yardsticks
 from liif_fast.benchmark.cuda_timing import CudaClock
 from liif_fast.benchmark.timing import CpuClock
@@ -99,6 +100,26 @@ def test_the_issues_baselines_are_there_on_a_gpu() -> None:
     assert {"original-compiled-tf32", "original-compiled-bf16", "folded-compiled-tf32"} <= decode
     training = {method.name for method in methods.methods_for(WORKLOADS["training-step"], "cuda")}
     assert {"original", "original-tf32", "original-fp16", "original-bf16", "folded-compiled-bf16"} <= training
+
+
+@pytest.mark.parametrize("name", ["decode-64-to-256", "training-step"])
+def test_a_gpus_baselines_compute_the_workload_here_too(name: str) -> None:
+    """Those that compile are left out for their time."""
+    baselines = (decoding if name.startswith("decode") else training).baselines("cuda")
+    workload = replace(WORKLOADS[name], **TINY[name])
+    problem = make_problem(workload)
+    truth = measure._flat(methods.exact(workload, problem, CpuClock()))
+    assert truth is not None
+    for method in baselines:
+        if "compiled" in method.name:
+            continue
+        result = measure._flat(method.prepare(Job(workload, problem, CpuClock()))[0]())
+        assert result is not None
+        found = measure._accuracy(workload, result, truth)
+        low = method.dtype in ("bfloat16", "float16")
+        assert found.get("psnr_db", 200) > (35 if low else 100), method.name
+        assert found.get("gradient_error", 0) < (0.2 if low else 1e-3), method.name
+    assert not torch.backends.cuda.matmul.allow_tf32, "switched back"
 
 
 @pytest.fixture(scope="module")

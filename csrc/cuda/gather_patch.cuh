@@ -141,19 +141,19 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t channel = 0; channel < p.channels; channel += kStepChannels) {
       const int64_t left = p.channels - channel;
       const int words = static_cast<int>(left < kStepChannels ? left : kStepChannels) * kNine / kPerWord;
-      if (together)
-        load_patch(task, feat, batch, found.row[0], found.col[0], channel * static_cast<int64_t>(sizeof(E)), lane,
-                   patch);
-#pragma unroll
-      for (int corner = 0; corner < 4; ++corner) {
-        const int64_t row = found.row[corner >> 1], col = found.col[corner & 1];
-        int place = 0;
-        if (together)
-          place = static_cast<int>((row - found.row[0]) * kPatch + col - found.col[0]);
-        else
-          load_patch(task, feat, batch, row, col, channel * static_cast<int64_t>(sizeof(E)), lane, patch);
-        uint32_t* const out = reinterpret_cast<uint32_t*>(x + (query * 4 + corner) * task.depth + channel * kNine);
-        write_features<E>(patch + place * kLatentPitch, offsets, words, lane, out);
+      // One patch for all corners, or one for each.
+#pragma unroll 1
+      for (int first = 0; first < (together ? 1 : 4); ++first) {
+        const int64_t row = first & 2 ? found.row[1] : found.row[0], col = first & 1 ? found.col[1] : found.col[0];
+        load_patch(task, feat, batch, row, col, channel * static_cast<int64_t>(sizeof(E)), lane, patch);
+#pragma unroll 1
+        for (int corner = first; corner < (together ? 4 : first + 1); ++corner) {
+          const int down = corner & 2 ? static_cast<int>(found.row[1] - row) : 0;
+          const int right = corner & 1 ? static_cast<int>(found.col[1] - col) : 0;
+          const int place = together ? down * kPatch + right : 0;
+          uint32_t* const out = reinterpret_cast<uint32_t*>(x + (query * 4 + corner) * task.depth + channel * kNine);
+          write_features<E>(patch + place * kLatentPitch, offsets, words, lane, out);
+        }
       }
     }
     if (lane < 4) {

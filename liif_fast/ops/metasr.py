@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, library, reference
 from .backends import Problem, choose
+from .convolution import convolve
 
 
 def metasr_fold(feat: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
@@ -27,8 +27,7 @@ def metasr_fold(feat: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
     # [9C*O, hidden + 1] -> rows (channel and neighbour, output) -> kernels (output, hidden unit) over 9C
     table = torch.cat([weights[1], biases[1].unsqueeze(1)], dim=1).view(channels * 9, -1, hidden + 1)
     kernels = table.permute(1, 2, 0).reshape(-1, channels, 3, 3)
-    feat = feat.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(feat, kernels, padding=1).permute(0, 2, 3, 1).contiguous()
+    return convolve(feat, kernels).permute(0, 2, 3, 1).contiguous()
 
 
 def metasr_query(

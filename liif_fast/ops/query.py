@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, library, reference
 from .backends import Problem, choose_fused
+from .convolution import convolve
 from .ensemble import ensemble
 from .gather import gather
 
@@ -28,20 +28,23 @@ def fold(feat: Tensor, weight: Tensor, *, feat_unfold: bool = True) -> Tensor:
 
     Source: linearity of the first layer in the unfolded latent; exact up to the order of the sum.
     """
+    return _fold(feat, weight, feat_unfold, False)
+
+
+def _fold(feat: Tensor, weight: Tensor, feat_unfold: bool, tf32: bool) -> Tensor:
     channels, kernel = feat.shape[1], 3 if feat_unfold else 1
     kernels = weight[:, : channels * kernel * kernel].reshape(weight.shape[0], channels, kernel, kernel)
-    feat = feat.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(feat, kernels, padding=kernel // 2).permute(0, 2, 3, 1).contiguous()
+    return convolve(feat, kernels, tf32=tf32).permute(0, 2, 3, 1).contiguous()
 
 
 def _is_trained(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _folded(feat: Tensor, weight: Tensor, feat_unfold: bool, dtype: torch.dtype) -> Tensor:
-    """The latent map in `dtype`, whatever autocast says."""
+def _folded(feat: Tensor, weight: Tensor, feat_unfold: bool, dtype: torch.dtype, operands: torch.dtype) -> Tensor:
+    """The latent map in `dtype`, whatever autocast says; operands: the dtype of the other layers' products."""
     with torch.autocast(feat.device.type, enabled=False):
-        return fold(feat.to(dtype), weight.to(dtype), feat_unfold=feat_unfold)
+        return _fold(feat.to(dtype), weight.to(dtype), feat_unfold, operands.itemsize == 2)
 
 
 def _widths(weights: Sequence[Tensor]) -> tuple[int, ...]:
@@ -138,7 +141,7 @@ def query(
         operands = autocast or feat.dtype
         trained = _is_trained(feat, coord, *weights, *biases, *(() if cell is None else (cell,)))
         if latent_map is None:
-            latent_map = _folded(feat, weights[0], feat_unfold, library.latent_dtype(name, operands, trained))
+            latent_map = _folded(feat, weights[0], feat_unfold, library.latent_dtype(name, operands, trained), operands)
         _check_latent_map(latent_map, feat, weights)
         geometry = library.compute_dtype(latent_map)
         out, _ = library.query(
@@ -228,7 +231,7 @@ def render(
         operands = autocast or feat.dtype
         trained = _is_trained(feat, *weights, *biases)
         if latent_map is None:
-            latent_map = _folded(feat, weights[0], feat_unfold, library.latent_dtype(name, operands, trained))
+            latent_map = _folded(feat, weights[0], feat_unfold, library.latent_dtype(name, operands, trained), operands)
         _check_latent_map(latent_map, feat, weights)
         out, _ = library.render(
             latent_map,

@@ -68,7 +68,12 @@ def main(arguments: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device is cuda, but torch finds no GPU that it can use: choose --device cpu")
     if args.resume:
-        result = results.load(args.resume)
+        try:
+            result = results.load(args.resume)
+        except (OSError, ValueError) as error:
+            sys.exit(str(error))
+        if "planned" not in result:
+            sys.exit(f"{args.resume} is finished: there is nothing to go on with")
         folder = args.resume.parent.parent
     else:
         name = args.name or ("some" if args.only else "quick" if args.quick else "full")

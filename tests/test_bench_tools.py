@@ -145,6 +145,10 @@ def test_an_unfinished_run_is_gone_on_with(tmp_path: Path) -> None:
     assert run.main(["--resume", str(path)]) == 0
     workloads = results.load(path)["workloads"]
     assert workloads["gpu-parts"] == done and "skipped" in workloads["upscale-large"]
+    with pytest.raises(SystemExit, match="is finished"):
+        run.main(["--resume", str(path)])
+    with pytest.raises(SystemExit, match="No such file"):
+        run.main(["--resume", str(tmp_path / "nowhere.json")])
 
 
 def test_pytest_benchmark_is_handed_the_samples_of_the_turns(tmp_path: Path) -> None:

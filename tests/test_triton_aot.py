@@ -1,0 +1,91 @@
+"""What Triton makes of its kernels, without a GPU: registers, shared memory, stack, tensor cores, rounding."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "tests" / "triton_aot" / "compile_all.py"
+BUDGET = json.loads((ROOT / "tests" / "triton_budget.json").read_text())
+ARCHS = (80, 86, 90, 100)
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+# Kernels without a product of their own that may be fused: whatever multiplies and adds there is geometry.
+GEOMETRY_ONLY = ("gather_forward_kernel", "gather_latent_kernel", "latent_kernel")
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def compile_all(arch: int) -> list[dict]:
+    """The script's report; kept in build/ while its sources and Triton stay."""
+    digest = hashlib.sha256(f"{arch} {importlib.metadata.version('triton')}".encode())
+    for path in (SCRIPT, *sorted((ROOT / "liif_fast" / "ops").glob("triton_*.py"))):
+        digest.update(path.name.encode() + path.read_bytes())
+    cached = ROOT / "build" / "triton_reports" / f"{arch}-{digest.hexdigest()[:16]}.json"
+    if not cached.exists():
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        result = subprocess.run([sys.executable, SCRIPT, str(arch)], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr[-4000:]
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        cached.write_text(result.stdout.splitlines()[-1])
+    return json.loads(cached.read_text())
+
+
+@cache
+def reports() -> dict[int, list[dict]]:
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(ARCHS, pool.map(compile_all, ARCHS), strict=True))
+
+
+def kernels() -> Iterator[tuple[int, str, dict]]:
+    for arch, report in reports().items():
+        for kernel in report:
+            yield arch, kernel["kernel"] + (f"/{kernel['variant']}" if kernel["variant"] else ""), kernel
+
+
+def test_every_kernel_compiles_and_has_a_budget():
+    written = {
+        line.split("(")[0].removeprefix("def ")
+        for path in (ROOT / "liif_fast" / "ops").glob("triton_*.py")
+        for line in path.read_text().splitlines()
+        if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
+    }
+    assert {kernel["kernel"] for _, _, kernel in kernels()} == written
+    assert {name for _, name, _ in kernels()} == set(BUDGET)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_stay_within_their_budgets(arch):
+    over = {
+        name: (resource, kernel[resource], BUDGET[name][resource])
+        for at, name, kernel in kernels()
+        for resource in ("registers", "shared", "stack")
+        if at == arch and kernel[resource] > BUDGET[name][resource]
+    }
+    assert not over
+    assert all(kernel["shared"] <= SHARED_LIMIT[arch] for at, _, kernel in kernels() if at == arch)
+
+
+def test_the_decode_uses_hoppers_tensor_cores_and_its_loop_fits_the_registers():
+    chain = [kernel for arch, _, kernel in kernels() if arch == 90 and kernel["kernel"].startswith("chain_")]
+    assert len(chain) >= 4
+    assert all(kernel["hgmma"] > 0 for kernel in chain)
+    # The forward that keeps activations spills eight registers of a thread; nothing else spills at all.
+    assert all(kernel["stack"] <= (32 if "save" in kernel["variant"] else 0) for kernel in chain)
+
+
+def test_geometry_does_not_contract_to_fused_multiply_adds():
+    seen = {kernel["kernel"]: kernel["fma"] for _, _, kernel in kernels() if kernel["kernel"] in GEOMETRY_ONLY}
+    assert seen == dict.fromkeys(GEOMETRY_ONLY, 0)
+    assert any(kernel["fma"] for _, _, kernel in kernels())  # where they are asked for by name, they are seen

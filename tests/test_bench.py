@@ -1,4 +1,4 @@
-"""Workloads, methods and what becomes of their results: the README's numbers are those of saved results."""
+"""Workloads and methods: what is compared, what a result holds, and what a failure or a lack of time makes of it."""
 
 from __future__ import annotations
 
@@ -11,43 +11,17 @@ from typing import Any
 import pytest
 import torch
 from helpers import reason_against
+from tiny_workloads import TINY
 
-from bench import decoding, machine, measure, methods, report, results, sizes, tables, targets, training
+from bench import decoding, machine, measure, methods, results, sizes, tables, targets, training
 from bench.method import Job
 from bench.session import Session, begin
 from bench.workloads import WORKLOADS, folded_flop, least_bytes, make_problem, original_flop
-from liif_fast.benchmark import timing, yardsticks
 from liif_fast.benchmark.cuda_timing import CudaClock
 from liif_fast.benchmark.timing import CpuClock
 from liif_fast.ops import backends
 
-TINY: dict[str, dict[str, Any]] = {
-    "decode-64-to-256": {"map_size": (10, 12), "out_size": (25, 31)},
-    "training-step": {"map_size": (7, 6), "batch": 2, "queries": 90},
-    "training-forward": {"map_size": (7, 6), "batch": 2, "queries": 90},
-    "training-backward": {"map_size": (7, 6), "batch": 2, "queries": 90},
-    "gather": {"map_size": (9, 8), "queries": 120},
-    "gather-backward": {"map_size": (9, 8), "queries": 120},
-    "ensemble": {"queries": 200},
-    "ensemble-backward": {"queries": 200},
-    "parts": {"map_size": (8, 8), "out_size": (16, 16)},
-    "scale-x2": {"map_size": (6, 6), "out_size": (12, 12)},
-    "scale-x3.7": {"map_size": (6, 6), "out_size": (22, 22), "window": (3, 4, 8, 8)},
-    "scale-x8": {"map_size": (6, 6), "out_size": (48, 48), "window": (20, 20, 8, 8)},
-    "scale-x30": {"map_size": (6, 6), "out_size": (180, 180), "window": (80, 80, 8, 8)},
-    "batch-1": {"map_size": (7, 6), "queries": 90},
-    "batch-4": {"map_size": (7, 6), "queries": 90},
-    "encoder": {"map_size": (12, 12)},
-    "upscale-photo": {"map_size": (12, 12), "out_size": (48, 48)},
-}
-SIZE = {  # what a run of its own would say
-    "original": {"peak_bytes": 3_000_000_000, "note": "from 4 of its 140 chunks"},
-    "folded-fp32": {"peak_bytes": 5_000_000_000},
-    "cpu-fp32": {"peak_bytes": 330_000_000},
-    "cpu-bf16": {"peak_bytes": 210_000_000},
-}
-ELSEWHERE = ("train-step", "study", "loader")  # blocks of other programs' files, which have tests of their own
-CPU_SIZES = [name for name in tables.SIZES if not WORKLOADS[name].refusal("cpu")]
+pytest_plugins = ["bench_tiny"]
 
 
 def test_work_is_counted_as_the_formulas_say() -> None:
@@ -122,56 +96,6 @@ def test_a_gpus_baselines_compute_the_workload_here_too(name: str) -> None:
     assert not torch.backends.cuda.matmul.allow_tf32, "switched back"
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run makes of tiny workloads; without compiling for its time, and without sizes, which cannot be tiny.
-
-    On one thread: where other programs run too, threads wait for each other, thousands of times.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "MIN_SAMPLE_S", 0.0)
-        patch.setattr(yardsticks, "LOOP_S", 0.001)
-        patch.setitem(yardsticks.GEMM_SIZE, "cpu", 64)
-        patch.setitem(yardsticks.COPY_BYTES, "cpu", 1 << 16)
-        for name, changed in TINY.items():
-            patch.setitem(WORKLOADS, name, replace(WORKLOADS[name], **changed))
-        every = methods.methods_for
-        patch.setattr(measure, "methods_for", lambda *a, **k: [m for m in every(*a, **k) if "compiled" not in m.name])
-        folder = tmp_path_factory.mktemp("results")
-        session = Session(
-            begin("cpu", [*TINY, "size-4096"], name="tiny", command="python -m bench.run"),
-            CpuClock(),
-            folder,
-            rounds=2,
-        )
-        for name in session.result["planned"]:
-            session.measure(name)
-            assert name in results.load(results.path_of(session.result, folder))["workloads"], "saved as it goes"
-        session.finish()
-    torch.set_num_threads(threads)
-    made = results.load(results.path_of(session.result, folder))
-    assert "planned" not in made and made["seconds_taken"] >= 0
-    for name in CPU_SIZES:
-        described = {method.name: method for method in methods.methods_for(WORKLOADS[name], "cpu")}
-        made["workloads"][name] = {
-            "about": WORKLOADS[name].about,
-            "methods": {
-                method: {
-                    "label": described[method].label,
-                    "dtype": described[method].dtype,
-                    "status": "ok",
-                    "seconds": timing.summary([2.0]),
-                    "allowed_bytes": 382_000_000,
-                    **numbers,
-                }
-                for method, numbers in SIZE.items()
-            },
-        }
-    return made
-
-
 def test_every_method_computes_the_workload(result: dict[str, Any]) -> None:
     cpu_runs = not reason_against("cpu", "query", torch.float32)
     for name in TINY:
@@ -223,88 +147,6 @@ def test_methods_that_broke_a_process_are_not_tried_again() -> None:
     assert statuses == {"original": "failed", "cpu-fp32": "out of memory"}
 
 
-def readme(*names: str) -> str:
-    return "".join(f"## {name}\n<!-- bench:{name} -->\nSTALE\n<!-- /bench:{name} -->\nafter\n" for name in names)
-
-
-def test_report_writes_every_block_and_check_notices_a_change(
-    result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = results.save(result, tmp_path / "results")
-    assert path.parent.name == machine.slug(result["machine"])
-    file = tmp_path / "README.md"
-    blocks = [name for name in tables.BLOCKS if name not in ELSEWHERE]
-    file.write_text(readme(*blocks))
-
-    def report_main(*extra: str) -> None:
-        arguments = ["bench.report", "--readme", str(file), "--results", str(tmp_path / "results"), *extra]
-        monkeypatch.setattr("sys.argv", arguments)
-        report.main()
-
-    with pytest.raises(SystemExit, match="differs from the saved results"):
-        report_main("--check")
-    report_main()
-    text = file.read_text()
-    assert "STALE" not in text and text.count("after\n") == len(blocks)
-    assert report.block_names(text) == blocks
-    assert "plots/sizes.png" in text and "plots/parts.png" in text and "plots/gpu-" not in text
-    assert "330 MB" in text and "from 4 of its 140 chunks" in text and path.name in text
-    report_main("--check")
-
-    file.write_text(text.replace("330 MB", "329 MB"))
-    with pytest.raises(SystemExit, match="differs from the saved results"):
-        report_main("--check")
-
-
-def test_the_newest_result_with_the_numbers_counts(result: dict[str, Any], tmp_path: Path) -> None:
-    older = {**result, "date": "2001-01-01T00:00:00Z"}
-    gather_only = {"gather": result["workloads"]["gather"]}
-    for made in ({**result, "name": "late", "workloads": gather_only}, older):
-        results.save(made, tmp_path)
-    found = results.load_all(tmp_path)
-    assert [each["name"] for each in found] == ["tiny", "late"]
-    assert "2001-01-01" in tables.BLOCKS["decode"](found)
-    assert "2001-01-01" not in tables.BLOCKS["gather"](found)
-
-
-@pytest.mark.parametrize(
-    "p20, fraction, doubt", [(96.0, 0.9, None), (90.0, 0.9, "was shared"), (96.0, 1.1, "outran the multiply-add loop")]
-)
-def test_numbers_not_to_be_believed_are_marked(
-    result: dict[str, Any], p20: float, fraction: float, doubt: str | None
-) -> None:
-    record = {
-        **result["workloads"]["gather"],
-        "loop_flop_per_second": {"float32": {"median": 100.0, "p20": p20, "p80": 101.0}},
-    }
-    entry = {**record["methods"]["original"], "fraction_of_loop": {"median": fraction}}
-    record["methods"] = {"original": entry}
-    record["warnings"] = measure.doubts(record)
-    table = tables.BLOCKS["gather"]([{**result, "workloads": {"gather": record}, "path": "cpu/file.json"}])
-    assert len(record["warnings"]) == (doubt is not None)
-    assert "do not rely" not in table if doubt is None else doubt in table
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        (readme("speed"), "bench:speed"),
-        (readme("decode"), "make bench"),
-        ("<!-- bench:decode -->\n", "lacks its"),
-        (readme("decode") + "<!-- /bench:memory -->", "lacks its"),
-    ],
-)
-def test_report_refuses_blocks_it_cannot_fill(text: str, message: str) -> None:
-    with pytest.raises(report.ReportError, match=message):
-        report.rewrite(text, [])
-
-
-def test_the_readmes_numbers_are_the_saved_ones() -> None:
-    text = report.README.read_text()
-    assert {"decode", "training", "memory"} <= set(report.block_names(text))
-    assert report.rewrite(text, results.load_all()) == text, "run `python -m bench.report`"
-
-
 def test_targets_are_judged_by_what_was_measured() -> None:
     entry = {"speedup": {"median": 3.6}, "fraction_of_loop": {"median": 0.79}}
     workloads = {
@@ -325,61 +167,6 @@ def test_targets_are_judged_by_what_was_measured() -> None:
     entry["fraction_of_loop"]["median"] = 2.6  # of a peak: not credible
     verdict = targets.judge(targets.TARGETS[1], workloads)
     assert verdict is not None and not verdict.met
-
-
-@pytest.mark.parametrize(
-    "line, loose",
-    [
-        ("It takes 4.2 ms on a laptop.", True),
-        ("Three times faster, or 7.9x faster.", True),
-        ("At 93 % of the loop, 436 GFLOP/s.", True),
-        ("The gain is 1.6 dB.", True),
-        ("(1.7x fewer operations)", False),
-        ("a tile of 24 queries x 4 corners, 30,000-query chunks, Python >= 3.10", False),
-    ],
-)
-def test_a_measured_number_outside_the_blocks_is_noticed(line: str, loose: bool) -> None:
-    text = f"{readme('decode').replace('STALE', '5 ms')}\n```\nsleep 5 ms\n```\n{line}\n"
-    assert report.loose_numbers(text) == ([line] if loose else [])
-
-
-def test_the_readme_claims_no_number_without_a_result() -> None:
-    assert report.loose_numbers(report.README.read_text()) == []
-
-
-def test_without_a_gpus_result_its_block_says_so(result: dict[str, Any]) -> None:
-    assert tables.BLOCKS["gpu"]([result]) == tables.NOT_YET == "Not yet run on a GPU.\n"
-    machine_of = {**result["machine"], "device": "cuda", "gpu": "Some GPU", "driver": "1"}
-    record = {**result["workloads"]["decode-64-to-256"]}
-    made = {**result, "machine": machine_of, "workloads": {"decode-256-to-1024": record}, "path": "some-gpu/x.json"}
-    result = {**result, "path": "cpu/y.json"}
-    table = tables.BLOCKS["gpu"]([made, result])
-    assert table is not None and "Some GPU, driver 1" in table and "of cuBLAS" in table
-    assert "Some GPU" not in (tables.BLOCKS["decode"]([result, made]) or "")
-
-
-def test_plots_are_drawn_for_whatever_has_numbers(result: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from bench import plots
-
-    wanted = {"ladder", "sizes", "sweep", "batches", "parts"}
-    assert {path.name for path in plots.draw([result], tmp_path)} == {
-        f"{name}.{suffix}" for name in wanted for suffix in ("png", "svg")
-    }
-    first = (tmp_path / "sizes.svg").read_bytes()
-    plots.draw([result], tmp_path)
-    assert (tmp_path / "sizes.svg").read_bytes() == first, "the same numbers give the same file"
-    out = {
-        **result["workloads"]["size-2048"]["methods"]["original"],
-        "status": "out of memory",
-        "reason": "out of memory",
-    }
-    del out["seconds"], out["peak_bytes"]
-    result = json.loads(json.dumps(result))
-    result["workloads"]["size-2048"]["methods"]["original"] = out
-    plots.draw([result], tmp_path)
-    assert b"out of memory" in (tmp_path / "sizes.svg").read_bytes()
-    assert plots.draw([], tmp_path) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not tell a process' memory")

@@ -312,6 +312,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(extension, "_state", {"reason": ""})
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
 
 
 def test_cuda_comes_first_where_it_runs(gpu):

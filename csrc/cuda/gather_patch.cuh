@@ -28,13 +28,13 @@ template <class E>
 bool fits_patches(const GatherProblem<float>& p, const FeatStrides& strides, const void* feat, const void* x) {
   const auto whole = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(E)) % 16 == 0; };
   return p.corners == 4 && p.feat_unfold && strides.channel == 1 && whole(p.channels) && whole(strides.batch) &&
-         whole(strides.row) && whole(strides.col) && reinterpret_cast<uintptr_t>(feat) % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(x) % 16 == 0;
+         whole(strides.row) && whole(strides.col) && p.height < INT32_MAX && p.width < INT32_MAX &&
+         reinterpret_cast<uintptr_t>(feat) % 16 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
 }
 
 // A query's neighbours along both axes, on every lane: each lane finds one, then they exchange.
 struct Corners {
-  int64_t row[2], col[2];
+  int row[2], col[2];
   float rel_row[2], rel_col[2];
 };
 
@@ -43,11 +43,12 @@ __device__ __forceinline__ Corners find_corners(const PatchTask& task, int64_t q
   const int64_t size = axis ? task.p.width : task.p.height;
   const Neighbour<float> mine = find_neighbour(task.p.coord[2 * query + axis], 2 * side - 1, size);
   Corners found;
-  int64_t index[4];
+  const int mine_index = static_cast<int>(mine.index);
+  int index[4];
   float rel[4];
 #pragma unroll
   for (int other = 0; other < 4; ++other) {  // of lane ^ other
-    index[other] = other ? __shfl_xor_sync(kAllLanes, mine.index, other) : mine.index;
+    index[other] = other ? __shfl_xor_sync(kAllLanes, mine_index, other) : mine_index;
     rel[other] = other ? __shfl_xor_sync(kAllLanes, mine.rel, other) : mine.rel;
   }
 #pragma unroll
@@ -71,14 +72,15 @@ __device__ __forceinline__ uint32_t feature_offset(int feature) {
 
 // Copies latents (row - 1, col - 1) to (row + 2, col + 2) of a map, bytes [begin, begin + 128) of each; zeros outside.
 template <class E>
-__device__ __forceinline__ void load_patch(const PatchTask& task, const E* feat, int64_t batch, int64_t row,
-                                           int64_t col, int64_t begin, int lane, unsigned char* patch) {
+__device__ __forceinline__ void load_patch(const PatchTask& task, const E* feat, int64_t batch, int row, int col,
+                                           int64_t begin, int lane, unsigned char* patch) {
   constexpr int kLoads = kPatch * kPatch * kPieces / kWarp;
   uint4 pieces[kLoads];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
     const int latent = (i * kWarp + lane) / kPieces, piece = lane % kPieces;
-    const int64_t y = row - 1 + latent / kPatch, z = col - 1 + latent % kPatch, byte = begin + piece * 16;
+    const int y = row - 1 + latent / kPatch, z = col - 1 + latent % kPatch;
+    const int64_t byte = begin + piece * 16;
     const bool inside = y >= 0 && y < task.p.height && z >= 0 && z < task.p.width &&
                         byte < task.p.channels * static_cast<int64_t>(sizeof(E));
     pieces[i] = make_uint4(0, 0, 0, 0);
@@ -115,8 +117,9 @@ __device__ __forceinline__ void write_features(const unsigned char* from, const 
   }
 }
 
+// Two blocks an SM: left to choose, the compiler takes more of them and spills.
 template <class E>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     gather_forward_patch_kernel(const __grid_constant__ PatchTask task, const E* __restrict__ feat, E* __restrict__ x,
                                 float* __restrict__ area_weight) {
   constexpr int kStepChannels = kLatentBytes / sizeof(E), kPerWord = 4 / sizeof(E);
@@ -136,20 +139,20 @@ __global__ void __launch_bounds__(kThreads)
     const Corners found = find_corners(task, query, lane);
     const int64_t batch = query / p.queries;
     // Neighbours along an axis are the same latent or the next one, but for a rounding at a tie: then corner by corner.
-    const bool together = static_cast<uint64_t>(found.row[1] - found.row[0]) <= 1 &&
-                          static_cast<uint64_t>(found.col[1] - found.col[0]) <= 1;
+    const bool together = static_cast<unsigned>(found.row[1] - found.row[0]) <= 1 &&
+                          static_cast<unsigned>(found.col[1] - found.col[0]) <= 1;
     for (int64_t channel = 0; channel < p.channels; channel += kStepChannels) {
       const int64_t left = p.channels - channel;
       const int words = static_cast<int>(left < kStepChannels ? left : kStepChannels) * kNine / kPerWord;
       // One patch for all corners, or one for each.
 #pragma unroll 1
       for (int first = 0; first < (together ? 1 : 4); ++first) {
-        const int64_t row = first & 2 ? found.row[1] : found.row[0], col = first & 1 ? found.col[1] : found.col[0];
+        const int row = first & 2 ? found.row[1] : found.row[0], col = first & 1 ? found.col[1] : found.col[0];
         load_patch(task, feat, batch, row, col, channel * static_cast<int64_t>(sizeof(E)), lane, patch);
 #pragma unroll 1
         for (int corner = first; corner < (together ? 4 : first + 1); ++corner) {
-          const int down = corner & 2 ? static_cast<int>(found.row[1] - row) : 0;
-          const int right = corner & 1 ? static_cast<int>(found.col[1] - col) : 0;
+          const int down = corner & 2 ? found.row[1] - row : 0;
+          const int right = corner & 1 ? found.col[1] - col : 0;
           const int place = together ? down * kPatch + right : 0;
           uint32_t* const out = reinterpret_cast<uint32_t*>(x + (query * 4 + corner) * task.depth + channel * kNine);
           write_features<E>(patch + place * kLatentPitch, offsets, words, lane, out);

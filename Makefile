@@ -61,9 +61,9 @@ $(VENV)/.installed: pyproject.toml setup.py .ci/environment.py
 	$(PYTHON) .ci/environment.py $(VENV)
 	@touch $@
 
-# pytest-benchmark and what draws the plots.
+# The extra `bench`, by name: installing liif_fast with it would compile every kernel anew.
 $(VENV)/.bench: pyproject.toml | $(VENV)/.installed
-	$(PY) -m pip install --quiet --no-build-isolation --editable '.[bench]'
+	$(PY) -m pip install --quiet pytest-benchmark matplotlib
 	@touch $@
 
 # The linters' versions are pinned in pyproject.toml, under the extra `lint`.

@@ -20,7 +20,7 @@ from .library import allows_tf32
 
 @contextmanager
 def _precision(tf32: bool) -> Iterator[None]:
-    switch = torch.backends.cudnn.conv
+    switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # made at run time
     before = switch.fp32_precision
     switch.fp32_precision = "tf32" if tf32 or allows_tf32() else "ieee"
     try:

@@ -69,7 +69,7 @@ def test_indices_are_exactly_those_of_grid_sample(size, scale):
     height, width = size
     rows, cols = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     feat = torch.stack([rows, cols]).float().unsqueeze(0)
-    count = min(max(round(height * scale), round(width * scale)), 400)
+    count = min(max(round(height * scale), round(width * scale)), 200)
     row = ops.reference.pixel_centers(max(round(height * scale), 1), dtype=torch.float32)
     col = ops.reference.pixel_centers(max(round(width * scale), 1), dtype=torch.float32)
     coord = torch.stack([row.repeat(count)[:count], col.repeat(count)[:count]], -1)[None]
@@ -100,7 +100,7 @@ def test_ensemble_equals_the_reference(corners, outs, dtype):
         torch.testing.assert_close(result, expected, rtol=2e-2 if narrow else 1e-5, atol=2e-2 if narrow else 1e-5)
 
 
-def metasr_problem(dtype, batch=2, channels=4, size=(2, 3), queries=20, hidden=29, outs=3):
+def metasr_problem(dtype, batch=2, channels=4, size=(2, 3), queries=12, hidden=29, outs=3):
     generator = torch.Generator().manual_seed(3)
 
     def uniform(*shape):
@@ -114,9 +114,16 @@ def metasr_problem(dtype, batch=2, channels=4, size=(2, 3), queries=20, hidden=2
     return [t.requires_grad_() for t in (feat, coord, cell, *weights, *biases)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "shape", [{}, {"hidden": 70, "outs": 1}, {"queries": 1, "size": (1, 1)}, {"queries": 0}], ids=str
+    ("dtype", "shape"),
+    [
+        (torch.float64, {}),
+        (torch.float64, {"hidden": 70, "outs": 1, "queries": 9}),
+        (torch.float64, {"queries": 1, "size": (1, 1)}),
+        (torch.float64, {"queries": 0}),
+        (torch.float32, {"queries": 7, "outs": 2}),
+    ],
+    ids=str,
 )
 def test_metasr_and_gradients(dtype, shape, ordered):
     tensors = metasr_problem(dtype, **shape)

@@ -13,6 +13,8 @@ import venv
 from pathlib import Path
 
 TORCH = "torch==2.13.0"
+# That torch's release of Triton, for builds of torch that come without: the kernels' budgets are for it.
+TRITON = ["triton>=3.7,<3.8"] if sys.platform == "linux" else []
 FIND_TORCH = "import pathlib, torch; print(torch.__version__, pathlib.Path(torch.__file__).parent.parent, sep='\\n')"
 
 
@@ -50,7 +52,7 @@ def main() -> None:
     pip = [str(python), "-m", "pip", "install", "--quiet"]
     reused = importable_torch(python)
     print(f"reusing the torch in {reused}" if reused else f"installing {TORCH}", flush=True)
-    subprocess.run([*pip, "setuptools>=77", *([] if reused else [TORCH])], check=True)
+    subprocess.run([*pip, "setuptools>=77", *([] if reused else [TORCH, *TRITON])], check=True)
     print("installing liif_fast and what its tests need", flush=True)
     # Without isolation: with it, pip would fetch a second torch just to build.
     subprocess.run([*pip, "--no-build-isolation", "--editable", ".[test]"], check=True)

@@ -24,7 +24,11 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # Kernels without a product of their own that may be fused: whatever multiplies and adds there is geometry.
 GEOMETRY_ONLY = ("gather_forward_kernel", "gather_latent_kernel", "latent_kernel")
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+VERSION = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else ""
+pytestmark = pytest.mark.skipif(not VERSION, reason="Triton is not installed")
+budgeted = pytest.mark.skipif(
+    not VERSION.startswith("3.7."), reason=f"registers and stack are held to what Triton 3.7 needs, this is {VERSION}"
+)
 
 
 def compile_all(arch: int) -> list[dict]:
@@ -65,6 +69,7 @@ def test_every_kernel_compiles_and_has_a_budget():
     assert {name for _, name, _ in kernels()} == set(BUDGET)
 
 
+@budgeted
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_stay_within_their_budgets(arch):
     over = {
@@ -77,6 +82,7 @@ def test_kernels_stay_within_their_budgets(arch):
     assert all(kernel["shared"] <= SHARED_LIMIT[arch] for at, _, kernel in kernels() if at == arch)
 
 
+@budgeted
 def test_the_decode_uses_hoppers_tensor_cores_and_its_loop_fits_the_registers():
     chain = [kernel for arch, _, kernel in kernels() if arch == 90 and kernel["kernel"].startswith("chain_")]
     assert len(chain) >= 4

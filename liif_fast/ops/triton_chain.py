@@ -107,7 +107,7 @@ def chain_forward_kernel(
         carried = value.to(CARRY, bitcast=True)
         if SAVE:
             store_mask(masks + k * 8, row, valid, carried, NB, BLOCK, ROWS)
-            tl.store(acts + k * BLOCK + block_of_row, value, mask=valid[:, None] & (layers > 0))
+            tl.store(acts + k * BLOCK + block_of_row, value, mask=(valid[:, None] & (layers > 0)) != 0)
         blocks = blocks + (carried,)
     made = blocks[1:]
     offsets = inner[None, :] * P + inner[:, None]
@@ -121,7 +121,7 @@ def chain_forward_kernel(
             before = (step // NB + 1) * number  # rows of the layers before
             store_mask(masks + (before * NB + slot) * 8, row, valid, carried, NB, BLOCK, ROWS)
             place = acts + (before * P + slot * BLOCK) + block_of_row
-            tl.store(place, value, mask=valid[:, None] & (step < (layers - 1) * NB))
+            tl.store(place, value, mask=(valid[:, None] & (step < (layers - 1) * NB)) != 0)
         blocks, made = advance(blocks, made, carried, slot, NB)
 
     pair = tl.arange(0, 2 * OUTS)
@@ -141,7 +141,7 @@ def chain_forward_kernel(
         tl.store(preds + first_row * OUTS + row[:, None] * OUTS + output[None, :], both, mask=valid[:, None])
     value = tl.sum(tl.reshape(pred * weight[:, None], [QUERIES, CORNERS, 2 * OUTS]), axis=1)
     value = tl.sum(tl.reshape(value, [QUERIES, 2, OUTS]), axis=1) + tl.load(last_bias + output)[None, :]
-    place = out_offset(query[:, None], entry[:, None], output[None, :], NUMBER, places, GRID)
+    place = out_offset(query[:, None], entry, output[None, :], NUMBER, places, GRID)
     tl.store(out + place, value, mask=exists[:, None] & (output < NUMBER)[None, :])
 
 
@@ -191,7 +191,7 @@ def chain_backward_kernel(
         value = tl.dot(grad, tl.load(last + pair[:, None] * P + column[None, :]))
         before = layers * number  # rows of the layers before
         value = tl.where(load_mask(masks + (before * NB + k) * 8, row, valid, NB, BLOCK, ROWS), value, 0.0)
-        tl.store(sums + (layers - 1) * P + column, tl.sum(value, axis=0), mask=(column >= 0) & (layers > 0))
+        tl.store(sums + (layers - 1) * P + column, tl.sum(value, axis=0), mask=((column >= 0) & (layers > 0)) != 0)
         value = value.to(OP)
         tl.store(grads + (before * P + k * BLOCK) + block_of_row, value, mask=valid[:, None])
         blocks = blocks + (value.to(CARRY, bitcast=True),)
@@ -206,7 +206,7 @@ def chain_backward_kernel(
         total = tl.zeros([ROWS, BLOCK], T)
         total = multiply(blocks, weights + (layer * (P * P) + slot * BLOCK), offsets, total, BLOCK * P, NB, OP)
         total = tl.where(keep, total, 0.0)
-        tl.store(sums + (layer - 1) * P + column, tl.sum(total, axis=0), mask=(column >= 0) & (layer > 0))
+        tl.store(sums + (layer - 1) * P + column, tl.sum(total, axis=0), mask=((column >= 0) & (layer > 0)) != 0)
         value = total.to(OP)
         tl.store(grads + (before * P + slot * BLOCK) + block_of_row, value, mask=valid[:, None])
         blocks, made = advance(blocks, made, value.to(CARRY, bitcast=True), slot, NB)

@@ -460,8 +460,12 @@ struct Mask {
   }
   __device__ __forceinline__ void set(int m, int group, int half, const float (&v)[T::kVector]) {
 #pragma unroll
-    for (int i = 0; i < T::kVector; ++i)
-      words[index(m, group, half, i) / 32] |= (v[i] > 0.0f ? 1u : 0u) << index(m, group, half, i) % 32;
+    for (int i = 0; i < T::kVector; ++i) {
+      // In steps: GCC 12 with its undefined-behaviour sanitiser gets the one-line form of this wrong.
+      const int at = index(m, group, half, i);
+      const uint32_t bit = v[i] > 0.0f ? 1u : 0u;
+      words[at / 32] |= bit << (at % 32);
+    }
   }
   __device__ __forceinline__ void apply(int m, int group, int half, float (&v)[T::kVector]) const {
 #pragma unroll

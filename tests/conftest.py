@@ -1,4 +1,4 @@
-"""What every test shares: two threads (the results' noise is judged at that), and no instruction set left selected."""
+"""What tests share: two threads (the results' noise is judged at that), and switches that are put back."""
 
 from __future__ import annotations
 
@@ -21,3 +21,12 @@ def isa(request):
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
     torch.ops.liif_fast_C.cpu_select_isa("auto")
+
+
+@pytest.fixture
+def deterministic(request):
+    """torch.use_deterministic_algorithms, as the parameter says."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(before)

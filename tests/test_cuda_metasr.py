@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_on_cpu import build
+from cuda_on_cpu.launches import SCHEDULES, both_orders
 from cuda_on_cpu.ops import Ops
 from helpers import norm_error, range_error
 
@@ -34,7 +35,6 @@ SHAPES = {
     "one-latent": {"size": (1, 1), "queries": 75},
     "one-row": {"size": (1, 9)},
 }
-SCHEDULES = {"as-launched": (0, False), "one-block": (1, False), "two-blocks-backwards": (2, True)}
 
 
 @pytest.fixture(autouse=True)
@@ -44,17 +44,6 @@ def kernels(monkeypatch):
     monkeypatch.setattr(cuda, "_C", Ops(module))
     module.set_schedule(0, False)
     return module
-
-
-@pytest.fixture
-def deterministic(request):
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(request.param)
-    yield request.param
-    torch.use_deterministic_algorithms(before)
-
-
-both_orders = pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "ordered"], indirect=True)
 
 
 def problem(dtype, batch=2, size=(5, 7), queries=90, hidden=29, outs=3, seed=3):

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_on_cpu import build
+from cuda_on_cpu.launches import SCHEDULES, both_orders
 from cuda_on_cpu.ops import Ops
 from helpers import FLAGS, Case, norm_error, random_problem, reason_against
 
@@ -35,7 +36,6 @@ CASES = {
     "half-a-step": Case(channels=24, height=3, width=5, queries=11, batch=2),
     "two-steps": Case(channels=72, height=2, width=4, queries=7),
 }
-SCHEDULES = {"as-launched": (0, False), "one-block": (1, False), "two-blocks-backwards": (2, True)}
 
 
 @pytest.fixture(autouse=True)
@@ -45,17 +45,6 @@ def kernels(monkeypatch):
     monkeypatch.setattr(cuda, "_C", Ops(module))
     module.set_schedule(0, False)
     return module
-
-
-@pytest.fixture
-def deterministic(request):
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(request.param)
-    yield request.param
-    torch.use_deterministic_algorithms(before)
-
-
-both_orders = pytest.mark.parametrize("deterministic", [False, True], ids=["atomics", "ordered"], indirect=True)
 
 
 def rand_like(tensor, seed):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench import folded
-from bench.method import SHORT, Job, Method, Prepared, compiled, is_16_bit, multiply_in
+from bench.method import SHORT, Job, Method, Prepared, compiled, is_16_bit, multiply_in, refusal
 from liif_fast import ops
 from liif_fast.benchmark import original, timing
 from liif_fast.benchmark.yardsticks import DTYPES, precision
@@ -105,7 +105,7 @@ def render(job: Job, backend: str, dtype: str) -> Prepared:
 
 def baselines(device: str) -> list[Method]:
     """Original and folded; the original in float32 and chunks of 30,000 comes first."""
-    dtypes = ["float32", "bfloat16"] if device == "cpu" else ["float32", "tf32", "bfloat16", "float16"]
+    dtypes = ["float32", *(["tf32"] if device == "cuda" else []), "bfloat16", "float16"]
     compiled_in = ["float32"] if device == "cpu" else ["tf32", "bfloat16"]
     found = []
     for dtype in dtypes:
@@ -113,11 +113,11 @@ def baselines(device: str) -> list[Method]:
         few = dtype in (("float32",) if device == "cpu" else ("float32", "bfloat16"))
         name = "original" if dtype == "float32" else f"original-{SHORT[dtype]}"
         run = partial(original_in, dtype=dtype)
-        found.append(Method(name, f"original, eager{how}", dtype, False, run, few=few, quick=few))
-        if device == "cuda" or dtype == "float32":  # on a CPU each more of them takes a minute
-            label = f"original, eager{how}, best chunk"
-            tuned = partial(_original_tuned, dtype=dtype)
-            found.append(Method(f"original-tuned-{SHORT[dtype]}", label, dtype, False, tuned, late=1))
+        why_not = refusal(dtype, device)
+        found.append(Method(name, f"original, eager{how}", dtype, False, run, why_not, few=few, quick=few))
+        label = f"original, eager{how}, best chunk"
+        tuned = partial(_original_tuned, dtype=dtype)
+        found.append(Method(f"original-tuned-{SHORT[dtype]}", label, dtype, False, tuned, why_not, late=1))
     for dtype in compiled_in:
         run = partial(_original_compiled, dtype=dtype)
         how = ", autocast" if is_16_bit(dtype) else ""
@@ -126,7 +126,8 @@ def baselines(device: str) -> list[Method]:
     for dtype in dtypes:
         run = partial(_folded, dtype=dtype)
         few = dtype == ("float32" if device == "cpu" else "bfloat16")
-        found.append(Method(f"folded-{SHORT[dtype]}", "folded, PyTorch calls", dtype, True, run, few=few))
+        name, label = f"folded-{SHORT[dtype]}", "folded, PyTorch calls"
+        found.append(Method(name, label, dtype, True, run, refusal(dtype, device), few=few))
     for dtype in compiled_in:
         run = partial(_folded, dtype=dtype, compile_it=True)
         label = "folded, torch.compile"

@@ -96,6 +96,9 @@ def slug(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join(part for part in parts if part)).strip("-")
 
 
+SHARED = "The processor was shared with other programs: do not rely on these numbers."
+
+
 def warn_if_busy(machine: dict[str, Any]) -> None:
     """One sentence where other programs would spoil the numbers."""
     if machine["load_before"] > 0.5:
@@ -104,6 +107,20 @@ def warn_if_busy(machine: dict[str, Any]) -> None:
             file=sys.stderr,
             flush=True,
         )
+
+
+def was_shared(rate: dict[str, Any]) -> bool:
+    """Whether other programs slowed down the multiply-add loop, which nothing else does: more than a fifth of its
+    samples lie over 5 % below their median. rate: from `summary`."""
+    slow = [sample for sample in rate["samples"] if sample < 0.95 * rate["median"]]
+    return len(slow) > len(rate["samples"]) / 5
+
+
+def multiplies_float16() -> bool:
+    """Whether the processor itself has float16 products (AVX512-FP16, AMX-FP16, Arm's fphp)."""
+    info = _cpuinfo()
+    flags = info.get("flags", info.get("Features", "")).split()
+    return not {"avx512_fp16", "amx_fp16", "fphp"}.isdisjoint(flags)
 
 
 def _cpuinfo() -> dict[str, str]:

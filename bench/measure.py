@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import sizes
+from bench import machine, sizes
 from bench.method import Job, Method, forget_compiled
 from bench.methods import exact, methods_for
 from bench.targets import CREDIBLE_FRACTION
@@ -216,9 +216,8 @@ def _prepare(job: Job, method: Method, entry: dict[str, Any], truth: Tensor | No
 def doubts(record: dict[str, Any]) -> list[str]:
     """Reasons not to believe a record: a yardstick's rate has to be steady, and above every method's."""
     found = []
-    # Only another program slows the loop down. 4 of 5 samples within 5 % of the median are steady.
-    if any(rates["p20"] < 0.95 * rates["median"] for rates in record.get("loop_flop_per_second", {}).values()):
-        found.append("The processor was shared with other programs: do not rely on these numbers.")
+    if any(map(machine.was_shared, record.get("loop_flop_per_second", {}).values())):
+        found.append(machine.SHARED)
     fractions = [
         entry["fraction_of_loop"]["median"] for entry in record["methods"].values() if "fraction_of_loop" in entry
     ]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench import machine
 from bench.workloads import Workload
 from liif_fast.benchmark.problem import Problem
 from liif_fast.benchmark.timing import Clock
@@ -59,6 +60,13 @@ class Method:
 def is_16_bit(dtype: str) -> bool:
     """Of the names that methods use."""
     return dtype in ("bfloat16", "float16")
+
+
+def refusal(dtype: str, device: str) -> str:
+    """Why PyTorch's own products are not timed in `dtype`; '' where they are."""
+    if device == "cpu" and dtype == "float16" and not machine.multiplies_float16():
+        return "this processor has no float16 products, and PyTorch would emulate them for many times float32's time"
+    return ""
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import decoding, models, pieces, training
-from bench.method import SHORT, Job, Method, is_16_bit
+from bench.method import SHORT, Job, Method, is_16_bit, refusal
 from bench.workloads import Workload
 from liif_fast.benchmark.problem import Problem, layer_widths
 from liif_fast.benchmark.timing import Clock
@@ -21,8 +21,6 @@ from liif_fast.benchmark.yardsticks import DTYPES
 from liif_fast.ops import backends
 
 _OPS = {"decode": "render", "size": "render", "parts": "render", "upscale": "render", "train": "query"}
-# In 16 bits the reference is emulated on a CPU, for seconds a run that nobody would choose.
-_SLOW = {("cpu", "reference"): ("float32",)}
 
 
 def with_backends(
@@ -35,13 +33,13 @@ def with_backends(
     widths = tuple(layer_widths()[1:]) if op in ("query", "render") else ()
     found = []
     for backend, can_run in backends.BACKENDS.items():
-        for dtype in _SLOW.get((device, backend), dtypes):
+        reference = backend == "reference"
+        for dtype in dtypes:
+            why_not = refusal(dtype, device) if reference and products else ""
             try:
                 can_run(backends.Problem(op, device, DTYPES[dtype], widths), raise_error=True)
-                refusal = ""
             except RuntimeError as error:
-                refusal = str(error)
-            reference = backend == "reference"
+                why_not = str(error)
             found.append(
                 Method(
                     f"{backend}-{SHORT[dtype]}",
@@ -49,7 +47,7 @@ def with_backends(
                     dtype,
                     folded and not reference,
                     partial(prepare, backend=backend, dtype=dtype),
-                    refusal,
+                    why_not,
                     late=2 if reference else 0,
                     few=not reference and dtype in ("float32", "bfloat16"),
                     quick=not reference and dtype in ("float32", "bfloat16"),

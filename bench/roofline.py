@@ -107,11 +107,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         sys.exit(str(error))
     print(f"{args.dtype}: {gemm / 1e12:.4g} TFLOP/s, {copy / 1e9:.4g} GB/s, so {gemm / copy:.3g} operations a byte\n")
-    print(f"{'workload':20}{'original':>14}{'folded':>14}{'traffic':>12}{'floor':>12}  bound by")
+    print(f"{'workload':30}{'original':>14}{'folded':>14}{'traffic':>12}{'floor':>12}  bound by")
     for name in args.workloads or known:
         it = floor(WORKLOADS[name], args.dtype, gemm, copy)
         work = f"{it.original_flop / 1e9:9.4g} GFLOP{it.folded_flop / 1e9:8.4g} GFLOP"
-        print(f"{name:20}{work}{it.bytes / 1e6:9.4g} MB{_in_words(it.seconds):>12}  {it.bound}")
+        print(f"{name:30}{work}{it.bytes / 1e6:9.4g} MB{_in_words(it.seconds):>12}  {it.bound}")
     return 0
 
 

@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = _arguments(arguments)
     if args.list:
         for workload in WORKLOADS.values():
-            print(f"{workload.name:20}{workload.about}" + (f" (only {workload.device})" if workload.device else ""))
+            print(f"{workload.name:30}{workload.about}" + (f" (only {workload.device})" if workload.device else ""))
         return 0
     torch.set_num_threads(args.threads)
     if args.child:

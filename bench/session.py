@@ -98,6 +98,7 @@ class Session:
                     tell=lambda method: self._tell(name, method),
                 )
                 record["machine_state"] = machine.state(device)
+                record["seconds_taken"] = round(perf_counter() - now, 1)
                 return record
             except (RuntimeError, MemoryError) as error:
                 if self._clock.is_broken():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import folded
-from bench.method import SHORT, Job, Method, Prepared, compiled, is_16_bit, multiply_in
+from bench.method import SHORT, Job, Method, Prepared, compiled, is_16_bit, multiply_in, refusal
 from liif_fast import ops
 from liif_fast.benchmark import original
 from liif_fast.benchmark.yardsticks import precision
@@ -19,7 +19,7 @@ from liif_fast.benchmark.yardsticks import precision
 def _probe(job: Job) -> Tensor:
     """What the gradients are the gradients of: sum(out * probe). [B, Q, 3]"""
     generator = torch.Generator(device=job.device).manual_seed(1)
-    shape = (job.workload.batch, job.workload.queries, 3)
+    shape = (*job.problem.coord.shape[:2], 3)
     return torch.randn(shape, generator=generator, device=job.device).to(job.problem.feat.dtype)
 
 
@@ -76,13 +76,19 @@ def _folded(compile_it: bool) -> Callable[..., Tensor]:
 
 
 def query(job: Job, backend: str, dtype: str) -> Prepared:
-    """`ops.query` under autocast where dtype has 16 bits."""
-    return _with(job, dtype, lambda: partial(ops.query, backend=backend))
+    """`ops.query`, or `ops.render` of a whole image, under autocast where dtype has 16 bits."""
+    size = job.workload.out_size
+
+    def render(feat: Tensor, _: Tensor, __: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+        assert size is not None
+        return ops.render(feat, size, weights, biases, backend=backend).flatten(2).transpose(1, 2)
+
+    return _with(job, dtype, lambda: partial(ops.query, backend=backend) if size is None else render)
 
 
 def baselines(device: str) -> list[Method]:
     """Original and folded; the original in float32 comes first."""
-    dtypes = ["float32", "bfloat16"] if device == "cpu" else ["float32", "tf32", "bfloat16", "float16"]
+    dtypes = ["float32", *(["tf32"] if device == "cuda" else []), "bfloat16", "float16"]
     compiled_in = ["float32"] if device == "cpu" else ["bfloat16"]
     found = []
     for dtype in dtypes:
@@ -90,12 +96,14 @@ def baselines(device: str) -> list[Method]:
         few = dtype in (("float32",) if device == "cpu" else ("float32", "bfloat16"))
         name = "original" if dtype == "float32" else f"original-{SHORT[dtype]}"
         run = partial(_original, dtype=dtype)
-        found.append(Method(name, f"original, eager{how}", dtype, False, run, few=few, quick=few))
-    for dtype in dtypes if device == "cuda" else ["float32"]:
+        label = f"original, eager{how}"
+        found.append(Method(name, label, dtype, False, run, refusal(dtype, device), few=few, quick=few))
+    for dtype in dtypes:
         how = ", autocast" if is_16_bit(dtype) else ""
         run = partial(_with, dtype=dtype, make_query=partial(_folded, False))
         few = dtype == ("float32" if device == "cpu" else "bfloat16")
-        found.append(Method(f"folded-{SHORT[dtype]}", f"folded, PyTorch calls{how}", dtype, True, run, few=few))
+        name, label = f"folded-{SHORT[dtype]}", f"folded, PyTorch calls{how}"
+        found.append(Method(name, label, dtype, True, run, refusal(dtype, device), few=few))
     for dtype in compiled_in:
         how = ", autocast" if is_16_bit(dtype) else ""
         run = partial(_original, dtype=dtype, compile_it=True)

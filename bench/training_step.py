@@ -232,9 +232,8 @@ def tables(result: dict[str, Any]) -> str:
     """Both tables, and where they were measured."""
     where = result["machine"].get("gpu") or f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
     source = f"{where}; torch {result['versions']['torch']}; commit {result['commit'][:12]}, {result['date'][:10]}"
-    shared = " **The processor was shared with other programs: do not rely on these numbers.**"
     loops = [rate for name, rate in result["yardsticks"].items() if name.startswith("loop")]
-    doubt = shared if any(rate["p20"] < 0.95 * rate["median"] for rate in loops) else ""
+    doubt = f" **{machine.SHARED}**" if any(map(machine.was_shared, loops)) else ""
     return f"{steps_table(result)}\n{split_table(result)}\n{source}.{doubt}\n"
 
 

@@ -18,7 +18,8 @@ TOO_LONG = "the original alone would take minutes a repetition on a CPU"
 class Workload:
     """One thing to time.
 
-    kind: decode | train | gather | ensemble | encoder | upscale | size | parts, which decides the methods.
+    kind: decode | train | gather | ensemble | encoder | upscale | size | parts, which decides the methods; what needs
+        gradients of a decoder is `train`, of random queries or of a whole image.
     map_size: rows, columns of the feature map (of the image for encoder and upscale).
     out_size: rows, columns of the whole output; None where queries lie at random.
     window: (top, left, height, width) of the part of the output that is decoded; None is all of it.
@@ -78,6 +79,14 @@ def _train(name: str, batch: int, passes: str, about: str, **options: object) ->
     )
 
 
+def _decode_with_gradients(out: int, passes: str, **options: object) -> Workload:
+    about = f"decoder with gradients, {out // 4}x{out // 4} to {out}x{out}, {_PASSES[passes]}"
+    name = f"decode-{out // 4}-to-{out}-{passes}"
+    return Workload(  # type: ignore[arg-type]
+        name, "train", about, (out // 4,) * 2, (out, out), passes=passes, compared="few", rounds=2, **options
+    )
+
+
 def _batch(batch: int, **options: object) -> Workload:
     return _train(f"batch-{batch}", batch, "both", "forward and backward", compared="few", **options)
 
@@ -92,6 +101,7 @@ def _size(out: int, **options: object) -> Workload:
 _GPU = {"device": "cuda", "why_not": TOO_LONG}
 _CPU = {"device": "cpu", "why_not": CPU_ONLY}
 _BOTH_DIRECTIONS = "forward and backward"
+_PASSES = {"backward": "backward alone", "both": _BOTH_DIRECTIONS}
 
 _ALL = [
     _decode("decode-64-to-256", (64, 64), (256, 256), rounds=5, quick=True, **_CPU),
@@ -150,6 +160,8 @@ _ALL = [
     _batch(1, rounds=5),
     _batch(4, rounds=4),
     _batch(64, **_GPU),
+    *(_decode_with_gradients(256, passes, **_CPU) for passes in _PASSES),
+    *(_decode_with_gradients(1024, passes, **_GPU) for passes in _PASSES),
     *(_size(out, **_GPU) for out in (4096, 8192, 16384, 32768)),
 ]
 WORKLOADS = {workload.name: workload for workload in _ALL}

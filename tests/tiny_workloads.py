@@ -6,6 +6,8 @@ from typing import Any
 
 TINY: dict[str, dict[str, Any]] = {
     "decode-64-to-256": {"map_size": (10, 12), "out_size": (25, 31)},
+    "decode-64-to-256-backward": {"map_size": (5, 6), "out_size": (12, 15)},
+    "decode-64-to-256-both": {"map_size": (5, 6), "out_size": (12, 15)},
     "training-step": {"map_size": (7, 6), "batch": 2, "queries": 90},
     "training-forward": {"map_size": (7, 6), "batch": 2, "queries": 90},
     "training-backward": {"map_size": (7, 6), "batch": 2, "queries": 90},

@@ -39,17 +39,42 @@ def _passes(job: Job, dtype: str, forward: Callable[[], Tensor], leaves: Sequenc
     return lambda: backward(kept, True)
 
 
+def _leaves(job: Job) -> tuple[Tensor, nn.Module, list[Tensor]]:
+    """The original's features and imnet with gradients, and all that is differentiated, as `Problem.leaves` has it."""
+    feat = job.problem.feat.detach().clone().requires_grad_()
+    imnet = original.make_imnet(job.problem.weights, job.problem.biases)
+    layers = [layer for layer in imnet if isinstance(layer, nn.Linear)]
+    return feat, imnet, [feat, *(layer.weight for layer in layers), *(layer.bias for layer in layers)]
+
+
+def _exact(job: Job) -> Prepared:
+    """The original in float64, chunk by chunk, whose gradients add up: of a large image all at once would not fit."""
+    problem = job.problem
+    feat, imnet, leaves = _leaves(job)
+    probe = _probe(job)
+
+    def run() -> Tensor | list[Tensor]:
+        if job.workload.passes == "forward":
+            return original.predict(problem.feat, problem.coord, problem.cell, imnet)
+        sums = [torch.zeros_like(leaf) for leaf in leaves]
+        for at in range(0, problem.coord.shape[1], original.CHUNK):
+            part = slice(at, at + original.CHUNK)
+            out = original.query(feat, problem.coord[:, part], problem.cell[:, part], imnet)
+            for total, grad in zip(sums, torch.autograd.grad(out, leaves, probe[:, part])):
+                total += grad
+        return sums
+
+    return run, ""
+
+
 def _original(job: Job, dtype: str, compile_it: bool = False) -> Prepared:
     problem = job.problem
-    feat = problem.feat.detach().clone().requires_grad_()
-    imnet = original.make_imnet(problem.weights, problem.biases)
-    layers = [layer for layer in imnet if isinstance(layer, nn.Linear)]
-    leaves = [feat, *(layer.weight for layer in layers), *(layer.bias for layer in layers)]
+    if problem.feat.dtype == torch.float64:
+        return _exact(job)
+    feat, imnet, leaves = _leaves(job)
     query = compiled(original.query) if compile_it else original.query
 
     def forward() -> Tensor:
-        if feat.dtype == torch.float64:
-            return query(feat, problem.coord, problem.cell, imnet)
         with multiply_in(dtype, job.device):
             return query(feat, problem.coord, problem.cell, imnet)
 

@@ -1,6 +1,6 @@
 """Searches the launch settings of Triton's fused decode on the GPU at hand; not yet run on one.
 
-    python -m bench.tune_triton [--dtype bfloat16] [--width 256]
+    python -m bench.tune_triton [--dtype bfloat16 | float16 | float32 | tf32] [--width 256]
 
 Times every setting that compiles and fits, for inference (1024x1024 from 256x256) and a training step (16 maps of
 48x48, 2304 queries each), interleaved, and prints them from fastest to slowest; what `launch_settings` would take is
@@ -18,15 +18,16 @@ import torch
 
 from liif_fast import ops
 from liif_fast.ops import triton_query
-from liif_fast.ops.triton_launch import Settings, current_arch, launch_settings, padded_width
+from liif_fast.ops.triton_launch import Settings, current_arch, launch_settings, padded_width, product_precision
 
 REPETITIONS = 20
-ROWS, BLOCKS, WARPS, STAGES = (64, 128), (64, 128), (4, 8), (2, 3, 4)
+NARROW = (64, 128), (64, 128), (4, 8), (2, 3, 4)  # rows, blocks, warps, stages for operands of 16 bits
+WIDE = (32, 64, 128), (32, 64), (4, 8), (1, 2, 3)  # for operands of 32
 
 
-def candidates(width: int) -> list[Settings]:
+def candidates(width: int, dtype: torch.dtype) -> list[Settings]:
     """Every combination whose blocks fill the padded width."""
-    combinations = itertools.product(ROWS, BLOCKS, WARPS, STAGES)
+    combinations = itertools.product(*(WIDE if dtype == torch.float32 else NARROW))
     return [Settings(*parts) for parts in combinations if padded_width(width) % parts[1] == 0]
 
 
@@ -79,9 +80,8 @@ def milliseconds(run: Callable[[], object]) -> float:
     return begin.elapsed_time(end)
 
 
-def search(name: str, run: Callable[[], object], settings: list[Settings], width: int) -> None:
+def search(name: str, run: Callable[[], object], settings: list[Settings], default: Settings) -> None:
     """Times every setting that runs, in turns, and prints the medians."""
-    default = launch_settings("forward", padded_width(width), current_arch())
     times: dict[Settings, list[float]] = {}
     original = triton_query.launch_settings
     try:
@@ -99,21 +99,26 @@ def search(name: str, run: Callable[[], object], settings: list[Settings], width
     finally:
         triton_query.launch_settings = original
     for setting, taken in sorted(times.items(), key=lambda item: statistics.median(item[1])):
-        mark = "  <- the table's forward" if setting == default else ""
+        mark = "  <- the table's" if setting == default else ""
         print(f"{name}: {statistics.median(taken):8.3f} ms  rows, block, warps, stages = {tuple(setting)}{mark}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32", "tf32"))
     parser.add_argument("--width", type=int, default=256, help="of the hidden layers, at most 256")
     arguments = parser.parse_args()
     if not torch.accelerator.is_available():
         parser.error("torch finds no GPU that it can use")
-    device, dtype = torch.accelerator.current_accelerator(), getattr(torch, arguments.dtype)
-    settings = candidates(arguments.width)
-    search("inference", inference(dtype, arguments.width, device), settings, arguments.width)
-    search("training", training(dtype, arguments.width, device), settings, arguments.width)
+    if arguments.dtype == "tf32":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    device = torch.accelerator.current_accelerator()
+    dtype = torch.float32 if arguments.dtype == "tf32" else getattr(torch, arguments.dtype)
+    settings = candidates(arguments.width, dtype)
+    width, precision, arch = padded_width(arguments.width), product_precision(dtype), current_arch()
+    for name, make, kernel in (("inference", inference, "forward"), ("training", training, "save")):
+        default = launch_settings(kernel, width, dtype, precision, arch)
+        search(name, make(dtype, arguments.width, device), settings, default)
 
 
 if __name__ == "__main__":

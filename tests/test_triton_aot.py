@@ -82,13 +82,35 @@ def test_kernels_stay_within_their_budgets(arch):
     assert all(kernel["shared"] <= SHARED_LIMIT[arch] for at, _, kernel in kernels() if at == arch)
 
 
+def chains(arch: int) -> list[tuple[str, dict]]:
+    return [(name, kernel) for at, name, kernel in kernels() if at == arch and kernel["kernel"].startswith("chain_")]
+
+
 @budgeted
 def test_the_decode_uses_hoppers_tensor_cores_and_its_loop_fits_the_registers():
-    chain = [kernel for arch, _, kernel in kernels() if arch == 90 and kernel["kernel"].startswith("chain_")]
-    assert len(chain) >= 4
-    assert all(kernel["hgmma"] > 0 for kernel in chain)
+    on_tensor_cores = [kernel for name, kernel in chains(90) if not name.endswith("ieee")]
+    assert len(on_tensor_cores) >= 7
+    assert all(kernel["hgmma"] > 0 for kernel in on_tensor_cores)
     # The forward that keeps activations spills eight registers of a thread; nothing else spills at all.
-    assert all(kernel["stack"] <= (32 if "save" in kernel["variant"] else 0) for kernel in chain)
+    assert all(kernel["stack"] <= (32 if kernel["variant"] == "save" else 0) for kernel in on_tensor_cores)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_float32_multiplies_in_the_precision_it_is_told(arch):
+    tf32 = [kernel for name, kernel in chains(arch) if name.endswith("tf32")]
+    ieee = [kernel for name, kernel in chains(arch) if name.endswith("ieee")]
+    others = [kernel for name, kernel in chains(arch) if not name.endswith(("tf32", "ieee"))]
+    assert len(tf32) == 3 and all(kernel["tensor"] == kernel["tf32"] > 0 for kernel in tf32)
+    assert len(ieee) == 3 and all(kernel["tensor"] == 0 and kernel["fma"] > 0 for kernel in ieee)
+    assert len(others) >= 3 and all(kernel["tensor"] > 0 and kernel["tf32"] == 0 for kernel in others)
+
+
+@budgeted
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_decode_without_gradients_spills_nothing(arch):
+    variants = ("grid", "grid-tf32", "grid-ieee")
+    inference = [kernel for name, kernel in chains(arch) if name in {f"chain_forward_kernel/{v}" for v in variants}]
+    assert len(inference) == len(variants) and all(kernel["stack"] == 0 for kernel in inference)
 
 
 def test_geometry_does_not_contract_to_fused_multiply_adds():

@@ -1,11 +1,14 @@
 """The fused decode in Triton: gather, every layer and the ensemble in one kernel, and the way back through the layers.
 
-A tile of rows (32 queries x 4 corners) stays in registers from the first layer to the last. Activations are NB blocks
-of BLOCK columns; every step of the loop makes one block of the next layer, so that a step's weights,
-[BLOCK, NB * BLOCK], are all that is in shared memory, and Triton's pipeline fetches the next ones meanwhile. The launch
-says how many stages ahead: a loop that says so itself would put biases and masks into the pipeline too, which need the
-room of a block. What travels from step to step does so as integers: a product whose left operand is the loop's own
-argument would go through shared memory, a bitcast keeps it in registers.
+A tile of rows stays on the chip from the first layer to the last. Activations are NB blocks of BLOCK columns; every
+step makes one block of the next layer, so that a step's weights, [BLOCK, NB * BLOCK], are all of them that is in shared
+memory, and Triton's pipeline fetches the next ones meanwhile. The launch says how many stages ahead: a loop that says
+so itself would put biases and masks into the pipeline too, which need the room of a block.
+
+With 16-bit operands a tile's activations, old and new, fit the registers. One loop walks all steps, and what travels
+from one to the next does so as integers: a product whose left operand is the loop's own argument would go through
+shared memory, a bitcast keeps it in registers. In float32 they are too many, so there shared memory is what is wanted
+for the old ones: a loop over layers puts them there once, and a loop within it makes the new ones.
 
 The last layer and its gradient are products of 16 columns: twice the same eight outputs (or less), once with the
 operand rounded and once with what rounding left over, so that both are as good as in float32.
@@ -16,18 +19,78 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_rows import find_queries, find_rows, first_layer, joined, out_offset, relu
+from .triton_rows import as_operand, find_queries, find_rows, first_layer, joined, out_offset, relu
 
 OUTS = tl.constexpr(8)  # at most; a last layer's product has twice as many columns
 
 
 @triton.jit
-def multiply(blocks, weights, offsets, total, step, NB: tl.constexpr, OP: tl.constexpr):
+def pack_kernel(
+    layers, layer_biases, weights, biases, last, last_bias,
+    WIDTHS: tl.constexpr, TRANSPOSED: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """A tile of a hidden layer's weights, [P, P] with zeros behind its widths, or of the last layer's.
+
+    layers: weights [out, in], a tuple; WIDTHS: of every layer, the first one's output to the last one's.
+    """
+    HIDDEN: tl.constexpr = len(WIDTHS) - 2
+    tiles: tl.constexpr = P // TILE
+    part = tl.program_id(0) // (tiles * tiles)
+    tile = tl.program_id(0) % (tiles * tiles)
+    output = tile // tiles * TILE + tl.arange(0, TILE)
+    column = tile % tiles * TILE + tl.arange(0, TILE)
+    for layer in tl.static_range(HIDDEN):
+        if part == layer:
+            exists = output < WIDTHS[layer + 1]
+            inside = exists[:, None] & (column < WIDTHS[layer])[None, :]
+            place = layers[layer] + output[:, None] * WIDTHS[layer] + column[None, :]
+            value = as_operand(tl.load(place, mask=inside, other=0.0).to(tl.float32), OP, PRECISION)
+            if TRANSPOSED:
+                tl.store(weights + layer * (P * P) + column[None, :] * P + output[:, None], value)
+            else:
+                tl.store(weights + layer * (P * P) + output[:, None] * P + column[None, :], value)
+            bias = tl.load(layer_biases[layer + 1] + output, mask=exists, other=0.0).to(tl.float32)
+            tl.store(biases + layer * P + output, bias, mask=(output >= 0) & (tile % tiles == 0))
+    if part == HIDDEN:
+        number = tl.arange(0, OUTS)
+        exists = number < WIDTHS[HIDDEN + 1]
+        inside = (column < WIDTHS[HIDDEN])[:, None] & exists[None, :]
+        place = layers[HIDDEN] + number[None, :] * WIDTHS[HIDDEN] + column[:, None]
+        value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        rounded = as_operand(value, OP, PRECISION)
+        place = last + column[:, None] * (2 * OUTS) + number[None, :]
+        tl.store(place, rounded)
+        tl.store(place + OUTS, as_operand(value - rounded.to(tl.float32), OP, PRECISION))
+        bias = tl.load(layer_biases[HIDDEN + 1] + number, mask=exists, other=0.0)
+        tl.store(last_bias + number, bias.to(tl.float32))
+
+
+@triton.jit
+def multiply(blocks, weights, offsets, total, step, NB: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr):
     """total + blocks @ weights, block by block; `step` is the distance between blocks of the weights."""
     for k in tl.static_range(NB):
         weight = tl.load(weights + (offsets + k * step))
-        total = tl.dot(blocks[k].to(OP, bitcast=True), weight, total)
+        total = tl.dot(blocks[k].to(OP, bitcast=True), weight, total, input_precision=PRECISION)
     return total
+
+
+@triton.jit
+def no_blocks(NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Room for the blocks of a layer in float32."""
+    blocks = ()
+    for _ in tl.static_range(NB):
+        blocks = blocks + (tl.zeros([ROWS, BLOCK], tl.float32),)
+    return blocks
+
+
+@triton.jit
+def put(blocks, block, slot, NB: tl.constexpr):
+    """The blocks with number `slot` replaced."""
+    replaced = ()
+    for k in tl.static_range(NB):
+        replaced = replaced + (tl.where(slot == k, block, blocks[k]),)
+    return replaced
 
 
 @triton.jit
@@ -51,25 +114,61 @@ def advance(blocks, made, block, slot, NB: tl.constexpr):
 
 
 @triton.jit
-def store_mask(place, row, valid, carried, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Keeps which columns of a block are positive: bit j of word i is column 8j + i. [rows, NB, 8] words.
+def store_mask(masks, before, row, slot, valid, carried, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Keeps which columns of a block are positive, behind `before` rows of other layers.
 
-    carried: activations after ReLU, as the integers that travel: those are positive where the activations are, or NaN.
+    Of 16-bit activations in bits, [rows, NB, 8] words: bit j of word i is column 8j + i. Of wider ones, for which that
+    saves little, in bytes, [rows, P]. carried: activations after ReLU, as they travel; as integers those are positive
+    where the activations are, or NaN.
     """
-    bit = tl.arange(0, BLOCK // 8)
-    positive = tl.reshape(carried > 0, [ROWS, BLOCK // 8, 8])
-    bits = tl.where(positive, (1 << bit)[None, :, None], 0)
-    word = (row * (NB * 8))[:, None] + tl.arange(0, 8)[None, :]
-    tl.store(place + word, tl.sum(bits, axis=1).to(tl.int16), mask=valid[:, None])
+    if carried.dtype == tl.int16:
+        bit = tl.arange(0, BLOCK // 8)
+        positive = tl.reshape(carried > 0, [ROWS, BLOCK // 8, 8])
+        bits = tl.where(positive, (1 << bit)[None, :, None], 0)
+        word = (row * (NB * 8))[:, None] + tl.arange(0, 8)[None, :]
+        place = masks + (before * NB + slot) * 8
+        tl.store(place + word, tl.sum(bits, axis=1).to(tl.int16), mask=valid[:, None])
+    else:
+        place = masks + (before * (NB * BLOCK) + slot * BLOCK)
+        byte = (row * (NB * BLOCK))[:, None] + tl.arange(0, BLOCK)[None, :]
+        positive = carried.to(tl.int32, bitcast=True) > 0
+        tl.store(place + byte, positive.to(tl.int8), mask=valid[:, None])
 
 
 @triton.jit
-def load_mask(place, row, valid, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def load_mask(masks, before, row, slot, valid, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """What store_mask kept, [ROWS, BLOCK]."""
-    word = (row * (NB * 8))[:, None] + tl.arange(0, 8)[None, :]
-    words = tl.load(place + word, mask=valid[:, None], other=0).to(tl.int32)
-    bit = tl.arange(0, BLOCK // 8)
-    return tl.reshape((words[:, None, :] & (1 << bit)[None, :, None]) != 0, [ROWS, BLOCK])
+    if masks.dtype.element_ty == tl.int16:
+        word = (row * (NB * 8))[:, None] + tl.arange(0, 8)[None, :]
+        place = masks + (before * NB + slot) * 8
+        words = tl.load(place + word, mask=valid[:, None], other=0).to(tl.int32)
+        bit = tl.arange(0, BLOCK // 8)
+        return tl.reshape((words[:, None, :] & (1 << bit)[None, :, None]) != 0, [ROWS, BLOCK])
+    else:
+        place = masks + (before * (NB * BLOCK) + slot * BLOCK)
+        byte = (row * (NB * BLOCK))[:, None] + tl.arange(0, BLOCK)[None, :]
+        return tl.load(place + byte, mask=valid[:, None], other=0) != 0
+
+
+@triton.jit
+def forward_block(
+    blocks, weights, biases, offsets, acts, masks, block_of_row, row, valid, number, layers, step, slot,
+    SAVE: tl.constexpr, OP: tl.constexpr, CARRY: tl.constexpr, PRECISION: tl.constexpr,
+    NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Block `slot` of the next layer, as it travels; kept for SAVE."""
+    P: tl.constexpr = NB * BLOCK
+    inner = tl.arange(0, BLOCK)
+    total = tl.broadcast_to(tl.load(biases + step * BLOCK + inner)[None, :], [ROWS, BLOCK])
+    total = multiply(blocks, weights + step * (BLOCK * P), offsets, total, BLOCK, NB, OP, PRECISION)
+    value = as_operand(relu(total), OP, PRECISION)
+    carried = value.to(CARRY, bitcast=True)
+    if SAVE:
+        before = (step // NB + 1) * number  # rows of the layers before
+        store_mask(masks, before, row, slot, valid, carried, NB, BLOCK, ROWS)
+        place = acts + (before * P + slot * BLOCK) + block_of_row
+        tl.store(place, value, mask=(valid[:, None] & (step < (layers - 1) * NB)) != 0)
+    return carried
 
 
 @triton.jit(do_not_specialize=["layers"])
@@ -77,14 +176,14 @@ def chain_forward_kernel(
     latent_map, coord, cell, first, weights, biases, last, last_bias, out, acts, masks, blended, preds,
     places, rows, cols, image_rows, image_cols, layers,
     WIDTH: tl.constexpr, NUMBER: tl.constexpr, TERMS: tl.constexpr, GRID: tl.constexpr, ENSEMBLE: tl.constexpr,
-    SAVE: tl.constexpr, COORD: tl.constexpr, OP: tl.constexpr, CARRY: tl.constexpr,
+    SAVE: tl.constexpr, COORD: tl.constexpr, OP: tl.constexpr, CARRY: tl.constexpr, PRECISION: tl.constexpr,
     NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Decodes a tile of queries to NUMBER outputs.
 
     first [TERMS + 1, P] and biases [layers, P] in float32, weights [layers, P, P] (out, in) and last [P, 16] in OP,
     last_bias [8]; P = NB * BLOCK. SAVE keeps what the backward needs: inputs of the hidden layers acts
-    [layers, rows, P], masks [layers + 1, rows, NB, 8], blended [queries, P] and, for COORD, preds [rows, 8].
+    [layers, rows, P], masks [layers + 1, rows, ...], blended [queries, P] and, for COORD, preds [rows, 8].
     """
     T: tl.constexpr = tl.float32
     P: tl.constexpr = NB * BLOCK
@@ -100,29 +199,37 @@ def chain_forward_kernel(
     block_of_row = row[:, None] * P + inner[None, :]
     if SAVE:
         acts += first_row * P
-        masks += first_row * (NB * 8)
+        masks += first_row * (P if OP == tl.float32 else NB * 8)
     blocks = ()
     for k in tl.static_range(NB):
-        value = relu(first_layer(latent_map, latent, rel, first, k * BLOCK + inner, WIDTH, P, TERMS, T)).to(OP)
+        value = relu(first_layer(latent_map, latent, rel, first, k * BLOCK + inner, WIDTH, P, TERMS, T))
+        value = as_operand(value, OP, PRECISION)
         carried = value.to(CARRY, bitcast=True)
         if SAVE:
-            store_mask(masks + k * 8, row, valid, carried, NB, BLOCK, ROWS)
+            store_mask(masks, 0, row, k, valid, carried, NB, BLOCK, ROWS)
             tl.store(acts + k * BLOCK + block_of_row, value, mask=(valid[:, None] & (layers > 0)) != 0)
         blocks = blocks + (carried,)
-    made = blocks[1:]
     offsets = inner[None, :] * P + inner[:, None]
-    for step in range(layers * NB):
-        slot = step % NB
-        total = tl.broadcast_to(tl.load(biases + step * BLOCK + inner)[None, :], [ROWS, BLOCK])
-        total = multiply(blocks, weights + step * (BLOCK * P), offsets, total, BLOCK, NB, OP)
-        value = relu(total).to(OP)
-        carried = value.to(CARRY, bitcast=True)
-        if SAVE:
-            before = (step // NB + 1) * number  # rows of the layers before
-            store_mask(masks + (before * NB + slot) * 8, row, valid, carried, NB, BLOCK, ROWS)
-            place = acts + (before * P + slot * BLOCK) + block_of_row
-            tl.store(place, value, mask=(valid[:, None] & (step < (layers - 1) * NB)) != 0)
-        blocks, made = advance(blocks, made, carried, slot, NB)
+    if OP == tl.float32:
+        for layer in range(layers):
+            made = no_blocks(NB, BLOCK, ROWS)
+            for slot in range(NB):
+                step = layer * NB + slot
+                carried = forward_block(
+                    blocks, weights, biases, offsets, acts, masks, block_of_row, row, valid, number, layers, step, slot,
+                    SAVE, OP, CARRY, PRECISION, NB, BLOCK, ROWS,
+                )  # fmt: skip
+                made = put(made, carried, slot, NB)
+            blocks = made
+    else:
+        made = blocks[1:]
+        for step in range(layers * NB):
+            slot = step % NB
+            carried = forward_block(
+                blocks, weights, biases, offsets, acts, masks, block_of_row, row, valid, number, layers, step, slot,
+                SAVE, OP, CARRY, PRECISION, NB, BLOCK, ROWS,
+            )  # fmt: skip
+            blocks, made = advance(blocks, made, carried, slot, NB)
 
     pair = tl.arange(0, 2 * OUTS)
     output = tl.arange(0, OUTS)
@@ -132,7 +239,8 @@ def chain_forward_kernel(
     for k in tl.static_range(NB):
         value = blocks[k].to(OP, bitcast=True)
         column = k * BLOCK + inner
-        pred = tl.dot(value, tl.load(last + column[:, None] * (2 * OUTS) + pair[None, :]), pred)
+        weight_pair = tl.load(last + column[:, None] * (2 * OUTS) + pair[None, :])
+        pred = tl.dot(value, weight_pair, pred, input_precision=PRECISION)
         if SAVE:
             blend = tl.sum(tl.reshape(value.to(T) * weight[:, None], [QUERIES, CORNERS, BLOCK]), axis=1)
             tl.store(blended + query[:, None] * P + column[None, :], blend, mask=exists[:, None])
@@ -145,18 +253,43 @@ def chain_forward_kernel(
     tl.store(out + place, value, mask=exists[:, None] & (output < NUMBER)[None, :])
 
 
+@triton.jit
+def backward_block(
+    blocks, weights, offsets, masks, sums, grads, block_of_row, row, valid, number, layer, slot,
+    OP: tl.constexpr, CARRY: tl.constexpr, PRECISION: tl.constexpr,
+    NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Block `slot` of the gradient of a layer's input before its ReLU, as it travels."""
+    P: tl.constexpr = NB * BLOCK
+    column = slot * BLOCK + tl.arange(0, BLOCK)
+    before = layer * number
+    keep = load_mask(masks, before, row, slot, valid, NB, BLOCK, ROWS)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    if OP == tl.float32:  # weights (in, out): offsets of the forward's kind
+        place = weights + (layer * (P * P) + slot * (BLOCK * P))
+        total = multiply(blocks, place, offsets, total, BLOCK, NB, OP, PRECISION)
+    else:
+        place = weights + (layer * (P * P) + slot * BLOCK)
+        total = multiply(blocks, place, offsets, total, BLOCK * P, NB, OP, PRECISION)
+    total = tl.where(keep, total, 0.0)
+    tl.store(sums + (layer - 1) * P + column, tl.sum(total, axis=0), mask=((column >= 0) & (layer > 0)) != 0)
+    value = as_operand(total, OP, PRECISION)
+    tl.store(grads + (before * P + slot * BLOCK) + block_of_row, value, mask=valid[:, None])
+    return value.to(CARRY, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["layers"])
 def chain_backward_kernel(
     grad_out, coord, weights, last, masks, preds, grads, partial, grad_area_weight,
     places, rows, cols, image_rows, image_cols, layers,
     NUMBER: tl.constexpr, GRID: tl.constexpr, ENSEMBLE: tl.constexpr, COORD: tl.constexpr, OP: tl.constexpr,
-    CARRY: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    CARRY: tl.constexpr, PRECISION: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of the output, [queries, NUMBER], to those of every layer before its ReLU, grads
     [layers + 1, rows, P] in OP.
 
-    weights [layers, P, P] (out, in) and last [16, P] in OP. Sums a tile's rows for the hidden layers' biases, partial
-    [tiles, layers, P], and, for COORD, the outputs for the area weights' gradients [rows].
+    weights [layers, P, P] (out, in; of float32 in, out) and last [P, 16] in OP. Sums a tile's rows for the hidden
+    layers' biases, partial [tiles, layers, P], and, for COORD, the outputs for the area weights' gradients [rows].
     """
     T: tl.constexpr = tl.float32
     P: tl.constexpr = NB * BLOCK
@@ -178,35 +311,43 @@ def chain_backward_kernel(
             mask=valid,
         )
     grad = grad * weight[:, None]
-    rounded = grad.to(OP)
-    rest = (grad - rounded.to(T)).to(OP)
+    rounded = as_operand(grad, OP, PRECISION)
+    rest = as_operand(grad - rounded.to(T), OP, PRECISION)
     grad = tl.where((pair < OUTS)[None, :], rounded.to(T), rest.to(T)).to(OP)
     sums = partial + tile * layers * P
     block_of_row = row[:, None] * P + inner[None, :]
     grads += first_row * P
-    masks += first_row * (NB * 8)
+    masks += first_row * (P if OP == tl.float32 else NB * 8)
     blocks = ()
     for k in tl.static_range(NB):
         column = k * BLOCK + inner
-        value = tl.dot(grad, tl.load(last + pair[:, None] * P + column[None, :]))
+        value = tl.dot(grad, tl.load(last + column[None, :] * (2 * OUTS) + pair[:, None]), input_precision=PRECISION)
         before = layers * number  # rows of the layers before
-        value = tl.where(load_mask(masks + (before * NB + k) * 8, row, valid, NB, BLOCK, ROWS), value, 0.0)
+        value = tl.where(load_mask(masks, before, row, k, valid, NB, BLOCK, ROWS), value, 0.0)
         tl.store(sums + (layers - 1) * P + column, tl.sum(value, axis=0), mask=((column >= 0) & (layers > 0)) != 0)
-        value = value.to(OP)
+        value = as_operand(value, OP, PRECISION)
         tl.store(grads + (before * P + k * BLOCK) + block_of_row, value, mask=valid[:, None])
         blocks = blocks + (value.to(CARRY, bitcast=True),)
-    made = blocks[1:]
-    offsets = inner[:, None] * P + inner[None, :]
-    for step in range(layers * NB):
-        slot = step % NB
-        layer = layers - 1 - step // NB
-        column = slot * BLOCK + inner
-        before = layer * number
-        keep = load_mask(masks + (before * NB + slot) * 8, row, valid, NB, BLOCK, ROWS)
-        total = tl.zeros([ROWS, BLOCK], T)
-        total = multiply(blocks, weights + (layer * (P * P) + slot * BLOCK), offsets, total, BLOCK * P, NB, OP)
-        total = tl.where(keep, total, 0.0)
-        tl.store(sums + (layer - 1) * P + column, tl.sum(total, axis=0), mask=((column >= 0) & (layer > 0)) != 0)
-        value = total.to(OP)
-        tl.store(grads + (before * P + slot * BLOCK) + block_of_row, value, mask=valid[:, None])
-        blocks, made = advance(blocks, made, value.to(CARRY, bitcast=True), slot, NB)
+    if OP == tl.float32:
+        offsets = inner[None, :] * P + inner[:, None]
+        for back in range(layers):
+            layer = layers - 1 - back
+            made = no_blocks(NB, BLOCK, ROWS)
+            for slot in range(NB):
+                carried = backward_block(
+                    blocks, weights, offsets, masks, sums, grads, block_of_row, row, valid, number, layer, slot,
+                    OP, CARRY, PRECISION, NB, BLOCK, ROWS,
+                )  # fmt: skip
+                made = put(made, carried, slot, NB)
+            blocks = made
+    else:
+        made = blocks[1:]
+        offsets = inner[:, None] * P + inner[None, :]
+        for step in range(layers * NB):
+            slot = step % NB
+            layer = layers - 1 - step // NB
+            carried = backward_block(
+                blocks, weights, offsets, masks, sums, grads, block_of_row, row, valid, number, layer, slot,
+                OP, CARRY, PRECISION, NB, BLOCK, ROWS,
+            )  # fmt: skip
+            blocks, made = advance(blocks, made, carried, slot, NB)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+
+from .library import allows_tf32
 
 # No multiply and add may contract to an FMA unasked: a rounding decides which latent is the nearest one.
 OPTIONS = {"enable_fp_fusion": False}
@@ -20,6 +25,8 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+# As what a fused decode's activations travel from layer to layer; triton_chain.py says why.
+CARRIED = {torch.float32: tl.float32, torch.bfloat16: tl.int16, torch.float16: tl.int16}
 
 
 @contextmanager
@@ -70,24 +77,44 @@ def padded_width(width: int) -> int:
     return power_of_two(width, 16, 128) if width <= 128 else triton.cdiv(width, 64) * 64
 
 
-def launch_settings(kernel: str, width: int, arch: int | str | None) -> Settings:
+def launch_settings(kernel: str, width: int, operands: torch.dtype, precision: str, arch: int | str | None) -> Settings:
     """The table of tile sizes for the fused decode.
 
     Args:
         kernel: forward | save (the forward that keeps activations) | backward.
         width: padded_width of the widest hidden layer.
+        operands: of products. With 16 bits, save and backward agree on the block, for the masks' sake.
+        precision: of products of float32, from `product_precision`.
         arch: what Triton calls the device: 80, 90, ... on NVIDIA, a name elsewhere, None for the interpreter.
     """
     whole = min(width, 128) if width % 128 == 0 or width < 128 else 64
     if arch is None:
         return Settings(64, whole, 4, 2)
     if not isinstance(arch, int):  # AMD and Intel: 64 KB of shared memory at least
-        return Settings(64, min(width, 64), 4, 2)
-    if arch // 10 in (9, 10) or arch == 80:  # 227 or 163 KB of shared memory
+        return Settings(64, min(width, 64), 4, 2) if operands.itemsize == 2 else Settings(32, min(width, 32), 4, 1)
+    roomy = arch // 10 in (9, 10) or arch == 80  # 227 or 163 KB of shared memory instead of 99
+    if operands.itemsize > 2:
+        return _float32_settings(kernel, width, precision, arch, roomy)
+    if roomy:
         return Settings(128, whole, 8, 3)
-    if kernel == "forward":  # 99 KB
+    if kernel == "forward":
         return Settings(128, min(width, 64), 8, 3)
     return Settings(128, whole, 8, 2)
+
+
+def _float32_settings(kernel: str, width: int, precision: str, arch: int, roomy: bool) -> Settings:
+    """Activations take twice the room: half of them are in shared memory, where one product finds them whole."""
+    narrow = min(width, 32)
+    if precision == "ieee":
+        return Settings(128 if roomy and kernel == "forward" else 64, narrow, 8, 2)
+    if arch // 10 == 9:
+        return Settings(128, narrow, 8, 2)
+    if arch // 10 == 10:
+        return Settings(128, narrow, 8, 1) if kernel == "forward" else Settings(64, min(width, 64), 8, 1)
+    if width < 64:
+        return Settings(64, width, 4, 2)
+    # Fewer rows than columns: then Triton gives each warp columns of its own, and all find the rows in shared memory.
+    return Settings(32, 64, 8, 2 if roomy or kernel == "forward" else 1)
 
 
 def current_arch() -> int | str | None:
@@ -95,3 +122,20 @@ def current_arch() -> int | str | None:
     if triton.knobs.runtime.interpret:
         return None
     return triton.runtime.driver.active.get_current_target().arch
+
+
+@cache
+def _precisions(target: GPUTarget) -> tuple[str, ...]:
+    return make_backend(target).parse_options({}).allowed_dot_input_precisions
+
+
+def product_precision(operands: torch.dtype) -> str:
+    """How kernels multiply float32: "tf32" where PyTorch's switch allows it and the device can, otherwise "ieee".
+
+    Read at every launch, as by PyTorch's own products: what a forward keeps looks the same either way.
+    """
+    if operands != torch.float32 or not allows_tf32():
+        return "ieee"
+    if triton.knobs.runtime.interpret:
+        return "tf32"
+    return "tf32" if "tf32" in _precisions(triton.runtime.driver.active.get_current_target()) else "ieee"

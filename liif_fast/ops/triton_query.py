@@ -1,8 +1,9 @@
 """`query` and `render` on Triton's kernels.
 
-Sixteen-bit imnets of up to 256 channels and eight outputs run in one kernel (triton_chain.py). Every other one runs
-layer by layer (triton_layers.py): the first layer and the blend are kernels, the products between them PyTorch's own,
-in the precision that PyTorch is told to take. Both ways share the first layer's backward.
+Imnets of up to 256 channels and eight outputs run in one kernel (triton_chain.py), with operands of 16 bits, in
+float32, or in TF32 where PyTorch is told to take that. Wider ones and float64 run layer by layer (triton_layers.py):
+the first layer and the blend are kernels, the products between them PyTorch's own. Both ways share the first layer's
+backward.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-import triton.language as tl
 from torch import Tensor
 
 from .library import compute_dtype
 from .triton_chain import OUTS, chain_backward_kernel, chain_forward_kernel
 from .triton_decode import Decode, decode_grid, decode_points, grid_rel_cell
-from .triton_launch import DTYPES, current_arch, launch_settings, on_device_of, padded_width
+from .triton_launch import CARRIED, DTYPES, current_arch, launch_settings, on_device_of, padded_width, product_precision
 from .triton_layers import (
     Grads,
     backward_first_layer,
@@ -28,6 +27,7 @@ from .triton_layers import (
     kept_shapes,
     product_of_rows,
 )
+from .triton_pack import Imnet, pack
 
 MAX_WIDTH = 256  # of a hidden layer in the fused kernel: wider ones do not fit registers
 PIECE_BYTES = 1 << 29  # of activations and their gradients where the backward computes them again
@@ -35,15 +35,15 @@ PIECE_BYTES = 1 << 29  # of activations and their gradients where the backward c
 
 def is_fused(widths: Sequence[int], operands: torch.dtype) -> bool:
     """Whether an imnet (K, *hidden, O) runs in one kernel. Decided by nothing else: forward and backward agree."""
-    narrow = operands in (torch.bfloat16, torch.float16)
-    return narrow and len(widths) > 1 and max(widths[:-1]) <= MAX_WIDTH and widths[-1] <= OUTS.value
+    taken = operands in (torch.float32, torch.bfloat16, torch.float16)
+    return taken and len(widths) > 1 and max(widths[:-1]) <= MAX_WIDTH and widths[-1] <= OUTS.value
 
 
 class Kept(NamedTuple):
     """What the forward keeps of a fused decode; P = padded_width of the widest hidden layer, L = hidden products."""
 
     acts: Tensor  # [L, rows, P], the hidden layers' inputs, in the operands' dtype
-    masks: Tensor  # [L + 1, rows, P // 4 bytes at least], which activations are positive
+    masks: Tensor  # which activations are positive: [L + 1, rows, P] bytes of float32, [L + 1, rows, P // 8] words
     blended: Tensor  # [queries, P], float32
     preds: Tensor  # [rows, 8], float32; empty without gradients of coordinates
 
@@ -55,10 +55,10 @@ def _kept_shapes(
     if not is_fused(widths, operands):
         return kept_shapes(rows, widths, operands)
     width, layers = padded_width(max(widths[:-1])), len(widths) - 2
-    words = max(width // 64, 1) * 8
+    masks = (width, torch.int8) if operands == torch.float32 else (max(width // 64, 1) * 8, torch.int16)
     return [
         ((layers, rows, width), operands),
-        ((layers + 1, rows, words), torch.int16),
+        ((layers + 1, rows, masks[0]), masks[1]),
         ((queries, width), torch.float32),
         ((rows if coord_grad else 0, OUTS.value), torch.float32),
     ]
@@ -83,51 +83,19 @@ def _views(saved: Tensor, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]])
     return views
 
 
-class Imnet(NamedTuple):
-    """A fused decode's layers as the kernels take them; P is the padded width of the widest hidden layer."""
-
-    first: Tensor  # [terms + 1, P], float32
-    weights: Tensor  # [L, P, P] (out, in), operands' dtype
-    biases: Tensor  # [L, P], float32
-    last: Tensor  # [16, P]: the last layer's rows rounded, and what rounding left over
-    last_bias: Tensor  # [8], float32
-    outs: int
-
-
-def _pad(tensor: Tensor, *sizes: int) -> Tensor:
-    """Zeros behind the last dimensions of a tensor, up to `sizes`."""
-    missing = [extra for size, now in zip(reversed(sizes), reversed(tensor.shape)) for extra in (0, size - now)]
-    return F.pad(tensor, missing) if any(missing) else tensor
-
-
-def _pack(decode: Decode, weights: Sequence[Tensor], biases: Sequence[Tensor], operands: torch.dtype) -> Imnet:
-    width = padded_width(max(decode.width, *(weight.shape[1] for weight in weights)))
-    hidden = [_pad(weight.to(operands), width, width) for weight in weights[:-1]]
-    last = _pad(weights[-1].float(), OUTS.value, width)
-    rounded = last.to(operands)
-    empty = weights[-1].new_empty(0)
-    return Imnet(
-        first=_pad(decode.first, width),
-        weights=torch.stack(hidden) if hidden else empty.to(operands),
-        biases=torch.stack([_pad(bias.float(), width) for bias in biases[1:-1]]) if hidden else empty.float(),
-        last=torch.cat([rounded, (last - rounded.float()).to(operands)]),
-        last_bias=_pad(biases[-1].float(), OUTS.value),
-        outs=weights[-1].shape[0],
-    )
-
-
 def _chain_forward(decode: Decode, imnet: Imnet, operands: torch.dtype, out: Tensor, kept: Kept | None) -> None:
     """Decodes to `out`, the whole problem's for points, the piece's own for a grid; fills `kept`."""
     width, dummy = imnet.first.shape[1], imnet.first
-    settings = launch_settings("forward" if kept is None else "save", width, current_arch())
+    settings = launch_settings("forward" if kept is None else "save", width, operands, imnet.precision, current_arch())
     tiles, where = decode.tiles(settings.rows)
     acts, masks, blended, preds = (dummy,) * 4 if kept is None else kept
     chain_forward_kernel[(tiles,)](
         decode.latent_map, decode.points, dummy if decode.cell is None else decode.cell, imnet.first,
-        imnet.weights, imnet.biases, imnet.last.t().contiguous(), imnet.last_bias, out, acts, masks, blended, preds,
+        imnet.weights, imnet.biases, imnet.last, imnet.last_bias, out, acts, masks, blended, preds,
         *where, imnet.weights.shape[0],
         WIDTH=decode.width, NUMBER=imnet.outs, TERMS=decode.terms, SAVE=kept is not None,
-        COORD=kept is not None and kept.preds.numel() > 0, OP=DTYPES[operands], CARRY=tl.int16,
+        COORD=kept is not None and kept.preds.numel() > 0, OP=DTYPES[operands], CARRY=CARRIED[operands],
+        PRECISION=imnet.precision,
         NB=width // settings.block, BLOCK=settings.block, num_stages=settings.stages, num_warps=settings.warps,
         **decode.flags(settings.rows),
     )  # fmt: skip
@@ -138,7 +106,7 @@ def _chain_backward(
 ) -> None:
     """Adds a piece's gradients; grad_out is [queries, O]."""
     width, layers = imnet.first.shape[1], imnet.weights.shape[0]
-    settings = launch_settings("backward", width, current_arch())
+    settings = launch_settings("backward", width, operands, imnet.precision, current_arch())
     tiles, where = decode.tiles(settings.rows)
     grad_rows = grad_out.new_empty(layers + 1, decode.rows, width, dtype=operands)
     partial = grad_out.new_empty(tiles, layers, width)
@@ -146,7 +114,8 @@ def _chain_backward(
     chain_backward_kernel[(tiles,)](
         grad_out, decode.points, imnet.weights, imnet.last, kept.masks, kept.preds, grad_rows, partial,
         grad_area_weight, *where, layers,
-        NUMBER=imnet.outs, COORD=grads.coord is not None, OP=DTYPES[operands], CARRY=tl.int16,
+        NUMBER=imnet.outs, COORD=grads.coord is not None, OP=DTYPES[operands], CARRY=CARRIED[operands],
+        PRECISION=imnet.precision,
         NB=width // settings.block, BLOCK=settings.block, num_stages=settings.stages, num_warps=settings.warps,
         **decode.flags(settings.rows),
     )  # fmt: skip
@@ -172,7 +141,7 @@ def _forward(
     views = _views(saved, shapes) if saved.numel() else None
     with on_device_of(out):
         if is_fused(widths, operands):
-            imnet = _pack(decode, weights, biases, operands)
+            imnet = pack(decode, weights, biases, operands, product_precision(operands))
             _chain_forward(decode, imnet, operands, out, None if views is None else Kept(*views))
         else:
             forward_layers(decode, weights, biases, operands, out, views)
@@ -184,17 +153,19 @@ def _fused_backward(
     saved: Tensor, grads: Grads,
 ) -> None:  # fmt: skip
     widths = [decode.width, *(weight.shape[0] for weight in weights)]
-    imnet = _pack(decode, weights, biases, operands)
+    precision = product_precision(operands)
+    imnet = pack(decode, weights, biases, operands, precision, backward=True)
+    again = None if saved.numel() else pack(decode, weights, biases, operands, precision)
     coord_grad = grads.coord is not None
     bytes_of_row = imnet.first.shape[1] * operands.itemsize * (2 * len(weights) + 1)
     pieces = [decode] if saved.numel() else decode.pieces(PIECE_BYTES // bytes_of_row)
     for piece in pieces:
         shapes = _kept_shapes(piece.queries, piece.rows, widths, operands, coord_grad)
-        if saved.numel():
+        if again is None:
             kept = Kept(*_views(saved, shapes))
         else:
             kept = Kept(*(grad_out.new_empty(shape, dtype=dtype) for shape, dtype in shapes))
-            _chain_forward(piece, imnet, operands, torch.empty_like(grad_out), kept)
+            _chain_forward(piece, again, operands, torch.empty_like(grad_out), kept)
         _chain_backward(piece, imnet, operands, piece.of_queries(grad_out).contiguous(), kept, grads)
 
 

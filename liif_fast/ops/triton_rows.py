@@ -49,6 +49,17 @@ def relu(x):
 
 
 @triton.jit
+def as_operand(value, OP: tl.constexpr, PRECISION: tl.constexpr):
+    """float32 values as a product's operands, rounded to nearest; to TF32 too, where hardware may just cut off."""
+    if OP == tl.float32 and PRECISION == "tf32":
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return tl.where(value == value, rounded, value)
+    else:
+        return value.to(OP)
+
+
+@triton.jit
 def find_queries(tile, slot, places, GRID: tl.constexpr, QUERIES: tl.constexpr):
     """Whether the query in `slot` of a tile exists, its batch entry, pixel of the window (grid), and its flat number in
     two: the tile's first one, and the distance to it in 32 bits, which costs half the registers."""

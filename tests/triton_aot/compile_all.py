@@ -4,7 +4,8 @@
 
 A driver that only names the architecture stands in for the device, and launches stop after compiling: signatures,
 constants and options are those of the real thing. Prints JSON: a list of {kernel, variant, registers, shared, stack,
-hgmma, fma}. fma: fused multiply-adds of float32 or float64 in the PTX.
+hgmma, tensor, tf32, fma}. tensor: products on tensor cores in the PTX, tf32: those of them that multiply TF32, fma:
+fused multiply-adds of float32 or float64.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
@@ -56,6 +58,7 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 
 def facts(kernel: str, variant: str, compiled) -> dict:
     usage, sass = disassemble(compiled.asm["cubin"])
+    products = re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.\S*", compiled.asm["ptx"])
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     return {
         "kernel": kernel,
@@ -64,8 +67,18 @@ def facts(kernel: str, variant: str, compiled) -> dict:
         "shared": compiled.metadata.shared,
         "stack": stack,
         "hgmma": len(re.findall(r"\bHGMMA", sass)),
+        "tensor": len(products),
+        "tf32": sum("tf32" in product for product in products),
         "fma": len(re.findall(r"\bfma\.rn\.f(?:32|64)", compiled.asm["ptx"])),
     }
+
+
+def variant_of(options: dict) -> str:
+    """What tells a kernel's compilations apart in the budget."""
+    names = [name.lower() for name in ("SAVE", "COORD", "GRID") if options.get(name)]
+    if "PRECISION" in options and options["OP"] == tl.float32:
+        names.append(options["PRECISION"])
+    return "-".join(names)
 
 
 def watch(found: dict) -> None:
@@ -75,8 +88,7 @@ def watch(found: dict) -> None:
     def compile_only(self, *args, grid, warmup, **options):
         compiled = run(self, *args, grid=grid, warmup=True, **options)
         if compiled.hash not in found:
-            variant = "-".join(name.lower() for name in ("SAVE", "COORD", "GRID") if options.get(name))
-            found[compiled.hash] = facts(self.__name__, variant, compiled)
+            found[compiled.hash] = facts(self.__name__, variant_of(options), compiled)
         return compiled
 
     jit.JITFunction.run = compile_only
@@ -131,7 +143,14 @@ def main(arch: int) -> None:
     watch(found)
     decode(torch.bfloat16, 256, grid=True, save=False, coord_grad=False)
     decode(torch.bfloat16, 256, grid=False, save=True, coord_grad=False)
-    if arch != 86:  # the small variant of the fused kernels; all others are those of 80
+    decode(torch.float32, 256, grid=True, save=False, coord_grad=False)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    decode(torch.float32, 256, grid=True, save=False, coord_grad=False)
+    decode(torch.float32, 256, grid=False, save=True, coord_grad=False)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    if arch == 86:  # one cut for all architectures, and the slowest to compile; here it has the least shared memory
+        decode(torch.float32, 256, grid=False, save=True, coord_grad=False)
+    else:
         decode(torch.float16, 64, grid=False, save=True, coord_grad=True, ensemble=False)
         decode(torch.float64, 64, grid=True, save=False, coord_grad=False)
         everything_else(torch.bfloat16)

@@ -61,7 +61,65 @@ def test_layer_by_layer(shape):
 
 
 def test_layer_by_layer_in_float32():
-    check_exact(Case(batch=2, hidden=(20, 12), queries=20), torch.float32)
+    case = Case(batch=2, hidden=(300, 12), queries=20)
+    assert not triton_query.is_fused((*case.hidden, case.outs), torch.float32)
+    check_exact(case, torch.float32)
+
+
+@pytest.fixture
+def tf32():
+    """PyTorch's switch for float32 products, on."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+@pytest.mark.parametrize("shape", ["plain", "one-query", "odd-widths", "one-latent", "one-row", "deep"])
+def test_fused_in_float32(shape):
+    case = SHAPES[shape]._replace(queries=min(SHAPES[shape].queries, 20))
+    assert triton_query.is_fused((*case.hidden, case.outs), torch.float32)
+    check_exact(case, torch.float32)
+
+
+def check_tf32(case: Case, **arguments) -> None:
+    """Rounded, at most twice the error of PyTorch's layers in float16, which has as many bits."""
+    leaves = problem(case, torch.float32)
+    results = run(case, leaves, "triton", **arguments)
+    expected = run(case, as_float64(leaves), "reference")
+    half = [leaf.detach().half().requires_grad_() for leaf in leaves[3:]]
+    plain = run(case, [leaves[0].detach().half().requires_grad_(), *leaves[1:3], *half], "reference")
+    assert results[0].dtype == torch.float32
+    assert 1e-5 < norm_error(results[0], expected[0]) <= 2 * norm_error(plain[0], expected[0])
+    for position, (grad, exact, theirs) in enumerate(zip(results[1:], expected[1:], plain[1:], strict=True)):
+        if exact.norm() > 1e-9:
+            assert norm_error(grad, exact) <= 2 * norm_error(theirs, exact) + 2e-3, position
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("hidden", [(13, 37, 5), (40, 24), (16,)], ids=str)
+def test_fused_in_tf32(hidden, recompute, tf32):
+    check_tf32(Case(batch=2, hidden=hidden, outs=4, queries=20), recompute=recompute)
+
+
+@pytest.mark.parametrize("hidden", [(130,), (180, 100)], ids=str)
+def test_float32_widths_of_several_blocks(hidden, tf32):
+    case = Case(hidden=hidden, queries=16)
+    check_tf32(case)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    check_exact(case, torch.float32)
+
+
+def test_the_switch_for_tf32_may_move_between_forward_and_backward(tf32):
+    case = Case(batch=2, hidden=(40, 24, 30), queries=20)
+    leaves = problem(case, torch.float32)
+    feat, coord, cell, *layers = leaves
+    expected = torch.autograd.grad(ops.query(*leaves[:3], layers[:4], layers[4:], backend="reference").sum(), leaves)
+    for recompute in (False, True):
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        out = ops.query(feat, coord, cell, layers[:4], layers[4:], backend="triton", recompute=recompute)
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        grads = torch.autograd.grad(out.sum(), leaves)
+        assert all(norm_error(a, b) <= 1e-2 for a, b in zip(grads, expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -99,10 +157,11 @@ def test_every_flag(flags):
     ensemble, unfold, cell = flags
     case = Case(batch=2, hidden=(20, 12), queries=11, local_ensemble=ensemble, feat_unfold=unfold, cell_decode=cell)
     check_exact(case, torch.float64)
+    check_exact(case, torch.float32)
     check_narrow(case, torch.float16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_keeping_and_computing_again_agree_bit_for_bit(dtype, monkeypatch):
     case = Case(batch=2, hidden=(20, 12), queries=24, height=3, width=4)
     leaves = problem(case, dtype)

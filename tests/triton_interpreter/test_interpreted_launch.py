@@ -1,0 +1,106 @@
+"""How operands are rounded and layers packed, and that the table of launch settings holds together."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from helpers import Case, random_problem
+
+from liif_fast.ops import triton_launch, triton_pack
+from liif_fast.ops.triton_decode import decode_points
+from liif_fast.ops.triton_rows import as_operand
+
+
+@triton.jit
+def round_kernel(source, rounded, N: tl.constexpr, PRECISION: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(rounded + at, as_operand(tl.load(source + at), tl.float32, PRECISION))
+
+
+def to_tf32(values: torch.Tensor) -> torch.Tensor:
+    """Ten bits behind the leading one, ties away from zero, as PTX's cvt.rna; through float64 instead of bits."""
+    mantissa, exponent = np.frexp(values.double().numpy())
+    scaled = mantissa * 2048
+    return torch.from_numpy(np.ldexp(np.copysign(np.floor(np.abs(scaled) + 0.5), scaled) / 2048, exponent)).float()
+
+
+def test_tf32_is_rounded_to_nearest():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(256, generator=generator) * torch.logspace(-30, 30, 256)
+    values[:6] = torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-11, 1 + 2**-11 - 2**-20, 0.0, -0.0])
+    rounded, same = torch.empty(256), torch.empty(256)
+    round_kernel[(1,)](values, rounded, N=256, PRECISION="tf32")
+    round_kernel[(1,)](values, same, N=256, PRECISION="ieee")
+    assert torch.equal(rounded, to_tf32(values)) and not torch.equal(rounded, values)
+    assert torch.equal(same, values)
+    assert rounded[:4].tolist() == [1 + 2**-10, 1 + 2**-9, -1 - 2**-10, 1.0]
+    special = torch.tensor([float("inf"), -float("inf"), float("nan"), -float("nan")]).repeat(64)
+    special[2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # what a GPU's arithmetic makes
+    round_kernel[(1,)](special, rounded, N=256, PRECISION="tf32")
+    assert torch.equal(rounded[:2], special[:2]) and rounded[2:4].isnan().all()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("operands", "precision"),
+    [(torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")],
+    ids=str,
+)
+def test_layers_are_packed_as_the_kernels_read_them(operands, precision, backward):
+    case = Case(channels=4, hidden=(20, 70, 9), outs=3, queries=5)
+    _, coord, cell, weights, biases = random_problem(case, torch.float32)
+    weights[2] = weights[2].t().contiguous().t()
+    latent_map = torch.zeros(1, 2, 2, 20)
+    decode = decode_points(latent_map, coord, cell, weights[0][:, -4:], biases[0], True)
+    imnet = triton_pack.pack(decode, weights[1:], biases, operands, precision, backward=backward)
+
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        return to_tf32(tensor) if precision == "tf32" else tensor.to(operands).float()
+
+    assert imnet.weights.shape == (2, 128, 128) and imnet.weights.dtype == operands
+    for layer in range(2):
+        weight = weights[layer + 1]
+        packed = imnet.weights[layer].float()
+        packed = packed.t() if backward and operands == torch.float32 else packed
+        assert torch.equal(packed[: weight.shape[0], : weight.shape[1]], rounded(weight))
+        assert packed.count_nonzero() == rounded(weight).count_nonzero()
+        assert torch.equal(imnet.biases[layer, : weight.shape[0]], biases[layer + 1])
+        assert imnet.biases[layer, weight.shape[0] :].count_nonzero() == 0
+    last = weights[-1].t()
+    assert torch.equal(imnet.last[:9, :3].float(), rounded(last))
+    assert torch.equal(imnet.last[:9, 8:11].float(), rounded(last - rounded(last)))
+    assert (
+        imnet.last[:, 3:8].count_nonzero() == imnet.last[:, 11:].count_nonzero() == imnet.last[9:].count_nonzero() == 0
+    )
+    assert torch.equal(imnet.last_bias, torch.cat([biases[-1], torch.zeros(5)]))
+    assert imnet.first.shape == (5, 128) and torch.equal(imnet.first[4, :20], biases[0])
+
+
+def test_launch_settings_fit_together():
+    archs = (None, 80, 86, 89, 90, 100, 103, 120, "gfx942")
+    widths = (16, 32, 64, 128, 192, 256)
+    for arch, width, dtype in itertools.product(archs, widths, (torch.bfloat16, torch.float32)):
+        for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
+            table = {
+                kernel: triton_launch.launch_settings(kernel, width, dtype, precision, arch)
+                for kernel in ("forward", "save", "backward")
+            }
+            assert all(width % settings.block == 0 for settings in table.values())
+            assert all(settings.rows % 32 == 0 and settings.block >= 16 for settings in table.values())
+            if dtype == torch.bfloat16:  # the masks' bits lie by blocks
+                assert table["save"].block == table["backward"].block
+
+
+def test_precision_follows_the_switch_and_the_device(monkeypatch):
+    assert triton_launch.product_precision(torch.float32) == "ieee"
+    monkeypatch.setattr(triton_launch, "allows_tf32", lambda: True)
+    assert triton_launch.product_precision(torch.float32) == "tf32"
+    assert triton_launch.product_precision(torch.float16) == "ieee"
+    targets = {("cuda", 90, 32): True, ("hip", "gfx942", 64): True, ("hip", "gfx90a", 64): False}
+    for target, has_tf32 in targets.items():
+        assert ("tf32" in triton_launch._precisions(triton_launch.GPUTarget(*target))) == has_tf32

@@ -71,30 +71,32 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor> run_gather_backward(const Tensor& grad_x, const Tensor& grad_area_weight,
                                                        const Tensor& coord, int64_t channels, int64_t height,
                                                        int64_t width, bool has_cell, bool feat_unfold,
-                                                       bool local_ensemble, bool deterministic) {
+                                                       bool local_ensemble, bool deterministic, bool channels_last) {
   const int32_t device = coord.get_device_index();
   const GatherProblem<T> p = gather_problem<T>(coord, channels, height, width, has_cell, feat_unfold, local_ensemble);
   check_contiguous(grad_x, "grad_x", device, {p.batch, p.queries, p.corners, p.depth()});
   const T* const grad_weights =
       checked<T>(grad_area_weight, "grad_area_weight", device, {p.batch, p.queries, p.corners});
   const DeviceGuard guard(device);
-  Tensor grad_feat = zeros<T>(coord, {p.batch, channels, height, width});
+  Tensor grad_feat = channels_last ? zeros<T>(coord, {p.batch, height, width, channels})
+                                   : zeros<T>(coord, {p.batch, channels, height, width});
   Tensor grad_coord = empty<T>(coord, {p.batch, p.queries, 2});
   Tensor grad_cell = has_cell ? empty<T>(coord, {p.batch, p.queries, 2}) : empty<T>(coord, {0});
   check_launch(launch_gather_backward(p, dtype_of(grad_x, "grad_x"), grad_x.const_data_ptr(), grad_weights,
-                                      data<T>(grad_feat), data<T>(grad_coord), has_cell ? data<T>(grad_cell) : nullptr,
-                                      deterministic, current_stream(device)));
+                                      whole_map(channels, height, width, channels_last), data<T>(grad_feat),
+                                      data<T>(grad_coord), has_cell ? data<T>(grad_cell) : nullptr, deterministic,
+                                      current_stream(device)));
   return {grad_feat, grad_coord, grad_cell};
 }
 
 std::tuple<Tensor, Tensor, Tensor> gather_backward(const Tensor& grad_x, const Tensor& grad_area_weight,
                                                    const Tensor& coord, int64_t channels, int64_t height, int64_t width,
                                                    bool has_cell, bool feat_unfold, bool local_ensemble,
-                                                   bool deterministic) {
+                                                   bool deterministic, bool channels_last) {
   STD_TORCH_CHECK(coord.is_cuda(), "coord must be a CUDA tensor");
   const auto run = coord.scalar_type() == ScalarType::Double ? run_gather_backward<double> : run_gather_backward<float>;
   return run(grad_x, grad_area_weight, coord, channels, height, width, has_cell, feat_unfold, local_ensemble,
-             deterministic);
+             deterministic, channels_last);
 }
 
 // [batch, queries, corners, outs] of a prediction, contiguous and on a GPU.
@@ -145,11 +147,13 @@ std::tuple<Tensor, Tensor> ensemble_backward(const Tensor& grad_out, const Tenso
 }  // namespace
 }  // namespace liif_fast
 
-// The other schemas are bindings.cpp's. This one is CUDA's own: only here does the order of the sums need a choice.
+// The other schemas are bindings.cpp's. This one is CUDA's own: only here do the order of the sums and the layout of
+// feat's gradient, [B, H, W, C] with channels_last, need a choice.
 STABLE_TORCH_LIBRARY_FRAGMENT(liif_fast_C, m) {
   m.def(
       "cuda_gather_backward(Tensor grad_x, Tensor grad_area_weight, Tensor coord, int channels, int height, int width, "
-      "bool has_cell, bool feat_unfold, bool local_ensemble, bool deterministic) -> (Tensor, Tensor, Tensor)");
+      "bool has_cell, bool feat_unfold, bool local_ensemble, bool deterministic, bool channels_last) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liif_fast_C, CUDA, m) {

@@ -169,7 +169,7 @@ def test_bindings_refuse_what_is_not_on_a_gpu():
             3,
             4,
             5,
-            *[False, True, True, True],
+            *[False, True, True, True, False],
         ),
         "pred must be a contiguous CUDA tensor": (ops.ensemble, pred, weights),
         "must be a contiguous CUDA tensor": (ops.ensemble_backward, pred[:, :, 0], pred, weights),

@@ -145,8 +145,9 @@ def test_indices_are_exactly_those_of_grid_sample(size, scale):
     assert torch.equal(x, ops.reference.gather(feat, coord, feat_unfold=False)[0])
 
 
+@both_orders
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_corners_that_a_rounding_moved_apart(dtype):
+def test_corners_that_a_rounding_moved_apart(dtype, deterministic):
     """On maps of tens of thousands of rows a tie can put two latents' distance between neighbouring corners."""
     height, channels = 40000, 8
     rows = torch.rand(20000, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -154,10 +155,15 @@ def test_corners_that_a_rounding_moved_apart(dtype):
     coord = torch.stack([rows, torch.zeros_like(rows)], dim=-1)[:12].unsqueeze(0)
     index = torch.arange(height).view(1, 1, height, 1)
     feat = (index * 7 % 1009).to(dtype).expand(1, channels, height, 1).contiguous(memory_format=torch.channels_last)
+    feat.requires_grad_()
     x, _ = library.gather(feat, coord, None, True, True, "cuda")
     found = [geometry_index(coord[0, :, 0], height, side) for side in (-1, 1)]
     assert (found[1] - found[0])[:3].tolist() == [2, 2, 2]
-    assert torch.equal(x, ops.reference.gather(feat, coord)[0])
+    expected = ops.reference.gather(feat, coord)[0]
+    assert torch.equal(x, expected)
+    probe = torch.arange(x.numel()).view(x.shape).remainder(17).to(dtype)  # sums without rounding
+    grads = [torch.autograd.grad(t, feat, probe)[0] for t in (x, expected)]
+    assert grads[0].count_nonzero() and torch.equal(*grads)
 
 
 def geometry_index(coord, size, side):
@@ -177,15 +183,17 @@ def test_gather_gradients(case, flags, deterministic):
 
 
 @both_orders
+@pytest.mark.parametrize("channels", [4, 5, 40, 64])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_gather_gradients_in_lower_precision(dtype, deterministic):
+def test_gather_gradients_in_lower_precision(dtype, channels, deterministic):
     """grad_x comes in feat's dtype, sums are float32, and feat's gradient is rounded once."""
-    case = Case(batch=2, channels=4, height=3, width=4, queries=400)  # a hundred summands a latent
+    case = Case(batch=2, channels=channels, height=3, width=4, queries=1600 // channels)
     leaves, ours, _ = gather_both(case, (True, True, True), dtype, requires_grad=True)
     probes = [rand_like(t, seed) for seed, t in enumerate(ours)]
     exact = [t.detach().double().requires_grad_() for t in leaves]
     with torch.no_grad():  # the same latents, which float64 might choose differently at a tie
-        assert torch.equal(ops.reference.gather(*exact)[0][..., :36], ours[0].double()[..., :36])
+        features = 9 * channels
+        assert torch.equal(ops.reference.gather(*exact)[0][..., :features], ours[0].double()[..., :features])
     grads = torch.autograd.grad(ours, leaves, probes)
     expected = torch.autograd.grad(ops.reference.gather(*exact), exact, [probe.double() for probe in probes])
     limits = [4e-3 if dtype in SIXTEEN_BITS else 1e-6, 1e-5, 1e-5]
@@ -213,10 +221,11 @@ def test_ordered_gradients_are_those_of_the_cpu_backend_to_the_bit(kernels, sche
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("channels", [5, 8])
 @pytest.mark.parametrize("deterministic", [False], indirect=True)
-def test_atomic_gradients_do_not_depend_on_the_launch_beyond_rounding(kernels, schedule, deterministic):
+def test_atomic_gradients_do_not_depend_on_the_launch_beyond_rounding(kernels, schedule, channels, deterministic):
     kernels.set_schedule(*schedule)
-    case = Case(batch=3, channels=5, queries=301)
+    case = Case(batch=3, channels=channels, queries=301)
     leaves, ours, expected = gather_both(case, (True, True, True), torch.float32, requires_grad=True)
     probes = [rand_like(t, 1) for t in ours]
     for grad, expected_grad in zip(

@@ -14,6 +14,7 @@
 #include "../geometry.h"
 #include "common.cuh"
 #include "gather_patch.cuh"
+#include "gather_patch_backward.cuh"
 
 namespace liif_fast {
 namespace {
@@ -296,10 +297,9 @@ const char* launch_gather_forward(const GatherProblem<T>& problem, Dtype dtype, 
 
 template <class T>
 const char* launch_gather_backward(const GatherProblem<T>& problem, Dtype dtype, const void* grad_x,
-                                   const T* grad_area_weight, T* grad_feat, T* grad_coord, T* grad_cell,
-                                   bool deterministic, void* stream) {
-  const int64_t plane = problem.height * problem.width;
-  const Task<T> task = make_task(problem, {problem.channels * plane, plane, problem.width, 1});
+                                   const T* grad_area_weight, const FeatStrides& strides, T* grad_feat, T* grad_coord,
+                                   T* grad_cell, bool deterministic, void* stream) {
+  const Task<T> task = make_task(problem, strides);
   if (task.rows == 0) return nullptr;
   return with_type<T>(dtype, [&](auto element) {
     using E = decltype(element);
@@ -310,15 +310,20 @@ const char* launch_gather_backward(const GatherProblem<T>& problem, Dtype dtype,
     if (deterministic)
       return launch(gather_backward_feat_ordered_kernel<T, E>, blocks_for(problem.batch * ordered_pieces(task)), stream,
                     task, grads, grad_feat);
+    if constexpr (std::is_same_v<T, float>) {
+      if (fits_patches_backward<E>(problem, strides, grad_x, grad_feat))
+        return launch(gather_backward_patch_kernel<E>, blocks_for(task.queries), stream,
+                      PatchTask{problem, strides, task.queries, task.depth}, grads, grad_feat);
+    }
     return launch(gather_backward_feat_kernel<T, E>, blocks_for(warps_for(task.rows)), stream, task, grads, grad_feat);
   });
 }
 
-#define LIIF_INSTANTIATE(T)                                                                                            \
-  template const char* launch_gather_forward(const GatherProblem<T>&, Dtype, const void*, const FeatStrides&, void*,   \
-                                             T*, void*);                                                               \
-  template const char* launch_gather_backward(const GatherProblem<T>&, Dtype, const void*, const T*, T*, T*, T*, bool, \
-                                              void*);
+#define LIIF_INSTANTIATE(T)                                                                                          \
+  template const char* launch_gather_forward(const GatherProblem<T>&, Dtype, const void*, const FeatStrides&, void*, \
+                                             T*, void*);                                                             \
+  template const char* launch_gather_backward(const GatherProblem<T>&, Dtype, const void*, const T*,                 \
+                                              const FeatStrides&, T*, T*, T*, bool, void*);
 LIIF_INSTANTIATE(double)
 LIIF_INSTANTIATE(float)
 #undef LIIF_INSTANTIATE

@@ -62,6 +62,13 @@ __device__ __forceinline__ Corners find_corners(const PatchTask& task, int64_t q
   return found;
 }
 
+// Whether the four corners share a patch. Neighbours along an axis are the same latent or the next one, but for a
+// rounding at a tie.
+__device__ __forceinline__ bool neighbours_are_together(const Corners& found) {
+  return static_cast<unsigned>(found.row[1] - found.row[0]) <= 1 &&
+         static_cast<unsigned>(found.col[1] - found.col[0]) <= 1;
+}
+
 // A step's feature in shared memory, from the corner's own place in the patch.
 template <class E>
 __device__ __forceinline__ uint32_t feature_offset(int feature) {
@@ -138,9 +145,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int64_t query = grid_warp(); query < task.queries; query += grid_warps()) {
     const Corners found = find_corners(task, query, lane);
     const int64_t batch = query / p.queries;
-    // Neighbours along an axis are the same latent or the next one, but for a rounding at a tie: then corner by corner.
-    const bool together = static_cast<unsigned>(found.row[1] - found.row[0]) <= 1 &&
-                          static_cast<unsigned>(found.col[1] - found.col[0]) <= 1;
+    const bool together = neighbours_are_together(found);  // otherwise corner by corner
     for (int64_t channel = 0; channel < p.channels; channel += kStepChannels) {
       const int64_t left = p.channels - channel;
       const int words = static_cast<int>(left < kStepChannels ? left : kStepChannels) * kNine / kPerWord;

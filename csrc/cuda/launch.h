@@ -20,17 +20,25 @@ struct FeatStrides {
   int64_t batch, channel, row, col;
 };
 
+// Of a whole map in memory of its own, its channels first or last.
+inline FeatStrides whole_map(int64_t channels, int64_t height, int64_t width, bool channels_last) {
+  const int64_t plane = height * width, all = channels * plane;
+  if (channels_last) return {all, 1, width * channels, channels};
+  return {all, plane, width, 1};
+}
+
 // x: [batch, queries, corners, depth] of `dtype`; area_weight: [batch, queries, corners].
 template <class T>
 const char* launch_gather_forward(const GatherProblem<T>& problem, Dtype dtype, const void* feat,
                                   const FeatStrides& strides, void* x, T* area_weight, void* stream);
 
-// grad_x: of `dtype`, in x's shape; grad_feat: [batch, channels, height, width], zeroed; grad_cell may be null without
-// cell. The order in which a latent's gradients are added is fixed with `deterministic`, otherwise the hardware's.
+// grad_x: of `dtype`, in x's shape; grad_feat: zeroed, its elements at `strides`, fastest where its channels are
+// consecutive; grad_cell may be null without cell. The order in which a latent's gradients are added is fixed with
+// `deterministic`, otherwise the hardware's.
 template <class T>
 const char* launch_gather_backward(const GatherProblem<T>& problem, Dtype dtype, const void* grad_x,
-                                   const T* grad_area_weight, T* grad_feat, T* grad_coord, T* grad_cell,
-                                   bool deterministic, void* stream);
+                                   const T* grad_area_weight, const FeatStrides& strides, T* grad_feat, T* grad_coord,
+                                   T* grad_cell, bool deterministic, void* stream);
 
 // pred: [rows, corners, outs] of `dtype`; area_weight: [rows, corners]; out: [rows, outs].
 template <class T>

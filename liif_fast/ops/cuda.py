@@ -47,19 +47,25 @@ def gather_backward(
     feat_unfold: bool,
     local_ensemble: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    height, width = feat.shape[2:]
+    channels, height, width = feat.shape[1:]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    # The fast kernel adds four channels at a time to a channels-last gradient.
+    channels_last = feat_unfold and local_ensemble and channels % 4 == 0 and not deterministic
     grad_feat, grad_coord, grad_cell = _C.cuda_gather_backward(
         grad_x.to(feat.dtype).contiguous(),
         grad_area_weight.contiguous(),
         coord.contiguous(),
-        feat.shape[1],
+        channels,
         height,
         width,
         cell is not None,
         feat_unfold,
         local_ensemble,
-        torch.are_deterministic_algorithms_enabled(),
+        deterministic,
+        channels_last,
     )
+    if channels_last:
+        grad_feat = grad_feat.permute(0, 3, 1, 2).contiguous()
     return grad_feat, grad_coord, grad_cell
 
 

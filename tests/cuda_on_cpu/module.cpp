@@ -39,12 +39,14 @@ py::tuple gather_forward(const std::string& dtype, const py::array& feat, const 
 template <class T>
 py::tuple gather_backward(const std::string& dtype, const py::array& grad_x, const py::array& grad_area_weight,
                           const py::array& coord, int64_t channels, int64_t height, int64_t width, bool has_cell,
-                          bool feat_unfold, bool local_ensemble, bool deterministic) {
+                          bool feat_unfold, bool local_ensemble, bool deterministic, bool channels_last) {
   const GatherProblem<T> p = make_problem<T>(coord, channels, height, width, has_cell, feat_unfold, local_ensemble);
-  py::array grad_feat = make(coord.dtype(), {p.batch, channels, height, width}, 0);
+  const Shape first{p.batch, channels, height, width}, last{p.batch, height, width, channels};
+  py::array grad_feat = make(coord.dtype(), channels_last ? last : first, 0);
   py::array grad_coord = make(coord.dtype(), {p.batch, p.queries, 2}, kNaN);
   py::array grad_cell = make(coord.dtype(), has_cell ? Shape{p.batch, p.queries, 2} : Shape{0}, kNaN);
-  check(launch_gather_backward(p, parse(dtype), grad_x.data(), read<T>(grad_area_weight), write<T>(grad_feat),
+  check(launch_gather_backward(p, parse(dtype), grad_x.data(), read<T>(grad_area_weight),
+                               whole_map(channels, height, width, channels_last), write<T>(grad_feat),
                                write<T>(grad_coord), has_cell ? write<T>(grad_cell) : nullptr, deterministic, nullptr));
   return py::make_tuple(grad_feat, grad_coord, grad_cell);
 }
@@ -80,10 +82,10 @@ void bind_gather(py::module_& m) {
   });
   m.def("gather_backward", [=](const std::string& dtype, const py::array& grad_x, const py::array& grad_area_weight,
                                const py::array& coord, int64_t channels, int64_t height, int64_t width, bool has_cell,
-                               bool feat_unfold, bool local_ensemble, bool deterministic) {
+                               bool feat_unfold, bool local_ensemble, bool deterministic, bool channels_last) {
     const auto run = geometry(dtype) ? gather_backward<double> : gather_backward<float>;
     return run(dtype, grad_x, grad_area_weight, coord, channels, height, width, has_cell, feat_unfold, local_ensemble,
-               deterministic);
+               deterministic, channels_last);
   });
   m.def("ensemble_forward", [=](const std::string& dtype, const py::array& pred, const py::array& area_weight) {
     return geometry(dtype) ? ensemble_forward<double>(dtype, pred, area_weight)

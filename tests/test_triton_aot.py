@@ -91,8 +91,7 @@ def test_the_decode_uses_hoppers_tensor_cores_and_its_loop_fits_the_registers():
     on_tensor_cores = [kernel for name, kernel in chains(90) if not name.endswith("ieee")]
     assert len(on_tensor_cores) >= 7
     assert all(kernel["hgmma"] > 0 for kernel in on_tensor_cores)
-    # The forward that keeps activations spills eight registers of a thread; nothing else spills at all.
-    assert all(kernel["stack"] <= (32 if kernel["variant"] == "save" else 0) for kernel in on_tensor_cores)
+    assert all(kernel["stack"] == 0 for kernel in on_tensor_cores)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -101,7 +100,7 @@ def test_float32_multiplies_in_the_precision_it_is_told(arch):
     ieee = [kernel for name, kernel in chains(arch) if name.endswith("ieee")]
     others = [kernel for name, kernel in chains(arch) if not name.endswith(("tf32", "ieee"))]
     assert len(tf32) == 3 and all(kernel["tensor"] == kernel["tf32"] > 0 for kernel in tf32)
-    assert len(ieee) == 3 and all(kernel["tensor"] == 0 and kernel["fma"] > 0 for kernel in ieee)
+    assert len(ieee) == (3 if arch == 86 else 1) and all(kernel["tensor"] == 0 and kernel["fma"] > 0 for kernel in ieee)
     assert len(others) >= 3 and all(kernel["tensor"] > 0 and kernel["tf32"] == 0 for kernel in others)
 
 

@@ -117,36 +117,45 @@ def advance(blocks, made, block, slot, NB: tl.constexpr):
 def store_mask(masks, before, row, slot, valid, carried, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """Keeps which columns of a block are positive, behind `before` rows of other layers.
 
-    Of 16-bit activations in bits, [rows, NB, 8] words: bit j of word i is column 8j + i. Of wider ones, for which that
-    saves little, in bytes, [rows, P]. carried: activations after ReLU, as they travel; as integers those are positive
-    where the activations are, or NaN.
+    Of 16-bit activations in bits, [rows, P / 64, 8] bytes: bit j of byte i is column 8j + i of 64. Of wider ones, for
+    which that saves little, in bytes, [rows, P]. carried: activations after ReLU, as they travel; as integers those are
+    positive where the activations are, or NaN.
     """
+    P: tl.constexpr = NB * BLOCK
     if carried.dtype == tl.int16:
-        bit = tl.arange(0, BLOCK // 8)
-        positive = tl.reshape(carried > 0, [ROWS, BLOCK // 8, 8])
-        bits = tl.where(positive, (1 << bit)[None, :, None], 0)
-        word = (row * (NB * 8))[:, None] + tl.arange(0, 8)[None, :]
-        place = masks + (before * NB + slot) * 8
-        tl.store(place + word, tl.sum(bits, axis=1).to(tl.int16), mask=valid[:, None])
+        PARTS: tl.constexpr = (BLOCK + 63) // 64
+        BITS: tl.constexpr = BLOCK // PARTS // 8
+        stride: tl.constexpr = NB * PARTS * 8
+        bit = tl.arange(0, BITS)
+        positive = tl.reshape(carried > 0, [ROWS, PARTS, BITS, 8])
+        bits = tl.sum(tl.where(positive, (1 << bit)[None, None, :, None], 0), axis=2)
+        place = masks + (before * stride + slot * (PARTS * 8))
+        byte = (row * stride)[:, None] + tl.arange(0, PARTS * 8)[None, :]
+        tl.store(place + byte, tl.reshape(bits, [ROWS, PARTS * 8]).to(tl.uint8), mask=valid[:, None])
     else:
-        place = masks + (before * (NB * BLOCK) + slot * BLOCK)
-        byte = (row * (NB * BLOCK))[:, None] + tl.arange(0, BLOCK)[None, :]
+        place = masks + (before * P + slot * BLOCK)
+        byte = (row * P)[:, None] + tl.arange(0, BLOCK)[None, :]
         positive = carried.to(tl.int32, bitcast=True) > 0
-        tl.store(place + byte, positive.to(tl.int8), mask=valid[:, None])
+        tl.store(place + byte, positive.to(tl.uint8), mask=valid[:, None])
 
 
 @triton.jit
-def load_mask(masks, before, row, slot, valid, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def load_mask(
+    masks, before, row, slot, valid, OP: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
     """What store_mask kept, [ROWS, BLOCK]."""
-    if masks.dtype.element_ty == tl.int16:
-        word = (row * (NB * 8))[:, None] + tl.arange(0, 8)[None, :]
-        place = masks + (before * NB + slot) * 8
-        words = tl.load(place + word, mask=valid[:, None], other=0).to(tl.int32)
-        bit = tl.arange(0, BLOCK // 8)
-        return tl.reshape((words[:, None, :] & (1 << bit)[None, :, None]) != 0, [ROWS, BLOCK])
+    P: tl.constexpr = NB * BLOCK
+    if OP != tl.float32:
+        PARTS: tl.constexpr = (BLOCK + 63) // 64
+        stride: tl.constexpr = NB * PARTS * 8
+        bit = tl.arange(0, BLOCK // PARTS // 8)
+        place = masks + (before * stride + slot * (PARTS * 8))
+        byte = (row * stride)[:, None] + tl.arange(0, PARTS * 8)[None, :]
+        bits = tl.reshape(tl.load(place + byte, mask=valid[:, None], other=0), [ROWS, PARTS, 1, 8]).to(tl.int32)
+        return tl.reshape((bits & (1 << bit)[None, None, :, None]) != 0, [ROWS, BLOCK])
     else:
-        place = masks + (before * (NB * BLOCK) + slot * BLOCK)
-        byte = (row * (NB * BLOCK))[:, None] + tl.arange(0, BLOCK)[None, :]
+        place = masks + (before * P + slot * BLOCK)
+        byte = (row * P)[:, None] + tl.arange(0, BLOCK)[None, :]
         return tl.load(place + byte, mask=valid[:, None], other=0) != 0
 
 
@@ -199,7 +208,7 @@ def chain_forward_kernel(
     block_of_row = row[:, None] * P + inner[None, :]
     if SAVE:
         acts += first_row * P
-        masks += first_row * (P if OP == tl.float32 else NB * 8)
+        masks += first_row * (P if OP == tl.float32 else (P + 63) // 64 * 8)
     blocks = ()
     for k in tl.static_range(NB):
         value = relu(first_layer(latent_map, latent, rel, first, k * BLOCK + inner, WIDTH, P, TERMS, T))
@@ -263,7 +272,7 @@ def backward_block(
     P: tl.constexpr = NB * BLOCK
     column = slot * BLOCK + tl.arange(0, BLOCK)
     before = layer * number
-    keep = load_mask(masks, before, row, slot, valid, NB, BLOCK, ROWS)
+    keep = load_mask(masks, before, row, slot, valid, OP, NB, BLOCK, ROWS)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     if OP == tl.float32:  # weights (in, out): offsets of the forward's kind
         place = weights + (layer * (P * P) + slot * (BLOCK * P))
@@ -317,13 +326,13 @@ def chain_backward_kernel(
     sums = partial + tile * layers * P
     block_of_row = row[:, None] * P + inner[None, :]
     grads += first_row * P
-    masks += first_row * (P if OP == tl.float32 else NB * 8)
+    masks += first_row * (P if OP == tl.float32 else (P + 63) // 64 * 8)
     blocks = ()
     for k in tl.static_range(NB):
         column = k * BLOCK + inner
         value = tl.dot(grad, tl.load(last + column[None, :] * (2 * OUTS) + pair[:, None]), input_precision=PRECISION)
         before = layers * number  # rows of the layers before
-        value = tl.where(load_mask(masks, before, row, k, valid, NB, BLOCK, ROWS), value, 0.0)
+        value = tl.where(load_mask(masks, before, row, k, valid, OP, NB, BLOCK, ROWS), value, 0.0)
         tl.store(sums + (layers - 1) * P + column, tl.sum(value, axis=0), mask=((column >= 0) & (layers > 0)) != 0)
         value = as_operand(value, OP, PRECISION)
         tl.store(grads + (before * P + k * BLOCK) + block_of_row, value, mask=valid[:, None])

@@ -83,7 +83,7 @@ def launch_settings(kernel: str, width: int, operands: torch.dtype, precision: s
     Args:
         kernel: forward | save (the forward that keeps activations) | backward.
         width: padded_width of the widest hidden layer.
-        operands: of products. With 16 bits, save and backward agree on the block, for the masks' sake.
+        operands: of products.
         precision: of products of float32, from `product_precision`.
         arch: what Triton calls the device: 80, 90, ... on NVIDIA, a name elsewhere, None for the interpreter.
     """
@@ -95,11 +95,12 @@ def launch_settings(kernel: str, width: int, operands: torch.dtype, precision: s
     roomy = arch // 10 in (9, 10) or arch == 80  # 227 or 163 KB of shared memory instead of 99
     if operands.itemsize > 2:
         return _float32_settings(kernel, width, precision, arch, roomy)
-    if roomy:
-        return Settings(128, whole, 8, 3)
-    if kernel == "forward":
-        return Settings(128, min(width, 64), 8, 3)
-    return Settings(128, whole, 8, 2)
+    narrow = min(width, 64)
+    if kernel == "save":  # needs registers for places too
+        return Settings(128, narrow, 8, 3 if roomy else 2)
+    if kernel == "backward":
+        return Settings(64, whole, 8, 2) if arch // 10 == 10 else Settings(128, whole, 8, 3 if roomy else 2)
+    return Settings(128, whole if roomy else narrow, 8, 3)
 
 
 def _float32_settings(kernel: str, width: int, precision: str, arch: int, roomy: bool) -> Settings:

@@ -43,7 +43,7 @@ class Kept(NamedTuple):
     """What the forward keeps of a fused decode; P = padded_width of the widest hidden layer, L = hidden products."""
 
     acts: Tensor  # [L, rows, P], the hidden layers' inputs, in the operands' dtype
-    masks: Tensor  # which activations are positive: [L + 1, rows, P] bytes of float32, [L + 1, rows, P // 8] words
+    masks: Tensor  # which activations are positive: [L + 1, rows, P] bytes; of 16 bits, bits instead
     blended: Tensor  # [queries, P], float32
     preds: Tensor  # [rows, 8], float32; empty without gradients of coordinates
 
@@ -55,10 +55,10 @@ def _kept_shapes(
     if not is_fused(widths, operands):
         return kept_shapes(rows, widths, operands)
     width, layers = padded_width(max(widths[:-1])), len(widths) - 2
-    masks = (width, torch.int8) if operands == torch.float32 else (max(width // 64, 1) * 8, torch.int16)
+    masks = width if operands == torch.float32 else (width + 63) // 64 * 8
     return [
         ((layers, rows, width), operands),
-        ((layers + 1, rows, masks[0]), masks[1]),
+        ((layers + 1, rows, masks), torch.uint8),
         ((queries, width), torch.float32),
         ((rows if coord_grad else 0, OUTS.value), torch.float32),
     ]

@@ -7,7 +7,7 @@ import torch
 from helpers import FLAGS, SHAPES, Case, as_float64, norm_error, psnr, random_problem, range_error
 
 from liif_fast import ops
-from liif_fast.ops import library, triton_layers, triton_query
+from liif_fast.ops import library, triton_launch, triton_layers, triton_query
 
 NARROW = [torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -107,6 +107,17 @@ def test_float32_widths_of_several_blocks(hidden, tf32):
     check_tf32(case)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     check_exact(case, torch.float32)
+
+
+def test_forward_and_backward_may_cut_a_layer_differently(monkeypatch):
+    blocks = {"forward": 32, "save": 64, "backward": 128}
+    settings = lambda kernel, *_: triton_launch.Settings(64, blocks[kernel], 4, 2)  # noqa: E731
+    monkeypatch.setattr(triton_query, "launch_settings", settings)
+    case = Case(hidden=(120, 100), queries=16)
+    check_narrow(case, torch.float16)
+    check_exact(case, torch.float32)
+    blocks["save"], blocks["backward"] = 128, 64
+    check_narrow(case, torch.float16)
 
 
 def test_the_switch_for_tf32_may_move_between_forward_and_backward(tf32):

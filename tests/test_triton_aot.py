@@ -79,19 +79,21 @@ def test_kernels_stay_within_their_budgets(arch):
         if at == arch and kernel[resource] > BUDGET[name][resource]
     }
     assert not over
-    assert all(kernel["shared"] <= SHARED_LIMIT[arch] for at, _, kernel in kernels() if at == arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_fit_the_shared_memory(arch):
+    needed = {name: kernel["shared"] for at, name, kernel in kernels() if at == arch}
+    assert needed and max(needed.values()) <= SHARED_LIMIT[arch]
 
 
 def chains(arch: int) -> list[tuple[str, dict]]:
     return [(name, kernel) for at, name, kernel in kernels() if at == arch and kernel["kernel"].startswith("chain_")]
 
 
-@budgeted
-def test_the_decode_uses_hoppers_tensor_cores_and_its_loop_fits_the_registers():
-    on_tensor_cores = [kernel for name, kernel in chains(90) if not name.endswith("ieee")]
-    assert len(on_tensor_cores) >= 7
-    assert all(kernel["hgmma"] > 0 for kernel in on_tensor_cores)
-    assert all(kernel["stack"] == 0 for kernel in on_tensor_cores)
+def test_the_decode_uses_hoppers_tensor_cores():
+    hgmma = [kernel["hgmma"] for name, kernel in chains(90) if not name.endswith("ieee")]
+    assert len(hgmma) >= 8 and min(hgmma) > 0
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -106,10 +108,11 @@ def test_float32_multiplies_in_the_precision_it_is_told(arch):
 
 @budgeted
 @pytest.mark.parametrize("arch", ARCHS)
-def test_the_decode_without_gradients_spills_nothing(arch):
-    variants = ("grid", "grid-tf32", "grid-ieee")
-    inference = [kernel for name, kernel in chains(arch) if name in {f"chain_forward_kernel/{v}" for v in variants}]
-    assert len(inference) == len(variants) and all(kernel["stack"] == 0 for kernel in inference)
+def test_the_decode_spills_nothing(arch):
+    """But for a few registers of the backward in float32 without tensor cores."""
+    stack = {name: kernel["stack"] for name, kernel in chains(arch) if name != "chain_backward_kernel/ieee"}
+    assert {f"chain_forward_kernel/{variant}" for variant in ("grid", "grid-tf32", "grid-ieee", "save")} <= set(stack)
+    assert not any(stack.values())
 
 
 def test_geometry_does_not_contract_to_fused_multiply_adds():

@@ -51,7 +51,7 @@ def pack_kernel(
             else:
                 tl.store(weights + layer * (P * P) + output[:, None] * P + column[None, :], value)
             bias = tl.load(layer_biases[layer + 1] + output, mask=exists, other=0.0).to(tl.float32)
-            tl.store(biases + layer * P + output, bias, mask=(output >= 0) & (tile % tiles == 0))
+            tl.store(biases + layer * P + output, bias, mask=((output >= 0) & (tile % tiles == 0)) != 0)
     if part == HIDDEN:
         number = tl.arange(0, OUTS)
         exists = number < WIDTHS[HIDDEN + 1]

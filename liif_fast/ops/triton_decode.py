@@ -122,10 +122,11 @@ def _first_table(weight_geometry: Tensor, bias: Tensor, cell: Sequence[float] | 
     """[terms + 1, padded K]; a cell that all queries share goes into the bias."""
     weight, bias = weight_geometry.to(dtype), bias.to(dtype)
     if cell is not None and weight.shape[1] == 4:
-        bias = bias + weight[:, 2] * cell[0] + weight[:, 3] * cell[1]
+        bias = torch.add(torch.add(bias, weight[:, 2], alpha=cell[0]), weight[:, 3], alpha=cell[1])
         weight = weight[:, :2]
     table = torch.cat([weight.t(), bias.unsqueeze(0)])
-    return F.pad(table, (0, padded_width(table.shape[1]) - table.shape[1]))
+    missing = padded_width(table.shape[1]) - table.shape[1]
+    return F.pad(table, (0, missing)) if missing else table
 
 
 def decode_points(

@@ -107,7 +107,8 @@ def _float32_settings(kernel: str, width: int, precision: str, arch: int, roomy:
     """Activations take twice the room: half of them are in shared memory, where one product finds them whole."""
     narrow = min(width, 32)
     if precision == "ieee":
-        return Settings(128 if roomy and kernel == "forward" else 64, narrow, 8, 2)
+        rows = {"forward": 128 if roomy else 64, "save": 64, "backward": 32}
+        return Settings(rows[kernel], narrow, 8, 2)
     if arch // 10 == 9:
         return Settings(128, narrow, 8, 2)
     if arch // 10 == 10:

@@ -69,13 +69,18 @@ def query(
     latents = latent_map(feat, weights[0])
     coord, cell = coord.reshape(-1, 2), cell.reshape(-1, 2)
     entry = (torch.arange(batch, device=feat.device) * (height * width)).repeat_interleave(coord.shape[0] // batch)
-    step = tile or coord.shape[0]
     geometry = weights[0][:, 9 * channels :].t()
-    parts = [
-        decode(latents, coord[part], cell[part], entry[part], (height, width), geometry, weights[1:], biases)
-        for part in (slice(at, at + step) for at in range(0, coord.shape[0], step))
-    ]
-    return torch.cat(parts).view(batch, -1, parts[0].shape[-1])
+
+    def decode_part(part: slice) -> Tensor:
+        return decode(latents, coord[part], cell[part], entry[part], (height, width), geometry, weights[1:], biases)
+
+    if tile is None:
+        return decode_part(slice(None)).view(batch, -1, weights[-1].shape[0])
+    # Into one tensor: results of tiles kept beside each other would break up the heap, which then grows with each tile.
+    out = latents.new_empty(coord.shape[0], weights[-1].shape[0])
+    for at in range(0, coord.shape[0], tile):
+        out[at : at + tile] = decode_part(slice(at, at + tile))
+    return out.view(batch, -1, out.shape[1])
 
 
 def _neighbours(coord: Tensor, size: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench import folded
-from bench.method import SHORT, Job, Method, Prepared, compiled, is_16_bit, multiply_in, refusal
+from bench.method import SHORT, Job, Method, Prepared, compiled, is_16_bit, multiply_in, product_dtypes, refusal
 from liif_fast import ops
 from liif_fast.benchmark import original, timing
 from liif_fast.benchmark.yardsticks import DTYPES, precision
@@ -105,7 +105,7 @@ def render(job: Job, backend: str, dtype: str) -> Prepared:
 
 def baselines(device: str) -> list[Method]:
     """Original and folded; the original in float32 and chunks of 30,000 comes first."""
-    dtypes = ["float32", *(["tf32"] if device == "cuda" else []), "bfloat16", "float16"]
+    dtypes = product_dtypes(device)
     compiled_in = ["float32"] if device == "cpu" else ["tf32", "bfloat16"]
     found = []
     for dtype in dtypes:

@@ -62,6 +62,11 @@ def is_16_bit(dtype: str) -> bool:
     return dtype in ("bfloat16", "float16")
 
 
+def product_dtypes(device: str) -> list[str]:
+    """What matrix products may be done in on a device type; float32 comes first."""
+    return ["float32", *(["tf32"] if device == "cuda" else []), "bfloat16", "float16"]
+
+
 def refusal(dtype: str, device: str) -> str:
     """Why PyTorch's own products are not timed in `dtype`; '' where they are."""
     if device == "cpu" and dtype == "float16" and not machine.multiplies_float16():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import decoding, models, pieces, training
-from bench.method import SHORT, Job, Method, is_16_bit, refusal
+from bench.method import SHORT, Job, Method, is_16_bit, product_dtypes, refusal
 from bench.workloads import Workload
 from liif_fast.benchmark.problem import Problem, layer_widths
 from liif_fast.benchmark.timing import Clock
@@ -27,9 +27,7 @@ def with_backends(
     op: str, device: str, prepare: Callable[..., Any], *, folded: bool, products: bool = True, label: str = ""
 ) -> list[Method]:
     """A method for every backend and dtype; `products`: the op multiplies matrices, so that tf32 is a choice."""
-    dtypes = ["float32", "bfloat16", "float16"]
-    if device == "cuda" and products:
-        dtypes.insert(1, "tf32")
+    dtypes = product_dtypes(device) if products else ["float32", "bfloat16", "float16"]
     widths = tuple(layer_widths()[1:]) if op in ("query", "render") else ()
     found = []
     for backend, can_run in backends.BACKENDS.items():

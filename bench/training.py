@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import folded
-from bench.method import SHORT, Job, Method, Prepared, compiled, is_16_bit, multiply_in, refusal
+from bench.method import SHORT, Job, Method, Prepared, compiled, is_16_bit, multiply_in, product_dtypes, refusal
 from liif_fast import ops
 from liif_fast.benchmark import original
 from liif_fast.benchmark.yardsticks import precision
@@ -113,7 +113,7 @@ def query(job: Job, backend: str, dtype: str) -> Prepared:
 
 def baselines(device: str) -> list[Method]:
     """Original and folded; the original in float32 comes first."""
-    dtypes = ["float32", *(["tf32"] if device == "cuda" else []), "bfloat16", "float16"]
+    dtypes = product_dtypes(device)
     compiled_in = ["float32"] if device == "cpu" else ["bfloat16"]
     found = []
     for dtype in dtypes:

@@ -2,9 +2,11 @@
 
     python -m bench.tune_triton [--dtype bfloat16 | float16 | float32 | tf32] [--width 256]
 
-Times every setting that compiles and fits, for inference (1024x1024 from 256x256) and a training step (16 maps of
-48x48, 2304 queries each), interleaved, and prints them from fastest to slowest; what `launch_settings` would take is
-marked. Copy a winner into liif_fast/ops/triton_launch.py by hand: the table is the only place that decides.
+Times every setting that compiles and fits, kernel by kernel: the forward in inference (1024x1024 from 256x256), the
+forward that keeps activations and the backward in a training step (16 maps of 48x48, 2304 queries each), where the
+other kernels keep the table's settings. Settings take turns; they are printed from fastest to slowest, and what
+`launch_settings` says is marked. Copy a winner into liif_fast/ops/triton_launch.py by hand: the table is the only
+place that decides.
 """
 
 from __future__ import annotations
@@ -15,10 +17,19 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from triton.backends.compiler import GPUTarget
 
 from liif_fast import ops
 from liif_fast.ops import triton_query
-from liif_fast.ops.triton_launch import Settings, current_arch, launch_settings, padded_width, product_precision
+from liif_fast.ops.triton_launch import (
+    Kernel,
+    Problem,
+    Settings,
+    current_device,
+    launch_settings,
+    product_precision,
+    tile_width,
+)
 
 REPETITIONS = 20
 NARROW = (64, 128), (64, 128), (4, 8), (2, 3, 4)  # rows, blocks, warps, stages for operands of 16 bits
@@ -26,9 +37,13 @@ WIDE = (32, 64, 128), (32, 64), (4, 8), (1, 2, 3)  # for operands of 32
 
 
 def candidates(width: int, dtype: torch.dtype) -> list[Settings]:
-    """Every combination whose blocks fill the padded width."""
-    combinations = itertools.product(*(WIDE if dtype == torch.float32 else NARROW))
-    return [Settings(*parts) for parts in combinations if padded_width(width) % parts[1] == 0]
+    """Every combination whose blocks fill the tile; of a tile narrower than a block, as one."""
+    columns = tile_width(width)
+    found = {}
+    for rows, block, warps, stages in itertools.product(*(WIDE if dtype == torch.float32 else NARROW)):
+        if columns % min(block, columns) == 0:
+            found[Settings(rows, min(block, columns), warps, stages)] = None
+    return list(found)
 
 
 def make_problem(dtype: torch.dtype, width: int, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -80,27 +95,41 @@ def milliseconds(run: Callable[[], object]) -> float:
     return begin.elapsed_time(end)
 
 
-def search(name: str, run: Callable[[], object], settings: list[Settings], default: Settings) -> None:
-    """Times every setting that runs, in turns, and prints the medians."""
+def search(
+    problem: Problem,
+    run: Callable[[], object],
+    settings: list[Settings],
+    clock: Callable[[Callable[[], object]], float] = milliseconds,
+) -> dict[Settings, float]:
+    """Times `run` with every setting of the problem's kernel, in turns.
+
+    Returns:
+        What the clock said, the median of each setting that runs, the fastest first. Those that do not run are printed
+        with their reason.
+    """
     times: dict[Settings, list[float]] = {}
-    original = triton_query.launch_settings
+
+    def choose(wanted: Problem, device: GPUTarget | None) -> Settings:
+        return setting if wanted.kernel == problem.kernel else launch_settings(wanted, device)
+
+    triton_query.launch_settings = choose
     try:
         for repetition in range(REPETITIONS + 1):
             for setting in settings if repetition == 0 else list(times):
-                triton_query.launch_settings = lambda *_, chosen=setting: chosen
                 try:
-                    elapsed = milliseconds(run)
+                    elapsed = clock(run)
                 except Exception as error:  # too much shared memory, or a tile that Triton cannot lay out
-                    print(f"{name}: {tuple(setting)} does not run: {str(error).splitlines()[0][:100]}")
+                    times.pop(setting, None)
+                    reason = next(iter(str(error).splitlines()), type(error).__name__)
+                    print(f"{problem.kernel}: {tuple(setting)} does not run: {reason[:100]}")
                     continue
                 times.setdefault(setting, [])
                 if repetition:  # the first call compiles
                     times[setting].append(elapsed)
     finally:
-        triton_query.launch_settings = original
-    for setting, taken in sorted(times.items(), key=lambda item: statistics.median(item[1])):
-        mark = "  <- the table's" if setting == default else ""
-        print(f"{name}: {statistics.median(taken):8.3f} ms  rows, block, warps, stages = {tuple(setting)}{mark}")
+        triton_query.launch_settings = launch_settings
+    medians = {setting: statistics.median(taken) for setting, taken in times.items()}
+    return dict(sorted(medians.items(), key=lambda item: item[1]))
 
 
 def main() -> None:
@@ -115,10 +144,14 @@ def main() -> None:
     device = torch.accelerator.current_accelerator()
     dtype = torch.float32 if arguments.dtype == "tf32" else getattr(torch, arguments.dtype)
     settings = candidates(arguments.width, dtype)
-    width, precision, arch = padded_width(arguments.width), product_precision(dtype), current_arch()
-    for name, make, kernel in (("inference", inference, "forward"), ("training", training, "save")):
-        default = launch_settings(kernel, width, dtype, precision, arch)
-        search(name, make(dtype, arguments.width, device), settings, default)
+    width, precision = tile_width(arguments.width), product_precision(dtype)
+    kernels: tuple[Kernel, ...] = ("forward", "save", "backward")
+    for kernel in kernels:
+        problem = Problem(kernel, width, dtype, precision)
+        run = (inference if kernel == "forward" else training)(dtype, arguments.width, device)
+        for setting, taken in search(problem, run, settings).items():
+            mark = "  <- the table's" if setting == launch_settings(problem, current_device()) else ""
+            print(f"{kernel}: {taken:8.3f} ms  rows, block, warps, stages = {tuple(setting)}{mark}")
 
 
 if __name__ == "__main__":

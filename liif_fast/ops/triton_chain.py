@@ -24,6 +24,13 @@ from .triton_rows import as_operand, find_queries, find_rows, first_layer, joine
 OUTS = tl.constexpr(8)  # at most; a last layer's product has twice as many columns
 
 
+@triton.constexpr_function
+def mask_bytes(width, wide):
+    """Bytes that say which of a row's `width` activations are positive: bits of 16-bit ones, in eights for 64 columns;
+    bytes of wider ones, for which bits would save little."""
+    return width if wide else (width + 63) // 64 * 8
+
+
 @triton.jit
 def pack_kernel(
     layers, layer_biases, weights, biases, last, last_bias,
@@ -114,56 +121,64 @@ def advance(blocks, made, block, slot, NB: tl.constexpr):
 
 
 @triton.jit
-def store_mask(masks, before, row, slot, valid, carried, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Keeps which columns of a block are positive, behind `before` rows of other layers.
-
-    Of 16-bit activations in bits, [rows, P / 64, 8] bytes: bit j of byte i is column 8j + i of 64. Of wider ones, for
-    which that saves little, in bytes, [rows, P]. carried: activations after ReLU, as they travel; as integers those are
-    positive where the activations are, or NaN.
-    """
-    P: tl.constexpr = NB * BLOCK
-    if carried.dtype == tl.int16:
-        PARTS: tl.constexpr = (BLOCK + 63) // 64
-        BITS: tl.constexpr = BLOCK // PARTS // 8
-        stride: tl.constexpr = NB * PARTS * 8
-        bit = tl.arange(0, BITS)
-        positive = tl.reshape(carried > 0, [ROWS, PARTS, BITS, 8])
-        bits = tl.sum(tl.where(positive, (1 << bit)[None, None, :, None], 0), axis=2)
-        place = masks + (before * stride + slot * (PARTS * 8))
-        byte = (row * stride)[:, None] + tl.arange(0, PARTS * 8)[None, :]
-        tl.store(place + byte, tl.reshape(bits, [ROWS, PARTS * 8]).to(tl.uint8), mask=valid[:, None])
+def kept_columns(valid, slot, KEPT: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr):
+    """Which of a block's values memory has a place for: rows that exist, columns before KEPT."""
+    if KEPT == NB * BLOCK:
+        return valid[:, None]
     else:
-        place = masks + (before * P + slot * BLOCK)
-        byte = (row * P)[:, None] + tl.arange(0, BLOCK)[None, :]
+        return valid[:, None] & (slot * BLOCK + tl.arange(0, BLOCK) < KEPT)[None, :]
+
+
+@triton.jit
+def store_mask(
+    masks, before, row, slot, valid, carried,
+    KEPT: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Keeps which columns of a block are positive, behind `before` rows of other layers, in mask_bytes a row.
+
+    Where those are bits, bit j of byte i is column 8j + i of 64. carried: activations after ReLU, as they travel; as
+    integers those are positive where the activations are, or NaN.
+    """
+    WIDE: tl.constexpr = carried.dtype != tl.int16
+    stride: tl.constexpr = mask_bytes(KEPT, WIDE)
+    size: tl.constexpr = mask_bytes(BLOCK, WIDE)
+    place = masks + (before * stride + slot * size) + (row * stride)[:, None] + tl.arange(0, size)[None, :]
+    if WIDE:
         positive = carried.to(tl.int32, bitcast=True) > 0
-        tl.store(place + byte, positive.to(tl.uint8), mask=valid[:, None])
+        tl.store(place, positive.to(tl.uint8), mask=kept_columns(valid, slot, KEPT, NB, BLOCK))
+    else:
+        tl.static_assert(NB == 1 or BLOCK % 64 == 0, "blocks share no group of 64 columns")
+        BITS: tl.constexpr = BLOCK // size
+        bit = tl.arange(0, BITS)
+        positive = tl.reshape(carried > 0, [ROWS, size // 8, BITS, 8])
+        bits = tl.sum(tl.where(positive, (1 << bit)[None, None, :, None], 0), axis=2)
+        tl.store(place, tl.reshape(bits, [ROWS, size]).to(tl.uint8), mask=valid[:, None])
 
 
 @triton.jit
 def load_mask(
-    masks, before, row, slot, valid, OP: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
-    """What store_mask kept, [ROWS, BLOCK]."""
-    P: tl.constexpr = NB * BLOCK
-    if OP != tl.float32:
-        PARTS: tl.constexpr = (BLOCK + 63) // 64
-        stride: tl.constexpr = NB * PARTS * 8
-        bit = tl.arange(0, BLOCK // PARTS // 8)
-        place = masks + (before * stride + slot * (PARTS * 8))
-        byte = (row * stride)[:, None] + tl.arange(0, PARTS * 8)[None, :]
-        bits = tl.reshape(tl.load(place + byte, mask=valid[:, None], other=0), [ROWS, PARTS, 1, 8]).to(tl.int32)
-        return tl.reshape((bits & (1 << bit)[None, None, :, None]) != 0, [ROWS, BLOCK])
+    masks, before, row, slot, valid,
+    OP: tl.constexpr, KEPT: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What store_mask kept, [ROWS, BLOCK]; columns behind KEPT are not positive."""
+    WIDE: tl.constexpr = OP == tl.float32
+    stride: tl.constexpr = mask_bytes(KEPT, WIDE)
+    size: tl.constexpr = mask_bytes(BLOCK, WIDE)
+    place = masks + (before * stride + slot * size) + (row * stride)[:, None] + tl.arange(0, size)[None, :]
+    if WIDE:
+        return tl.load(place, mask=kept_columns(valid, slot, KEPT, NB, BLOCK), other=0) != 0
     else:
-        place = masks + (before * P + slot * BLOCK)
-        byte = (row * P)[:, None] + tl.arange(0, BLOCK)[None, :]
-        return tl.load(place + byte, mask=valid[:, None], other=0) != 0
+        tl.static_assert(NB == 1 or BLOCK % 64 == 0, "blocks share no group of 64 columns")
+        bit = tl.arange(0, BLOCK // size)
+        bits = tl.reshape(tl.load(place, mask=valid[:, None], other=0), [ROWS, size // 8, 1, 8]).to(tl.int32)
+        return tl.reshape((bits & (1 << bit)[None, None, :, None]) != 0, [ROWS, BLOCK])
 
 
 @triton.jit
 def forward_block(
     blocks, weights, biases, offsets, acts, masks, block_of_row, row, valid, number, layers, step, slot,
     SAVE: tl.constexpr, OP: tl.constexpr, CARRY: tl.constexpr, PRECISION: tl.constexpr,
-    NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    KEPT: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Block `slot` of the next layer, as it travels; kept for SAVE."""
     P: tl.constexpr = NB * BLOCK
@@ -174,9 +189,10 @@ def forward_block(
     carried = value.to(CARRY, bitcast=True)
     if SAVE:
         before = (step // NB + 1) * number  # rows of the layers before
-        store_mask(masks, before, row, slot, valid, carried, NB, BLOCK, ROWS)
-        place = acts + (before * P + slot * BLOCK) + block_of_row
-        tl.store(place, value, mask=(valid[:, None] & (step < (layers - 1) * NB)) != 0)
+        store_mask(masks, before, row, slot, valid, carried, KEPT, NB, BLOCK, ROWS)
+        place = acts + (before * KEPT + slot * BLOCK) + block_of_row
+        inside = kept_columns(valid, slot, KEPT, NB, BLOCK)
+        tl.store(place, value, mask=(inside & (step < (layers - 1) * NB)) != 0)
     return carried
 
 
@@ -186,13 +202,13 @@ def chain_forward_kernel(
     places, rows, cols, image_rows, image_cols, layers,
     WIDTH: tl.constexpr, NUMBER: tl.constexpr, TERMS: tl.constexpr, GRID: tl.constexpr, ENSEMBLE: tl.constexpr,
     SAVE: tl.constexpr, COORD: tl.constexpr, OP: tl.constexpr, CARRY: tl.constexpr, PRECISION: tl.constexpr,
-    NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    KEPT: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Decodes a tile of queries to NUMBER outputs.
 
     first [TERMS + 1, P] and biases [layers, P] in float32, weights [layers, P, P] (out, in) and last [P, 16] in OP,
     last_bias [8]; P = NB * BLOCK. SAVE keeps what the backward needs: inputs of the hidden layers acts
-    [layers, rows, P], masks [layers + 1, rows, ...], blended [queries, P] and, for COORD, preds [rows, 8].
+    [layers, rows, KEPT], masks [layers + 1, rows, ...], blended [queries, KEPT] and, for COORD, preds [rows, 8].
     """
     T: tl.constexpr = tl.float32
     P: tl.constexpr = NB * BLOCK
@@ -205,18 +221,19 @@ def chain_forward_kernel(
     number = joined(places.total) * CORNERS
     latent = tl.where(valid, latent, 0)
     inner = tl.arange(0, BLOCK)
-    block_of_row = row[:, None] * P + inner[None, :]
+    block_of_row = row[:, None] * KEPT + inner[None, :]
     if SAVE:
-        acts += first_row * P
-        masks += first_row * (P if OP == tl.float32 else (P + 63) // 64 * 8)
+        acts += first_row * KEPT
+        masks += first_row * mask_bytes(KEPT, OP == tl.float32)
     blocks = ()
     for k in tl.static_range(NB):
         value = relu(first_layer(latent_map, latent, rel, first, k * BLOCK + inner, WIDTH, P, TERMS, T))
         value = as_operand(value, OP, PRECISION)
         carried = value.to(CARRY, bitcast=True)
         if SAVE:
-            store_mask(masks, 0, row, k, valid, carried, NB, BLOCK, ROWS)
-            tl.store(acts + k * BLOCK + block_of_row, value, mask=(valid[:, None] & (layers > 0)) != 0)
+            store_mask(masks, 0, row, k, valid, carried, KEPT, NB, BLOCK, ROWS)
+            inside = kept_columns(valid, k, KEPT, NB, BLOCK)
+            tl.store(acts + k * BLOCK + block_of_row, value, mask=(inside & (layers > 0)) != 0)
         blocks = blocks + (carried,)
     offsets = inner[None, :] * P + inner[:, None]
     if OP == tl.float32:
@@ -226,7 +243,7 @@ def chain_forward_kernel(
                 step = layer * NB + slot
                 carried = forward_block(
                     blocks, weights, biases, offsets, acts, masks, block_of_row, row, valid, number, layers, step, slot,
-                    SAVE, OP, CARRY, PRECISION, NB, BLOCK, ROWS,
+                    SAVE, OP, CARRY, PRECISION, KEPT, NB, BLOCK, ROWS,
                 )  # fmt: skip
                 made = put(made, carried, slot, NB)
             blocks = made
@@ -236,7 +253,7 @@ def chain_forward_kernel(
             slot = step % NB
             carried = forward_block(
                 blocks, weights, biases, offsets, acts, masks, block_of_row, row, valid, number, layers, step, slot,
-                SAVE, OP, CARRY, PRECISION, NB, BLOCK, ROWS,
+                SAVE, OP, CARRY, PRECISION, KEPT, NB, BLOCK, ROWS,
             )  # fmt: skip
             blocks, made = advance(blocks, made, carried, slot, NB)
 
@@ -252,7 +269,8 @@ def chain_forward_kernel(
         pred = tl.dot(value, weight_pair, pred, input_precision=PRECISION)
         if SAVE:
             blend = tl.sum(tl.reshape(value.to(T) * weight[:, None], [QUERIES, CORNERS, BLOCK]), axis=1)
-            tl.store(blended + query[:, None] * P + column[None, :], blend, mask=exists[:, None])
+            inside = kept_columns(exists, k, KEPT, NB, BLOCK)
+            tl.store(blended + query[:, None] * KEPT + column[None, :], blend, mask=inside)
     if COORD:
         both = tl.sum(tl.reshape(pred, [ROWS, 2, OUTS]), axis=1)
         tl.store(preds + first_row * OUTS + row[:, None] * OUTS + output[None, :], both, mask=valid[:, None])
@@ -266,13 +284,13 @@ def chain_forward_kernel(
 def backward_block(
     blocks, weights, offsets, masks, sums, grads, block_of_row, row, valid, number, layer, slot,
     OP: tl.constexpr, CARRY: tl.constexpr, PRECISION: tl.constexpr,
-    NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    KEPT: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Block `slot` of the gradient of a layer's input before its ReLU, as it travels."""
     P: tl.constexpr = NB * BLOCK
     column = slot * BLOCK + tl.arange(0, BLOCK)
     before = layer * number
-    keep = load_mask(masks, before, row, slot, valid, OP, NB, BLOCK, ROWS)
+    keep = load_mask(masks, before, row, slot, valid, OP, KEPT, NB, BLOCK, ROWS)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     if OP == tl.float32:  # weights (in, out): offsets of the forward's kind
         place = weights + (layer * (P * P) + slot * (BLOCK * P))
@@ -283,7 +301,8 @@ def backward_block(
     total = tl.where(keep, total, 0.0)
     tl.store(sums + (layer - 1) * P + column, tl.sum(total, axis=0), mask=((column >= 0) & (layer > 0)) != 0)
     value = as_operand(total, OP, PRECISION)
-    tl.store(grads + (before * P + slot * BLOCK) + block_of_row, value, mask=valid[:, None])
+    inside = kept_columns(valid, slot, KEPT, NB, BLOCK)
+    tl.store(grads + (before * KEPT + slot * BLOCK) + block_of_row, value, mask=inside)
     return value.to(CARRY, bitcast=True)
 
 
@@ -292,10 +311,11 @@ def chain_backward_kernel(
     grad_out, coord, weights, last, masks, preds, grads, partial, grad_area_weight,
     places, rows, cols, image_rows, image_cols, layers,
     NUMBER: tl.constexpr, GRID: tl.constexpr, ENSEMBLE: tl.constexpr, COORD: tl.constexpr, OP: tl.constexpr,
-    CARRY: tl.constexpr, PRECISION: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    CARRY: tl.constexpr, PRECISION: tl.constexpr, KEPT: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of the output, [queries, NUMBER], to those of every layer before its ReLU, grads
-    [layers + 1, rows, P] in OP.
+    [layers + 1, rows, KEPT] in OP.
 
     weights [layers, P, P] (out, in; of float32 in, out) and last [P, 16] in OP. Sums a tile's rows for the hidden
     layers' biases, partial [tiles, layers, P], and, for COORD, the outputs for the area weights' gradients [rows].
@@ -324,18 +344,19 @@ def chain_backward_kernel(
     rest = as_operand(grad - rounded.to(T), OP, PRECISION)
     grad = tl.where((pair < OUTS)[None, :], rounded.to(T), rest.to(T)).to(OP)
     sums = partial + tile * layers * P
-    block_of_row = row[:, None] * P + inner[None, :]
-    grads += first_row * P
-    masks += first_row * (P if OP == tl.float32 else (P + 63) // 64 * 8)
+    block_of_row = row[:, None] * KEPT + inner[None, :]
+    grads += first_row * KEPT
+    masks += first_row * mask_bytes(KEPT, OP == tl.float32)
     blocks = ()
     for k in tl.static_range(NB):
         column = k * BLOCK + inner
         value = tl.dot(grad, tl.load(last + column[None, :] * (2 * OUTS) + pair[:, None]), input_precision=PRECISION)
         before = layers * number  # rows of the layers before
-        value = tl.where(load_mask(masks, before, row, k, valid, OP, NB, BLOCK, ROWS), value, 0.0)
+        value = tl.where(load_mask(masks, before, row, k, valid, OP, KEPT, NB, BLOCK, ROWS), value, 0.0)
         tl.store(sums + (layers - 1) * P + column, tl.sum(value, axis=0), mask=((column >= 0) & (layers > 0)) != 0)
         value = as_operand(value, OP, PRECISION)
-        tl.store(grads + (before * P + k * BLOCK) + block_of_row, value, mask=valid[:, None])
+        inside = kept_columns(valid, k, KEPT, NB, BLOCK)
+        tl.store(grads + (before * KEPT + k * BLOCK) + block_of_row, value, mask=inside)
         blocks = blocks + (value.to(CARRY, bitcast=True),)
     if OP == tl.float32:
         offsets = inner[None, :] * P + inner[:, None]
@@ -345,7 +366,7 @@ def chain_backward_kernel(
             for slot in range(NB):
                 carried = backward_block(
                     blocks, weights, offsets, masks, sums, grads, block_of_row, row, valid, number, layer, slot,
-                    OP, CARRY, PRECISION, NB, BLOCK, ROWS,
+                    OP, CARRY, PRECISION, KEPT, NB, BLOCK, ROWS,
                 )  # fmt: skip
                 made = put(made, carried, slot, NB)
             blocks = made
@@ -357,6 +378,6 @@ def chain_backward_kernel(
             layer = layers - 1 - step // NB
             carried = backward_block(
                 blocks, weights, offsets, masks, sums, grads, block_of_row, row, valid, number, layer, slot,
-                OP, CARRY, PRECISION, NB, BLOCK, ROWS,
+                OP, CARRY, PRECISION, KEPT, NB, BLOCK, ROWS,
             )  # fmt: skip
             blocks, made = advance(blocks, made, carried, slot, NB)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .library import compute_dtype
 from .triton_geometry import Axis, make_axis
-from .triton_launch import DTYPES, OPTIONS, padded_width
+from .triton_launch import DTYPES, OPTIONS, tile_width
 from .triton_rows import PATCH, Places, split
 
 
@@ -125,7 +125,7 @@ def _first_table(weight_geometry: Tensor, bias: Tensor, cell: Sequence[float] | 
         bias = torch.add(torch.add(bias, weight[:, 2], alpha=cell[0]), weight[:, 3], alpha=cell[1])
         weight = weight[:, :2]
     table = torch.cat([weight.t(), bias.unsqueeze(0)])
-    missing = padded_width(table.shape[1]) - table.shape[1]
+    missing = tile_width(table.shape[1]) - table.shape[1]
     return F.pad(table, (0, missing)) if missing else table
 
 

@@ -138,6 +138,18 @@ def corner_area(rel_row, rel_col):
 
 
 @triton.jit
+def area_weights(rel_row0, rel_row1, rel_col0, rel_col1, down, right, T: tl.constexpr):
+    """Each lane's blending weight, its corner's of the four: the area towards the corner diagonally opposite."""
+    area0 = corner_area(rel_row0, rel_col0)
+    area1 = corner_area(rel_row0, rel_col1)
+    area2 = corner_area(rel_row1, rel_col0)
+    area3 = corner_area(rel_row1, rel_col1)
+    total = area0 + area1 + area2 + area3
+    opposite = tl.where(down, tl.where(right, area0, area1), tl.where(right, area2, area3))
+    return divide(opposite, total, T)
+
+
+@triton.jit
 def find_corner(row, col, corner, rows, cols, ENSEMBLE: tl.constexpr, T: tl.constexpr):
     """Latent (row, col) of one corner of each query at (row, col), relative coordinates, and the corner's area weight.
 
@@ -150,18 +162,12 @@ def find_corner(row, col, corner, rows, cols, ENSEMBLE: tl.constexpr, T: tl.cons
         upper_col, rel_col1 = find_neighbour(col, True, cols, True, T)
         down = corner >= 2
         right = corner % 2 == 1
-        area0 = corner_area(rel_row0, rel_col0)
-        area1 = corner_area(rel_row0, rel_col1)
-        area2 = corner_area(rel_row1, rel_col0)
-        area3 = corner_area(rel_row1, rel_col1)
-        total = area0 + area1 + area2 + area3
-        opposite = tl.where(down, tl.where(right, area0, area1), tl.where(right, area2, area3))
         return (
             tl.where(down, upper_row, lower_row),
             tl.where(right, upper_col, lower_col),
             tl.where(down, rel_row1, rel_row0),
             tl.where(right, rel_col1, rel_col0),
-            divide(opposite, total, T),
+            area_weights(rel_row0, rel_row1, rel_col0, rel_col1, down, right, T),
         )
     else:
         index_row, rel_row = find_neighbour(row, False, rows, False, T)

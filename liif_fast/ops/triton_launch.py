@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -72,46 +72,69 @@ class Settings(NamedTuple):
     stages: int  # of the pipeline that fetches weights
 
 
-def padded_width(width: int) -> int:
-    """Columns in which `width` activations are kept: a power of two up to 128, then a multiple of 64."""
+Kernel = Literal["forward", "save", "backward"]  # save: the forward that keeps activations
+
+
+class Problem(NamedTuple):
+    """What a fused kernel's settings depend on, besides the device."""
+
+    kernel: Kernel
+    width: int  # of a tile, from `tile_width` of the widest hidden layer
+    operands: torch.dtype  # of products
+    precision: str  # of products of float32, from `product_precision`
+
+
+def tile_width(width: int) -> int:
+    """Columns that `width` activations take in a tile, which Triton wants in powers of two: one up to 128, then blocks
+    of 64."""
     return power_of_two(width, 16, 128) if width <= 128 else triton.cdiv(width, 64) * 64
 
 
-def launch_settings(kernel: str, width: int, operands: torch.dtype, precision: str, arch: int | str | None) -> Settings:
+def padded_width(width: int) -> int:
+    """Columns that they take in memory: a multiple of 16, so that rows are aligned; above 128 those of a tile.
+
+    To leave columns out takes registers that wide tiles do not have: on sm_90 they would spill 112 bytes or have half
+    the rows, and read the weights twice as often.
+    """
+    return triton.cdiv(width, 16) * 16 if width <= 128 else tile_width(width)
+
+
+def launch_settings(problem: Problem, device: GPUTarget | None) -> Settings:
     """The table of tile sizes for the fused decode.
 
     Args:
-        kernel: forward | save (the forward that keeps activations) | backward.
-        width: padded_width of the widest hidden layer.
-        operands: of products.
-        precision: of products of float32, from `product_precision`.
-        arch: what Triton calls the device: 80, 90, ... on NVIDIA, a name elsewhere, None for the interpreter.
+        problem: the kernel and what it computes.
+        device: what Triton calls the device, from `current_device`; None for the interpreter.
     """
+    kernel, width, operands, _ = problem
     whole = min(width, 128) if width % 128 == 0 or width < 128 else 64
-    if arch is None:
+    if device is None:
         return Settings(64, whole, 4, 2)
-    if not isinstance(arch, int):  # AMD and Intel: 64 KB of shared memory at least
+    if device.backend != "cuda":  # AMD and Intel: 64 KB of shared memory at least
         return Settings(64, min(width, 64), 4, 2) if operands.itemsize == 2 else Settings(32, min(width, 32), 4, 1)
-    roomy = arch // 10 in (9, 10) or arch == 80  # 227 or 163 KB of shared memory instead of 99
+    family = device.arch // 10
+    roomy = family in (9, 10) or device.arch == 80  # 227 or 163 KB of shared memory instead of 99
     if operands.itemsize > 2:
-        return _float32_settings(kernel, width, precision, arch, roomy)
+        return _float32_settings(problem, family, roomy)
     narrow = min(width, 64)
     if kernel == "save":  # needs registers for places too
         return Settings(128, narrow, 8, 3 if roomy else 2)
     if kernel == "backward":
-        return Settings(64, whole, 8, 2) if arch // 10 == 10 else Settings(128, whole, 8, 3 if roomy else 2)
+        return Settings(64, whole, 8, 2) if family == 10 else Settings(128, whole, 8, 3 if roomy else 2)
     return Settings(128, whole if roomy else narrow, 8, 3)
 
 
-def _float32_settings(kernel: str, width: int, precision: str, arch: int, roomy: bool) -> Settings:
+def _float32_settings(problem: Problem, family: int, roomy: bool) -> Settings:
     """Activations take twice the room: half of them are in shared memory, where one product finds them whole."""
+    kernel, width, _, precision = problem
     narrow = min(width, 32)
     if precision == "ieee":
         rows = {"forward": 128 if roomy else 64, "save": 64, "backward": 32}
-        return Settings(rows[kernel], narrow, 8, 2)
-    if arch // 10 == 9:
+        block = min(width, 64) if kernel == "backward" and family == 10 else narrow  # 32 columns spill there
+        return Settings(rows[kernel], block, 8, 2)
+    if family == 9:
         return Settings(128, narrow, 8, 2)
-    if arch // 10 == 10:
+    if family == 10:
         return Settings(128, narrow, 8, 1) if kernel == "forward" else Settings(64, min(width, 64), 8, 1)
     if width < 64:
         return Settings(64, width, 4, 2)
@@ -119,11 +142,9 @@ def _float32_settings(kernel: str, width: int, precision: str, arch: int, roomy:
     return Settings(32, 64, 8, 2 if roomy or kernel == "forward" else 1)
 
 
-def current_arch() -> int | str | None:
+def current_device() -> GPUTarget | None:
     """The current device as `launch_settings` wants it."""
-    if triton.knobs.runtime.interpret:
-        return None
-    return triton.runtime.driver.active.get_current_target().arch
+    return None if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target()
 
 
 @cache
@@ -138,6 +159,5 @@ def product_precision(operands: torch.dtype) -> str:
     """
     if operands != torch.float32 or not allows_tf32():
         return "ieee"
-    if triton.knobs.runtime.interpret:
-        return "tf32"
-    return "tf32" if "tf32" in _precisions(triton.runtime.driver.active.get_current_target()) else "ieee"
+    device = current_device()
+    return "tf32" if device is None or "tf32" in _precisions(device) else "ieee"

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .triton_chain import OUTS, pack_kernel
 from .triton_decode import Decode
-from .triton_launch import DTYPES, OPTIONS, padded_width
+from .triton_launch import DTYPES, OPTIONS, tile_width
 
 
 class Imnet(NamedTuple):
-    """P is the padded width of the widest hidden layer."""
+    """P is the tile width of the widest hidden layer."""
 
     first: Tensor  # [terms + 1, P], float32
     weights: Tensor  # [L, P, P] (out, in), for float32's backward (in, out); operands
@@ -33,7 +33,7 @@ def pack(
     """The layers after the first one, and that one's geometry. Tensor cores read TF32 along a product's sum only."""
     transposed = backward and operands == torch.float32
     widths = (decode.width, *(weight.shape[0] for weight in weights))
-    hidden, width = len(weights) - 1, padded_width(max(widths[:-1]))
+    hidden, width = len(weights) - 1, tile_width(max(widths[:-1]))
     tile = min(width, 64)
     first = decode.first
     if first.shape[1] < width:

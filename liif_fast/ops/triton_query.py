@@ -16,9 +16,18 @@ import torch
 from torch import Tensor
 
 from .library import compute_dtype
-from .triton_chain import OUTS, chain_backward_kernel, chain_forward_kernel
+from .triton_chain import OUTS, chain_backward_kernel, chain_forward_kernel, mask_bytes
 from .triton_decode import Decode, decode_grid, decode_points, grid_rel_cell
-from .triton_launch import CARRIED, DTYPES, current_arch, launch_settings, on_device_of, padded_width, product_precision
+from .triton_launch import (
+    CARRIED,
+    DTYPES,
+    Problem,
+    current_device,
+    launch_settings,
+    on_device_of,
+    padded_width,
+    product_precision,
+)
 from .triton_layers import (
     Grads,
     backward_first_layer,
@@ -43,7 +52,7 @@ class Kept(NamedTuple):
     """What the forward keeps of a fused decode; P = padded_width of the widest hidden layer, L = hidden products."""
 
     acts: Tensor  # [L, rows, P], the hidden layers' inputs, in the operands' dtype
-    masks: Tensor  # which activations are positive: [L + 1, rows, P] bytes; of 16 bits, bits instead
+    masks: Tensor  # which activations are positive: [L + 1, rows, mask_bytes]
     blended: Tensor  # [queries, P], float32
     preds: Tensor  # [rows, 8], float32; empty without gradients of coordinates
 
@@ -55,10 +64,9 @@ def _kept_shapes(
     if not is_fused(widths, operands):
         return kept_shapes(rows, widths, operands)
     width, layers = padded_width(max(widths[:-1])), len(widths) - 2
-    masks = width if operands == torch.float32 else (width + 63) // 64 * 8
     return [
         ((layers, rows, width), operands),
-        ((layers + 1, rows, masks), torch.uint8),
+        ((layers + 1, rows, mask_bytes(width, operands == torch.float32)), torch.uint8),
         ((queries, width), torch.float32),
         ((rows if coord_grad else 0, OUTS.value), torch.float32),
     ]
@@ -86,7 +94,8 @@ def _views(saved: Tensor, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]])
 def _chain_forward(decode: Decode, imnet: Imnet, operands: torch.dtype, out: Tensor, kept: Kept | None) -> None:
     """Decodes to `out`, the whole problem's for points, the piece's own for a grid; fills `kept`."""
     width, dummy = imnet.first.shape[1], imnet.first
-    settings = launch_settings("forward" if kept is None else "save", width, operands, imnet.precision, current_arch())
+    problem = Problem("forward" if kept is None else "save", width, operands, imnet.precision)
+    settings = launch_settings(problem, current_device())
     tiles, where = decode.tiles(settings.rows)
     acts, masks, blended, preds = (dummy,) * 4 if kept is None else kept
     chain_forward_kernel[(tiles,)](
@@ -95,7 +104,7 @@ def _chain_forward(decode: Decode, imnet: Imnet, operands: torch.dtype, out: Ten
         *where, imnet.weights.shape[0],
         WIDTH=decode.width, NUMBER=imnet.outs, TERMS=decode.terms, SAVE=kept is not None,
         COORD=kept is not None and kept.preds.numel() > 0, OP=DTYPES[operands], CARRY=CARRIED[operands],
-        PRECISION=imnet.precision,
+        PRECISION=imnet.precision, KEPT=width if kept is None else kept.blended.shape[1],
         NB=width // settings.block, BLOCK=settings.block, num_stages=settings.stages, num_warps=settings.warps,
         **decode.flags(settings.rows),
     )  # fmt: skip
@@ -106,16 +115,16 @@ def _chain_backward(
 ) -> None:
     """Adds a piece's gradients; grad_out is [queries, O]."""
     width, layers = imnet.first.shape[1], imnet.weights.shape[0]
-    settings = launch_settings("backward", width, operands, imnet.precision, current_arch())
+    settings = launch_settings(Problem("backward", width, operands, imnet.precision), current_device())
     tiles, where = decode.tiles(settings.rows)
-    grad_rows = grad_out.new_empty(layers + 1, decode.rows, width, dtype=operands)
+    grad_rows = grad_out.new_empty(layers + 1, decode.rows, kept.blended.shape[1], dtype=operands)
     partial = grad_out.new_empty(tiles, layers, width)
     grad_area_weight = grad_out.new_empty(decode.rows if grads.coord is not None else 0)
     chain_backward_kernel[(tiles,)](
         grad_out, decode.points, imnet.weights, imnet.last, kept.masks, kept.preds, grad_rows, partial,
         grad_area_weight, *where, layers,
         NUMBER=imnet.outs, COORD=grads.coord is not None, OP=DTYPES[operands], CARRY=CARRIED[operands],
-        PRECISION=imnet.precision,
+        PRECISION=imnet.precision, KEPT=kept.blended.shape[1],
         NB=width // settings.block, BLOCK=settings.block, num_stages=settings.stages, num_warps=settings.warps,
         **decode.flags(settings.rows),
     )  # fmt: skip
@@ -157,7 +166,7 @@ def _fused_backward(
     imnet = pack(decode, weights, biases, operands, precision, backward=True)
     again = None if saved.numel() else pack(decode, weights, biases, operands, precision)
     coord_grad = grads.coord is not None
-    bytes_of_row = imnet.first.shape[1] * operands.itemsize * (2 * len(weights) + 1)
+    bytes_of_row = padded_width(max(widths[:-1])) * operands.itemsize * (2 * len(weights) + 1)
     pieces = [decode] if saved.numel() else decode.pieces(PIECE_BYTES // bytes_of_row)
     for piece in pieces:
         shapes = _kept_shapes(piece.queries, piece.rows, widths, operands, coord_grad)

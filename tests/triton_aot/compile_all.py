@@ -78,6 +78,8 @@ def variant_of(options: dict) -> str:
     names = [name.lower() for name in ("SAVE", "COORD", "GRID") if options.get(name)]
     if "PRECISION" in options and options["OP"] == tl.float32:
         names.append(options["PRECISION"])
+    if "KEPT" in options and options["KEPT"] < options["NB"] * options["BLOCK"]:
+        names.append("padded")
     return "-".join(names)
 
 
@@ -148,9 +150,9 @@ def main(arch: int) -> None:
     decode(torch.float32, 256, grid=True, save=False, coord_grad=False)
     decode(torch.float32, 256, grid=False, save=True, coord_grad=False)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    if arch == 86:  # one cut for all architectures, and the slowest to compile; here it has the least shared memory
-        decode(torch.float32, 256, grid=False, save=True, coord_grad=False)
-    else:
+    decode(torch.float32, 256, grid=False, save=True, coord_grad=False)
+    decode(torch.bfloat16, 100, grid=False, save=True, coord_grad=False)
+    if arch != 86:
         decode(torch.float16, 64, grid=False, save=True, coord_grad=True, ensemble=False)
         decode(torch.float64, 64, grid=True, save=False, coord_grad=False)
         everything_else(torch.bfloat16)

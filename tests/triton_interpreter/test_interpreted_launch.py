@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 from helpers import Case, random_problem
+from rounded_model import to_tf32
 
-from liif_fast.ops import triton_launch, triton_pack
+from bench import tune_triton
+from liif_fast import ops
+from liif_fast.ops import triton_launch, triton_pack, triton_query
 from liif_fast.ops.triton_decode import decode_points
 from liif_fast.ops.triton_rows import as_operand
 
@@ -20,13 +22,6 @@ from liif_fast.ops.triton_rows import as_operand
 def round_kernel(source, rounded, N: tl.constexpr, PRECISION: tl.constexpr):
     at = tl.arange(0, N)
     tl.store(rounded + at, as_operand(tl.load(source + at), tl.float32, PRECISION))
-
-
-def to_tf32(values: torch.Tensor) -> torch.Tensor:
-    """Ten bits behind the leading one, ties away from zero, as PTX's cvt.rna; through float64 instead of bits."""
-    mantissa, exponent = np.frexp(values.double().numpy())
-    scaled = mantissa * 2048
-    return torch.from_numpy(np.ldexp(np.copysign(np.floor(np.abs(scaled) + 0.5), scaled) / 2048, exponent)).float()
 
 
 def test_tf32_is_rounded_to_nearest():
@@ -82,16 +77,57 @@ def test_layers_are_packed_as_the_kernels_read_them(operands, precision, backwar
 
 
 def test_launch_settings_fit_together():
-    archs = (None, 80, 86, 89, 90, 100, 103, 120, "gfx942")
-    widths = (16, 32, 64, 128, 192, 256)
-    for arch, width, dtype in itertools.product(archs, widths, (torch.bfloat16, torch.float32)):
-        for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-            table = {
-                kernel: triton_launch.launch_settings(kernel, width, dtype, precision, arch)
-                for kernel in ("forward", "save", "backward")
-            }
-            assert all(width % settings.block == 0 for settings in table.values())
-            assert all(settings.rows % 32 == 0 and settings.block >= 16 for settings in table.values())
+    target = triton_launch.GPUTarget
+    devices = [target("cuda", arch, 32) for arch in (80, 86, 87, 89, 90, 100, 103, 120)]
+    devices += [target("hip", "gfx942", 64), target("xpu", {}, 32), None]
+    for device, width, dtype in itertools.product(devices, range(1, 257), (torch.bfloat16, torch.float32)):
+        columns = triton_launch.tile_width(width)
+        assert width <= triton_launch.padded_width(width) <= columns and triton_launch.padded_width(width) % 16 == 0
+        for kernel, precision in itertools.product(("forward", "save", "backward"), ("ieee", "tf32")):
+            problem = triton_launch.Problem(kernel, columns, dtype, precision)
+            settings = triton_launch.launch_settings(problem, device)
+            assert columns % settings.block == 0 and settings.block & (settings.block - 1) == 0
+            assert settings.rows % 32 == 0 and settings.block >= 16
+            if dtype != torch.float32:  # masks in groups of 64 bits
+                assert settings.block == columns or settings.block % 64 == 0
+
+
+def test_what_a_search_times(monkeypatch):
+    """Every setting is really launched, one that cannot run is named and left out, and the table is put back."""
+    problem = triton_launch.Problem("save", 32, torch.float16, "ieee")
+    settings = [triton_launch.Settings(rows, 32, 4, 2) for rows in (32, 64)]
+    settings.append(triton_launch.Settings(48, 32, 4, 2))  # tiles are powers of two
+    seen = []
+
+    def run():
+        wanted = triton_query.launch_settings(problem, None)
+        seen.append((wanted, triton_query.launch_settings(problem._replace(kernel="backward"), None)))
+        leaves = random_problem(Case(hidden=(20, 30), queries=9), torch.float16, requires_grad=True)
+        ops.query(*leaves, backend="triton").sum().backward()
+
+    def clock(call):
+        call()
+        return {32: 2.0, 64: 1.0}[seen[-1][0].rows]
+
+    monkeypatch.setattr(tune_triton, "REPETITIONS", 2)
+    found = tune_triton.search(problem, run, settings, clock)
+    assert list(found.items()) == [(settings[1], 1.0), (settings[0], 2.0)]
+    assert {wanted for wanted, _ in seen} == set(settings)
+    table = triton_launch.launch_settings(problem._replace(kernel="backward"), None)
+    assert {other for _, other in seen} == {table}
+    assert triton_query.launch_settings is triton_launch.launch_settings
+
+
+@pytest.mark.parametrize("width", [20, 64, 180, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_search_tries_what_the_table_says(width, dtype):
+    columns = triton_launch.tile_width(width)
+    tried = tune_triton.candidates(width, dtype)
+    assert len(tried) == len(set(tried)) and all(columns % setting.block == 0 for setting in tried)
+    for arch, kernel in itertools.product((80, 86, 90, 100), ("forward", "save", "backward")):
+        for precision in ("ieee", "tf32"):
+            problem = triton_launch.Problem(kernel, columns, dtype, precision)
+            assert triton_launch.launch_settings(problem, triton_launch.GPUTarget("cuda", arch, 32)) in tried
 
 
 def test_precision_follows_the_switch_and_the_device(monkeypatch):

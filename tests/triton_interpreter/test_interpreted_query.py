@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
-from helpers import FLAGS, SHAPES, Case, as_float64, norm_error, psnr, random_problem, range_error
+from helpers import FLAGS, SHAPES, Case, as_float64, norm_error, random_problem, range_error
+from rounded_model import rounded_query, to_tf32
 
 from liif_fast import ops
 from liif_fast.ops import library, triton_launch, triton_layers, triton_query
 
-NARROW = [torch.bfloat16, torch.float16]
+KINDS = ("float64", "float32", "tf32", "bfloat16", "float16")  # of operands
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+# Of a picture's range, to the reference in the same dtype.
+RENDER_TOLERANCE = {"float64": 1e-13, "float32": 1e-5, "tf32": 2e-3, "bfloat16": 2e-2, "float16": 4e-3}
 
 
-def run(case: Case, leaves: list[torch.Tensor], backend: str, **arguments) -> list[torch.Tensor]:
-    """The decode and the gradient of every leaf."""
+def dtype_of(kind: str) -> torch.dtype:
+    return torch.float32 if kind == "tf32" else getattr(torch, kind)
+
+
+@contextmanager
+def operands(kind: str) -> Iterator[None]:
+    """PyTorch's switch for float32 products, on for tf32."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if kind == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+def decode(case: Case, leaves: list[torch.Tensor], how, **arguments) -> torch.Tensor:
+    """how: a backend's name, or what stands in for `ops.query`."""
     feat, coord, cell, *layers = leaves
-    weights, biases = layers[: len(layers) // 2], layers[len(layers) // 2 :]
-    out = ops.query(feat, coord, cell, weights, biases, backend=backend, **case.flags, **arguments)
+    tensors = (feat, coord, cell, layers[: len(layers) // 2], layers[len(layers) // 2 :])
+    if callable(how):
+        return how(*tensors, **case.flags)
+    return ops.query(*tensors, backend=how, **case.flags, **arguments)
+
+
+def run(case: Case, leaves: list[torch.Tensor], how, **arguments) -> list[torch.Tensor]:
+    """The decode and the gradient of every leaf."""
+    out = decode(case, leaves, how, **arguments)
     probe = torch.rand(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.5
     grads = torch.autograd.grad(out, leaves, probe.to(out.dtype), allow_unused=True)
     return [out, *(torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, leaves, strict=True))]
@@ -41,7 +68,7 @@ def check_exact(case: Case, dtype: torch.dtype, **arguments) -> None:
             assert norm_error(result, expected) <= TOLERANCE[dtype], position
 
 
-def check_narrow(case: Case, dtype: torch.dtype, **arguments) -> None:
+def check_layers(case: Case, dtype: torch.dtype, **arguments) -> None:
     """At most twice the error of PyTorch's own layers in that dtype, and a ReLU that turns round now and then."""
     leaves = problem(case, dtype)
     results = run(case, leaves, "triton", **arguments)
@@ -55,9 +82,79 @@ def check_narrow(case: Case, dtype: torch.dtype, **arguments) -> None:
             assert norm_error(grad, exact) <= 2 * norm_error(theirs, exact) + slack, position
 
 
-@pytest.mark.parametrize("shape", ["plain", "one-query", "no-query", "linear", "odd-widths", "many-outputs", "one-row"])
-def test_layer_by_layer(shape):
-    check_exact(SHAPES[shape]._replace(queries=min(SHAPES[shape].queries, 20)), torch.float64)
+def check_rounded(case: Case, kind: str, leaves: list[torch.Tensor], **arguments) -> None:
+    """The decode as near to float64 as PyTorch's own layers, at least half; gradients as of a model that rounds where
+    the kernel does."""
+    narrow = torch.float16 if kind == "tf32" else dtype_of(kind)  # of PyTorch's layers; TF32 has as many bits
+    rounding = to_tf32 if kind == "tf32" else lambda values: values.to(narrow).float()
+    results = run(case, leaves, "triton", **arguments)
+    with torch.autocast("cpu", enabled=False):
+        model = run(case, leaves, lambda *tensors, **flags: rounded_query(*tensors, rounding, edges=True, **flags))
+        expected = decode(case, as_float64(leaves), "reference")
+    with torch.autocast("cpu", narrow):
+        plain = decode(case, [leaf.detach() for leaf in leaves], "reference")
+    error = norm_error(results[0], expected)
+    assert error <= 2 * norm_error(plain, expected)
+    if case.queries and len(case.hidden) > 1:
+        assert error > 1e-5  # it did round
+    bound = (1e-2 if kind == "bfloat16" else 2e-3) * max(len(case.hidden) / 3, 1)
+    for position, (result, right) in enumerate(zip(results, model, strict=True)):
+        assert result.dtype == (leaves[position - 1] if position else leaves[0]).dtype
+        if right.norm() > 1e-6:
+            assert norm_error(result, right) <= bound, position
+
+
+def check(case: Case, kind: str, **arguments) -> None:
+    """The decode and every gradient, against float64 or what that is when operands are rounded."""
+    dtype = dtype_of(kind)
+    with operands(kind):
+        if kind in ("float64", "float32"):
+            check_exact(case, dtype, **arguments)
+        elif triton_query.is_fused((*case.hidden, case.outs), dtype):
+            check_rounded(case, kind, problem(case, dtype), **arguments)
+        elif kind == "tf32":  # layer by layer PyTorch multiplies, which rounds to TF32 on a GPU only
+            check_exact(case, dtype, **arguments)
+        else:
+            check_layers(case, dtype, **arguments)
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_the_model_that_rounds_is_the_reference_but_for_that(flags):
+    ensemble, unfold, cell = flags
+    case = Case(batch=2, hidden=(20, 12), queries=40, local_ensemble=ensemble, feat_unfold=unfold, cell_decode=cell)
+    leaves = problem(case, torch.float32)
+    same = run(case, leaves, lambda *tensors, **how: rounded_query(*tensors, torch.clone, edges=True, **how))
+    for result, expected in zip(same, run(case, as_float64(leaves), "reference"), strict=True):
+        assert norm_error(result, expected) <= 1e-5 or expected.norm() < 1e-9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name != "paper-width"])
+def test_every_shape(shape, kind):
+    check(SHAPES[shape]._replace(queries=min(SHAPES[shape].queries, 80)), kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_every_flag(flags, kind):
+    ensemble, unfold, cell = flags
+    case = Case(batch=2, hidden=(20, 12), queries=11, local_ensemble=ensemble, feat_unfold=unfold, cell_decode=cell)
+    check(case, kind)
+    check(case, kind, recompute=True)
+
+
+@pytest.mark.parametrize("hidden", [(40,), (70, 100), (112, 30)], ids=str)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
+def test_memory_holds_fewer_columns_than_a_tile(hidden, kind):
+    assert triton_launch.padded_width(max(hidden)) < triton_launch.tile_width(max(hidden))
+    check(Case(batch=2, hidden=hidden, queries=13), kind)
+
+
+def test_what_is_fused():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert triton_query.is_fused((256, 13, 8), dtype) and triton_query.is_fused((1, 1), dtype)
+        assert not any(triton_query.is_fused(widths, dtype) for widths in ((257, 3), (16, 9), (3,)))
+    assert not triton_query.is_fused((16, 3), torch.float64)
 
 
 def test_layer_by_layer_in_float32():
@@ -66,117 +163,55 @@ def test_layer_by_layer_in_float32():
     check_exact(case, torch.float32)
 
 
-@pytest.fixture
-def tf32():
-    """PyTorch's switch for float32 products, on."""
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-
-
-@pytest.mark.parametrize("shape", ["plain", "one-query", "odd-widths", "one-latent", "one-row", "deep"])
-def test_fused_in_float32(shape):
-    case = SHAPES[shape]._replace(queries=min(SHAPES[shape].queries, 20))
-    assert triton_query.is_fused((*case.hidden, case.outs), torch.float32)
-    check_exact(case, torch.float32)
-
-
-def check_tf32(case: Case, **arguments) -> None:
-    """Rounded, at most twice the error of PyTorch's layers in float16, which has as many bits."""
-    leaves = problem(case, torch.float32)
-    results = run(case, leaves, "triton", **arguments)
-    expected = run(case, as_float64(leaves), "reference")
-    half = [leaf.detach().half().requires_grad_() for leaf in leaves[3:]]
-    plain = run(case, [leaves[0].detach().half().requires_grad_(), *leaves[1:3], *half], "reference")
-    assert results[0].dtype == torch.float32
-    assert 1e-5 < norm_error(results[0], expected[0]) <= 2 * norm_error(plain[0], expected[0])
-    for position, (grad, exact, theirs) in enumerate(zip(results[1:], expected[1:], plain[1:], strict=True)):
-        if exact.norm() > 1e-9:
-            assert norm_error(grad, exact) <= 2 * norm_error(theirs, exact) + 2e-3, position
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("hidden", [(13, 37, 5), (40, 24), (16,)], ids=str)
-def test_fused_in_tf32(hidden, recompute, tf32):
-    check_tf32(Case(batch=2, hidden=hidden, outs=4, queries=20), recompute=recompute)
-
-
-@pytest.mark.parametrize("hidden", [(130,), (180, 100)], ids=str)
-def test_float32_widths_of_several_blocks(hidden, tf32):
-    case = Case(hidden=hidden, queries=16)
-    check_tf32(case)
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    check_exact(case, torch.float32)
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("hidden", [(130,), (180, 100)], ids=str)  # three blocks of 64 columns
+def test_widths_of_several_blocks(hidden, kind):
+    check(Case(hidden=hidden, queries=16), kind)
 
 
 def test_forward_and_backward_may_cut_a_layer_differently(monkeypatch):
     blocks = {"forward": 32, "save": 64, "backward": 128}
-    settings = lambda kernel, *_: triton_launch.Settings(64, blocks[kernel], 4, 2)  # noqa: E731
+    settings = lambda problem, _: triton_launch.Settings(64, blocks[problem.kernel], 4, 2)  # noqa: E731
     monkeypatch.setattr(triton_query, "launch_settings", settings)
     case = Case(hidden=(120, 100), queries=16)
-    check_narrow(case, torch.float16)
-    check_exact(case, torch.float32)
+    check(case, "float16")
+    check(case, "float32")
     blocks["save"], blocks["backward"] = 128, 64
-    check_narrow(case, torch.float16)
+    check(case, "float16")
 
 
-def test_the_switch_for_tf32_may_move_between_forward_and_backward(tf32):
+def test_the_switch_for_tf32_may_move_between_forward_and_backward():
     case = Case(batch=2, hidden=(40, 24, 30), queries=20)
     leaves = problem(case, torch.float32)
     feat, coord, cell, *layers = leaves
     expected = torch.autograd.grad(ops.query(*leaves[:3], layers[:4], layers[4:], backend="reference").sum(), leaves)
     for recompute in (False, True):
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        out = ops.query(feat, coord, cell, layers[:4], layers[4:], backend="triton", recompute=recompute)
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        with operands("tf32"):
+            out = ops.query(feat, coord, cell, layers[:4], layers[4:], backend="triton", recompute=recompute)
         grads = torch.autograd.grad(out.sum(), leaves)
         assert all(norm_error(a, b) <= 1e-2 for a, b in zip(grads, expected, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [
-        *(("plain", dtype) for dtype in NARROW),
-        ("odd-widths", torch.bfloat16),
-        *((shape, torch.float16) for shape in ("one-query", "odd-widths", "one-latent", "one-row", "deep")),
-    ],
-    ids=str,
-)
-def test_fused(shape, dtype):
-    case = SHAPES[shape]._replace(queries=min(SHAPES[shape].queries, 20))
-    assert triton_query.is_fused((*case.hidden, case.outs), dtype)
-    if shape == "deep":  # errors of seven layers: judged without the ReLUs that turn round
-        leaves = problem(case, dtype)
-        assert psnr(run(case, leaves, "triton")[0], run(case, as_float64(leaves), "reference")[0]) >= 35
-    else:
-        check_narrow(case, dtype)
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_the_papers_widths(kind):
+    check(Case(hidden=(256, 256, 256), queries=16), kind)
 
 
-@pytest.mark.parametrize("hidden", [(130,), (180, 100), (256, 256, 256)], ids=str)  # three blocks of 64, and two of 128
-def test_fused_widths_of_several_blocks(hidden):
-    check_narrow(Case(hidden=hidden, queries=16), torch.float16)
+@pytest.mark.parametrize("kind", KINDS)
+def test_wider_imnets_run_layer_by_layer(kind):
+    check(Case(batch=2, hidden=(300, 12), queries=16), kind)
 
 
-@pytest.mark.parametrize("case", [Case(hidden=(24,), outs=37), Case(hidden=(300, 20)), Case(hidden=())], ids=str)
-def test_what_the_fused_kernel_does_not_take_runs_layer_by_layer(case):
-    assert not triton_query.is_fused((*case.hidden, case.outs), torch.float16)
-    check_narrow(case._replace(queries=16), torch.float16)
-
-
-@pytest.mark.parametrize("flags", FLAGS, ids=str)
-def test_every_flag(flags):
-    ensemble, unfold, cell = flags
-    case = Case(batch=2, hidden=(20, 12), queries=11, local_ensemble=ensemble, feat_unfold=unfold, cell_decode=cell)
-    check_exact(case, torch.float64)
-    check_exact(case, torch.float32)
-    check_narrow(case, torch.float16)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-def test_keeping_and_computing_again_agree_bit_for_bit(dtype, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_keeping_and_computing_again_agree_bit_for_bit(kind, monkeypatch):
     case = Case(batch=2, hidden=(20, 12), queries=24, height=3, width=4)
-    leaves = problem(case, dtype)
+    leaves = problem(case, dtype_of(kind))
     torch.use_deterministic_algorithms(True)
+    with operands(kind):
+        check_that_runs_agree(case, leaves, monkeypatch)
+
+
+def check_that_runs_agree(case: Case, leaves: list[torch.Tensor], monkeypatch) -> None:
     try:
         kept = run(case, leaves, "triton")
         again = run(case, leaves, "triton", recompute=True)
@@ -186,13 +221,14 @@ def test_keeping_and_computing_again_agree_bit_for_bit(dtype, monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
-    assert all(norm_error(a, b) <= 1e-3 for a, b in zip(in_pieces, kept, strict=True))
+    close = 4e-3 if leaves[0].dtype == torch.bfloat16 else 1e-3
+    assert all(norm_error(a, b) <= close for a, b in zip(in_pieces, kept, strict=True))
     assert torch.equal(in_pieces[0], kept[0])
     by_atomics = run(case, leaves, "triton")
-    assert all(norm_error(a, b) <= 1e-3 for a, b in zip(by_atomics, kept, strict=True))
+    assert all(norm_error(a, b) <= close for a, b in zip(by_atomics, kept, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_inference_reads_a_narrow_map(dtype):
     case = SHAPES["plain"]._replace(hidden=(20, 16), queries=40)
     feat, coord, cell, weights, biases = random_problem(case, dtype)
@@ -215,17 +251,27 @@ def test_autocast_and_noncontiguous_inputs():
     assert 0 < norm_error(out, expected[:, ::2]) <= 1e-2
 
 
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_training_under_autocast(dtype, flags):
+    ensemble, unfold, cell = flags
+    case = Case(hidden=(20, 12), queries=11, local_ensemble=ensemble, feat_unfold=unfold, cell_decode=cell)
+    leaves = problem(case, torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        check_rounded(case, str(dtype).removeprefix("torch."), leaves)
+
+
 @pytest.mark.parametrize("size", [(5, 7), (6, 11)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-@pytest.mark.parametrize("ensemble", [True, False])
-def test_render_is_query_on_the_grid(size, dtype, ensemble):
-    case = Case(batch=2, hidden=(24, 16), local_ensemble=ensemble)
-    feat, _, _, weights, biases = random_problem(case, dtype)
-    arguments = (size, weights, biases)
-    out = ops.render(feat, *arguments, backend="triton", local_ensemble=ensemble)
-    expected = ops.render(feat, *arguments, backend="reference", local_ensemble=ensemble)
-    assert out.shape == (2, 3, *size)
-    assert range_error(out, expected) <= (1e-13 if dtype == torch.float64 else 4e-3)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_render_is_query_on_the_grid(size, kind, flags):
+    flags = dict(zip(("local_ensemble", "feat_unfold", "cell_decode"), flags, strict=True))
+    feat, _, _, weights, biases = random_problem(Case(batch=2, hidden=(24, 16), **flags), dtype_of(kind))
+    with operands(kind):
+        out = ops.render(feat, size, weights, biases, backend="triton", **flags)
+    expected = ops.render(feat, size, weights, biases, backend="reference", **flags)
+    assert out.shape == (2, 3, *size) and out.dtype == feat.dtype
+    assert range_error(out, expected) <= RENDER_TOLERANCE[kind]
 
 
 @pytest.mark.parametrize("scale", [1, 3, 5])
@@ -240,29 +286,35 @@ def test_render_picks_the_same_latents_as_the_original_on_whole_scales(scale):
 
 
 @pytest.mark.parametrize("cell_decode", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
-def test_render_window_region_and_gradients(dtype, cell_decode):
+@pytest.mark.parametrize("kind", KINDS)
+def test_render_window_region_and_gradients(kind, cell_decode):
     case = Case(batch=2, hidden=(24, 16), height=12, width=9, cell_decode=cell_decode)
-    feat, _, _, weights, biases = random_problem(case, dtype, requires_grad=True)
+    feat, _, _, weights, biases = random_problem(case, dtype_of(kind), requires_grad=True)
     leaves = [feat, *weights, *biases]
     place = {"window": (11, 6, 9, 8), "feat_region": (2, 1, 12, 9), "cell": (0.3, 0.2), "cell_decode": cell_decode}
     results = []
     for backend, recompute in (("reference", False), ("triton", False), ("triton", True)):
-        out = ops.render(
-            feat[:, :, 2:10, 1:8], (31, 20), weights, biases, backend=backend, recompute=recompute, **place
-        )
-        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        with operands(kind):
+            out = ops.render(
+                feat[:, :, 2:10, 1:8], (31, 20), weights, biases, backend=backend, recompute=recompute, **place
+            )
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for expected, *others in zip(*results, strict=True):
         for other in others:
-            assert norm_error(other, expected) <= (1e-12 if dtype == torch.float64 else 4e-3)
+            assert norm_error(other, expected) <= 10 * RENDER_TOLERANCE[kind]
 
 
 @pytest.mark.parametrize("ensemble", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_nan_in_nan_out_and_only_there(ensemble, dtype):
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_in_nan_out_and_only_there(ensemble, kind):
     case = Case(hidden=(16, 16), local_ensemble=ensemble, queries=40)
-    feat, coord, cell, weights, biases = random_problem(case, dtype)
+    feat, coord, cell, weights, biases = random_problem(case, dtype_of(kind))
     arguments = {"backend": "triton", "local_ensemble": ensemble}
+    with operands(kind):
+        check_nan(feat, coord, cell, weights, biases, arguments)
+
+
+def check_nan(feat, coord, cell, weights, biases, arguments) -> None:
     clean = ops.query(feat, coord, cell, weights, biases, **arguments)
     coord[0, 7, 0] = float("nan")
     coord[0, 9, 1] = float("nan")

@@ -1,0 +1,72 @@
+"""A decode in PyTorch that rounds where the fused kernels round, so that ReLUs let the same values through.
+
+Against float64 a single ReLU that turns round weighs more than all else; here none does, and small bounds tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from liif_fast import ops
+
+Rounding = Callable[[Tensor], Tensor]  # to an operand's values, in float32
+
+
+def to_tf32(values: Tensor) -> Tensor:
+    """Ten bits behind the leading one, ties away from zero, as PTX's cvt.rna; through float64 instead of bits."""
+    mantissa, exponent = torch.frexp(values.double())
+    scaled = mantissa * 2048
+    return torch.ldexp(torch.copysign((scaled.abs() + 0.5).floor(), scaled) / 2048, exponent).float()
+
+
+class _RoundGrad(torch.autograd.Function):
+    """The gradient of a hidden layer is an operand too."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, rounding: Rounding) -> Tensor:
+        ctx.rounding = rounding
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.rounding(grad), None
+
+
+def rounded_query(
+    feat: Tensor,
+    coord: Tensor,
+    cell: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    rounding: Rounding,
+    *,
+    edges: bool,
+    local_ensemble: bool = True,
+    feat_unfold: bool = True,
+    cell_decode: bool = True,
+) -> Tensor:
+    """As `ops.query`, in float32 between the roundings.
+
+    Args:
+        edges: whether the first layer's gradient and what the last layer reads are rounded too.
+    """
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor + (rounding(tensor.detach()) - tensor.detach())  # gradients pass
+
+    def round_grad(tensor: Tensor) -> Tensor:
+        return _RoundGrad.apply(tensor, rounding)
+
+    weights, biases = [w.float() for w in weights], [b.float() for b in biases]
+    x, area_weight = ops.reference.gather(
+        feat.float(), coord, cell if cell_decode else None, feat_unfold=feat_unfold, local_ensemble=local_ensemble
+    )
+    hidden = x @ weights[0].t() + biases[0]
+    hidden = torch.relu(round_grad(hidden) if edges else hidden)
+    for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
+        hidden = torch.relu(round_grad(rounded(hidden) @ rounded(weight).t() + bias))
+    hidden = rounded(hidden) if edges else hidden
+    return (hidden * area_weight.unsqueeze(-1)).sum(2) @ weights[-1].t() + biases[-1]

@@ -161,11 +161,11 @@ STABLE_TORCH_LIBRARY(liif_fast_C, m) {
   m.def(
       "query(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, Tensor[] "
       "biases, int[] grid, "
-      "float[] grid_cell, bool local_ensemble) -> Tensor");
+      "float[] grid_cell, bool local_ensemble, bool bf16) -> Tensor");
   m.def(
       "query_backward(Tensor grad_out, Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, "
       "Tensor[] weights, "
-      "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble) -> Tensor[]");
+      "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, bool bf16) -> Tensor[]");
   m.def(
       "metasr_query(Tensor latent_map, Tensor coord, Tensor cell, Tensor weight, Tensor bias, int[] region) -> Tensor");
   m.def(

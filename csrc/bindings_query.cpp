@@ -22,38 +22,45 @@ QueryProblem<T> cpu_problem(const Tensor& latent_map, const MaybeTensor& coord, 
                           on_cpu);
 }
 
+// bf16, here and below: whether products have bfloat16 operands; in float64 it means nothing.
+void check_bf16(bool bf16) {
+  STD_TORCH_CHECK(!bf16 || bf16_kernels(), "this processor has no AVX-512-BF16: multiply in float32");
+}
+
 template <class T>
 Tensor run_query(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTensor& cell,
                  const Tensor& weight_geometry, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-                 const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble) {
+                 const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble, bool bf16) {
   QueryProblem<T> p =
       cpu_problem<T>(latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble);
   Tensor out = empty<T>(latent_map, out_sizes(p));
   p.out = data<T>(out);
+  const bool bf16_map = bf16 && latent_map.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(bf16_map || latent_map.scalar_type() == kDtype<T>, "latent_map has the wrong dtype");
   if constexpr (std::is_same_v<T, float>) {
-    if (latent_map.scalar_type() == ScalarType::BFloat16) {
-      STD_TORCH_CHECK(bf16_kernels(), "this processor has no AVX-512-BF16: widen the latent map");
-      query_forward_bf16(p);
+    if (bf16) {
+      query_forward_bf16(p, bf16_map);
       return out;
     }
   }
-  STD_TORCH_CHECK(latent_map.scalar_type() == kDtype<T>, "latent_map has the wrong dtype");
   query_forward(p);
   return out;
 }
 
 Tensor query(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTensor& cell, const Tensor& weight_geometry,
              const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const Sizes& grid,
-             const std::vector<double>& grid_cell, bool local_ensemble) {
+             const std::vector<double>& grid_cell, bool local_ensemble, bool bf16) {
+  check_bf16(bf16);
   const auto run = latent_map.scalar_type() == ScalarType::Double ? run_query<double> : run_query<float>;
-  return run(latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble);
+  return run(latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble, bf16);
 }
 
 template <class T>
 std::vector<Tensor> run_query_backward(const Tensor& grad_out, const Tensor& latent_map, const MaybeTensor& coord,
                                        const MaybeTensor& cell, const Tensor& weight_geometry,
                                        const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-                                       const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble) {
+                                       const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble,
+                                       bool bf16) {
   const QueryProblem<T> p =
       cpu_problem<T>(latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble);
   STD_TORCH_CHECK(latent_map.scalar_type() == kDtype<T>, "latent_map has the wrong dtype");
@@ -71,6 +78,12 @@ std::vector<Tensor> run_query_backward(const Tensor& grad_out, const Tensor& lat
   for (int layer = 0; layer <= p.layers; ++layer) grads.biases[layer] = make({p.widths[layer]});
   if (p.coord) grads.coord = make({p.batch, p.queries, 2});
   if (p.cell) grads.cell = make({p.batch, p.queries, 2});
+  if constexpr (std::is_same_v<T, float>) {
+    if (bf16) {
+      query_backward_bf16(p, grads);
+      return out;
+    }
+  }
   query_backward(p, grads);
   return out;
 }
@@ -78,10 +91,13 @@ std::vector<Tensor> run_query_backward(const Tensor& grad_out, const Tensor& lat
 std::vector<Tensor> query_backward_op(const Tensor& grad_out, const Tensor& latent_map, const MaybeTensor& coord,
                                       const MaybeTensor& cell, const Tensor& weight_geometry,
                                       const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-                                      const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble) {
+                                      const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble,
+                                      bool bf16) {
+  check_bf16(bf16);
   const auto run =
       latent_map.scalar_type() == ScalarType::Double ? run_query_backward<double> : run_query_backward<float>;
-  return run(grad_out, latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble);
+  return run(grad_out, latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble,
+             bf16);
 }
 
 // ------------------------------------------------------------------------------------------------------------- MetaSR

@@ -28,8 +28,8 @@ struct Gemm {
   int64_t b_stride, b_panel;
   Out* c;
   int64_t c_stride;
-  const Acc* bias;  // [n], padded to whole panels
-  const Out* mask;  // c's layout
+  const Acc* bias;                 // [n], padded to whole panels
+  const typename Op::Value* mask;  // c's layout
   int64_t m, panels, k;
 };
 
@@ -85,7 +85,7 @@ static void multiply_block(const Gemm<Op, Out>& g, int64_t row, int64_t panel) {
     for (int v = 0; v < kVecs; ++v) {
       if constexpr (kFinish == Finish::kRelu) acc[r][v] = V::relu(acc[r][v]);
       if constexpr (kFinish == Finish::kMask) {
-        const Out* mask = g.mask + (row + r) * g.c_stride + column;
+        const auto* mask = g.mask + (row + r) * g.c_stride + column;
         acc[r][v] = V::keep_where_positive(acc[r][v], V::load(mask + v * kLanes));
       }
     }
@@ -115,33 +115,48 @@ static void multiply(const Gemm<Op, Out>& g) {
   multiply_rest<Op, kRows - 1, kTransposed, kStart, kFinish>(g, row);
 }
 
-// Packs a [n, k] weight (row stride `stride`) as B = weight^T: panels of kCols columns, zero padded; returns the end.
-// With `transposed` the weight is [k, n] and B = weight.
+// Packs a [n, k] weight as B = weight^T: panels of kCols columns, zero padded. With `transposed` the weight is [k, n]
+// and B = weight.
 template <class T>
-static T* pack_panels(const T* weight, int64_t n, int64_t k, int64_t stride, bool transposed, T* packed) {
+static void pack_panels(const T* weight, int64_t n, int64_t k, bool transposed, T* packed) {
   for (int64_t first = 0; first < n; first += kCols<T>)
     for (int64_t step = 0; step < k; ++step)
       for (int64_t column = first; column < first + kCols<T>; ++column) {
-        const int64_t at = transposed ? step * stride + column : column * stride + step;
+        const int64_t at = transposed ? step * n + column : column * k + step;
         *packed++ = column < n ? weight[at] : T(0);
       }
-  return packed;
 }
 
 #if defined(LIIF_SIMD_AVX512_BF16)
 // The same for bfloat16: one Elem holds steps 2i and 2i + 1 of a column.
-static uint32_t* pack_panels_bf16(const float* weight, int64_t n, int64_t k, uint32_t* packed) {
+static void pack_panels(const float* weight, int64_t n, int64_t k, bool transposed, uint32_t* packed) {
+  const auto value = [&](int64_t step, int64_t column) -> uint32_t {
+    if (step >= k || column >= n) return 0;
+    return to_bf16(weight[transposed ? step * n + column : column * k + step]);
+  };
   for (int64_t first = 0; first < n; first += kCols<float>)
     for (int64_t step = 0; step < k; step += 2)
-      for (int64_t column = first; column < first + kCols<float>; ++column) {
-        const bool inside = column < n;
-        const uint32_t low = inside ? to_bf16(weight[column * k + step]) : 0;
-        const uint32_t high = inside && step + 1 < k ? to_bf16(weight[column * k + step + 1]) : 0;
-        *packed++ = low | high << 16;
-      }
-  return packed;
+      for (int64_t column = first; column < first + kCols<float>; ++column)
+        *packed++ = value(step, column) | value(step + 1, column) << 16;
 }
 #endif
+
+// Rows [count, stride] as operands of a product that sums over the rows: an Elem holds kPack rows of a column, zeros
+// behind the last one. `packed` is room for them, unused where the rows are such operands already.
+template <class Op>
+static const typename Op::Elem* pack_rows(const typename Op::Value* rows, int64_t stride, int64_t count, int64_t width,
+                                          typename Op::Elem* packed) {
+  if constexpr (Op::kPack == 1) {
+    return rows;
+  } else {
+    for (int64_t row = 0; row < count; row += 2) {
+      const auto* low = rows + row * stride;
+      for (int64_t i = 0; i < width; i += kCols<typename Op::Acc>)
+        store_pairs(packed + row / 2 * stride + i, low + i, row + 1 < count ? low + stride + i : nullptr);
+    }
+    return packed;
+  }
+}
 
 }  // namespace
 }  // namespace liif_fast

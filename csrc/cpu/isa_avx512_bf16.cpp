@@ -1,4 +1,4 @@
-// The bfloat16 forward for AVX-512-BF16: two products a lane and instruction. The standard headers come first: nothing
+// bfloat16 operands by AVX-512-BF16: two products a lane and instruction. The standard headers come first: nothing
 // of theirs may be compiled for this target.
 #if defined(__x86_64__)
 #include <cmath>
@@ -11,6 +11,7 @@ LIIF_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
 #define LIIF_SIMD_AVX512
 #define LIIF_SIMD_AVX512_BF16
 #include "kernels.h"
+#include "query_backward.h"
 #include "query_forward.h"
 
 namespace liif_fast {
@@ -38,8 +39,10 @@ double bf16_multiply_add_loop(int64_t repetitions) {
 }  // namespace
 
 const Bf16Kernels& avx512_bf16_kernels() {
-  static const Bf16Kernels table{packed_bytes<Bf16Op>, pack<Bf16Op>, forward_scratch_bytes<Bf16Op>,
-                                 forward_tiles<Bf16Op, Bf16>, bf16_multiply_add_loop};
+  static const Bf16Kernels table{packed_bytes<Bf16Op>,          pack<Bf16Op>,
+                                 forward_scratch_bytes<Bf16Op>, forward_tiles<Bf16Op, float>,
+                                 forward_tiles<Bf16Op, Bf16>,   backward_scratch_bytes<Bf16Op>,
+                                 backward_tiles<Bf16Op, float>, bf16_multiply_add_loop};
   return table;
 }
 

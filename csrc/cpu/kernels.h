@@ -31,12 +31,16 @@ struct MatrixKernels {
   double (*multiply_add_loop)(int64_t repetitions);  // registers only; returns the floating point operations done
 };
 
-// The bfloat16 forward: bfloat16 latent map and operands, float everything else.
+// The decode with bfloat16 operands, float everything else; its sums are those of the same name in MatrixKernels<float>.
 struct Bf16Kernels {
   size_t (*packed_bytes)(const QueryProblem<float>&, bool gradients);
   void (*pack)(const QueryProblem<float>&, bool gradients, char* packed);
   size_t (*forward_scratch_bytes)(const QueryProblem<float>&);
   void (*forward_tiles)(const QueryProblem<float>&, char* packed, int64_t begin, int64_t end, char* scratch);
+  void (*forward_tiles_bf16_map)(const QueryProblem<float>&, char* packed, int64_t begin, int64_t end, char* scratch);
+  size_t (*backward_scratch_bytes)(const QueryProblem<float>&);
+  void (*backward_tiles)(const QueryProblem<float>&, const QueryGrads<float>&, char* packed, int64_t begin, int64_t end,
+                         char* scratch, char* sums, int64_t step_begin, float* latent_rows, int64_t* row_latent);
   double (*multiply_add_loop)(int64_t repetitions);
 };
 

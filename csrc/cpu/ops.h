@@ -21,9 +21,12 @@ void ensemble_backward(const T* grad_out, const T* pred, const T* area_weight, i
 
 template <class T>
 void query_forward(const QueryProblem<T>& p);
-void query_forward_bf16(const QueryProblem<float>& p);  // bfloat16 latent map; needs bf16_kernels()
 template <class T>
 void query_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads);  // grads zeroed
+
+// The same with bfloat16 operands; needs bf16_kernels(). The backward takes a float latent map.
+void query_forward_bf16(const QueryProblem<float>& p, bool bf16_map);
+void query_backward_bf16(const QueryProblem<float>& p, const QueryGrads<float>& grads);
 
 template <class T>
 void metasr_query_forward(const MetasrProblem<T>& p);

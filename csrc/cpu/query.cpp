@@ -26,47 +26,36 @@ int64_t tile_count(const QueryProblem<T>& p, int tile_rows) {
   return p.batch * ((p.queries + queries - 1) / queries);
 }
 
-template <class T, class K>
-void run_forward(const QueryProblem<T>& p, const K& kernels, int tile_rows) {
+// K: MatrixKernels<T> or Bf16Kernels. forward_tiles: which of its forwards.
+template <class T, class K, class F>
+void run_forward(const QueryProblem<T>& p, const K& kernels, F forward_tiles, int tile_rows) {
   const int64_t tiles = tile_count(p, tile_rows), shares = std::min(thread_count(), tiles);
   if (tiles == 0) return;
   const Blocks packed(1, kernels.packed_bytes(p, false));
   kernels.pack(p, false, packed[0]);
   const Blocks scratch(shares, kernels.forward_scratch_bytes(p));
   parallel_shares(tiles, shares, [&](int64_t share, int64_t begin, int64_t end) {
-    kernels.forward_tiles(p, packed[0], begin, end, scratch[share]);
+    forward_tiles(p, packed[0], begin, end, scratch[share]);
   });
 }
 
 // Tiles whose latent gradients are kept before they are added up: 4 MB a thread at 256 channels.
 constexpr int64_t kStepTiles = 32;
 
-}  // namespace
-
-template <class T>
-void query_forward(const QueryProblem<T>& p) {
-  run_forward(p, matrix_kernels<T>(), matrix_kernels<T>().tile_rows);
-}
-template void query_forward(const QueryProblem<float>&);
-template void query_forward(const QueryProblem<double>&);
-
-void query_forward_bf16(const QueryProblem<float>& p) {
-  run_forward(p, *bf16_kernels(), matrix_kernels<float>().tile_rows);
-}
-
-template <class T>
-void query_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads) {
-  const MatrixKernels<T>& kernels = matrix_kernels<T>();
-  const int64_t tiles = tile_count(p, kernels.tile_rows), shares = std::min(thread_count(), tiles);
+// K: MatrixKernels<T> or Bf16Kernels. common: what both share.
+template <class T, class K>
+void run_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads, const K& kernels,
+                  const MatrixKernels<T>& common) {
+  const int64_t tiles = tile_count(p, common.tile_rows), shares = std::min(thread_count(), tiles);
   if (tiles == 0) return;
   const Blocks packed(1, kernels.packed_bytes(p, true));
   kernels.pack(p, true, packed[0]);
   const Blocks scratch(shares, kernels.backward_scratch_bytes(p));
-  const size_t sums_bytes = kernels.sums_bytes(p);
+  const size_t sums_bytes = common.sums_bytes(p);
   const Blocks sums(shares, sums_bytes);
   for (int64_t share = 0; share < shares; ++share) std::memset(sums[share], 0, sums_bytes);
 
-  const int64_t step_tiles = std::min(kStepTiles * shares, tiles), step_rows = step_tiles * kernels.tile_rows;
+  const int64_t step_tiles = std::min(kStepTiles * shares, tiles), step_rows = step_tiles * common.tile_rows;
   const Blocks rows(1, static_cast<size_t>(step_rows * p.width) * sizeof(T));
   const Blocks latents(1, static_cast<size_t>(step_rows) * sizeof(int64_t));
   T* const latent_rows = reinterpret_cast<T*>(rows[0]);
@@ -78,14 +67,38 @@ void query_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads) {
                              latent_rows, row_latent);
     });
     parallel_shares(shares, shares, [&](int64_t share, int64_t, int64_t) {
-      kernels.scatter_rows(latent_rows, row_latent, count * kernels.tile_rows, p.width, share, shares,
-                           grads.latent_map);
+      common.scatter_rows(latent_rows, row_latent, count * common.tile_rows, p.width, share, shares, grads.latent_map);
     });
   }
-  for (int64_t share = 0; share < shares; ++share) kernels.add_sums(p, sums[share], grads);
+  for (int64_t share = 0; share < shares; ++share) common.add_sums(p, sums[share], grads);
+}
+
+}  // namespace
+
+template <class T>
+void query_forward(const QueryProblem<T>& p) {
+  const MatrixKernels<T>& kernels = matrix_kernels<T>();
+  run_forward(p, kernels, kernels.forward_tiles, kernels.tile_rows);
+}
+template void query_forward(const QueryProblem<float>&);
+template void query_forward(const QueryProblem<double>&);
+
+void query_forward_bf16(const QueryProblem<float>& p, bool bf16_map) {
+  const Bf16Kernels& kernels = *bf16_kernels();
+  run_forward(p, kernels, bf16_map ? kernels.forward_tiles_bf16_map : kernels.forward_tiles,
+              matrix_kernels<float>().tile_rows);
+}
+
+template <class T>
+void query_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads) {
+  run_backward(p, grads, matrix_kernels<T>(), matrix_kernels<T>());
 }
 template void query_backward(const QueryProblem<float>&, const QueryGrads<float>&);
 template void query_backward(const QueryProblem<double>&, const QueryGrads<double>&);
+
+void query_backward_bf16(const QueryProblem<float>& p, const QueryGrads<float>& grads) {
+  run_backward(p, grads, *bf16_kernels(), matrix_kernels<float>());
+}
 
 template <class T>
 void metasr_query_forward(const MetasrProblem<T>& p) {

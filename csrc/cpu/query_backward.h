@@ -20,37 +20,48 @@ struct Sums {
   }
 };
 
-template <class T>
+template <class Op>
 struct BackwardScratch {
+  using T = typename Op::Acc;
+  using Value = typename Op::Value;
+  using Elem = typename Op::Elem;
   Geometry<T> geometry;
   T *base, *blended, *grad_blended;
-  T* rows[kMaxLayers];        // activations after ReLU of every layer but the last
-  T *grad_rows, *grad_below;  // taken in turns
-  T *grad_weight, *grad_rel;  // [kTileRows], [kTileRows, 4]
+  Value* rows[kMaxLayers];        // activations after ReLU that a hidden layer multiplies
+  T* last_rows;                   // those that the blend reads
+  Value *grad_rows, *grad_below;  // of a hidden layer's result, taken in turns
+  T* grad_first;                  // of the first layer's
+  Elem *row_steps, *grad_steps;   // room for pack_rows
+  T *grad_weight, *grad_rel;      // [kTileRows], [kTileRows, 4]
   BackwardScratch(const QueryProblem<T>& p, Arena& arena) : geometry(arena) {
     const int64_t stride = row_stride(p);
     base = arena.take<T>(stride);
     blended = arena.take<T>(stride);
     grad_blended = arena.take<T>(stride);
-    for (int layer = 0; layer <= hidden_layers(p); ++layer) rows[layer] = arena.take<T>(kTileRows * stride);
-    grad_rows = arena.take<T>(kTileRows * stride);
-    grad_below = arena.take<T>(kTileRows * stride);
+    for (int layer = 0; layer < hidden_layers(p); ++layer) rows[layer] = arena.take<Value>(kTileRows * stride);
+    last_rows = arena.take<T>(kTileRows * stride);
+    grad_rows = arena.take<Value>(kTileRows * stride);
+    grad_below = arena.take<Value>(kTileRows * stride);
+    grad_first = arena.take<T>(kTileRows * stride);
+    const int64_t steps = Op::kPack == 1 ? 0 : kTileRows / Op::kPack * stride;
+    row_steps = arena.take<Elem>(steps);
+    grad_steps = arena.take<Elem>(steps);
     grad_weight = arena.take<T>(kTileRows);
     grad_rel = arena.take<T>(4 * kTileRows);
   }
 };
 
 // Through last layer and blend: fills grad_rows (masked by ReLU) and grad_weight.
-template <class T>
-static void blend_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads, const Packed<FloatOp<T>>& packed,
-                           const TileSpan& span, BackwardScratch<T>& s, Sums<T>& sums) {
+template <class Op, class Out, class T = typename Op::Acc>
+static void blend_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads, const Packed<Op>& packed,
+                           const TileSpan& span, BackwardScratch<Op>& s, Sums<T>& sums, Out* grad_rows) {
   using V = Vec<T>;
   const int hidden = hidden_layers(p);
   const int64_t stride = packed.stride, width = p.widths[hidden], outs = p.out_width(),
                 padded = round_up(width, kCols<T>);
   for (int64_t q = 0; q < span.count; ++q) {
     const T* grad_out = grads.grad_out + span.batch * p.out_batch + (span.first + q) * p.out_query;
-    const T* rows = s.rows[hidden] + q * p.corners * stride;
+    const T* rows = s.last_rows + q * p.corners * stride;
     const T* weight = s.geometry.weight + q * p.corners;
     for (int64_t i = 0; i < padded; i += V::kLanes) V::store(s.grad_blended + i, V::zero());
     if (p.layers == 0) {
@@ -71,16 +82,17 @@ static void blend_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads,
       const auto factor = V::broadcast(weight[corner]);
       for (int64_t i = 0; i < padded; i += V::kLanes) {
         const auto grad = V::mul(factor, V::load(s.grad_blended + i));
-        V::store(s.grad_rows + at * stride + i, p.layers == 0 ? grad : V::keep_where_positive(grad, V::load(row + i)));
+        store_values(grad_rows + at * stride + i,
+                     p.layers == 0 ? grad : V::keep_where_positive(grad, V::load(row + i)));
       }
     }
   }
 }
 
-// Through hidden layer `layer`: weight and bias gradients from grad_rows, then grad_below.
-template <class T>
-static void hidden_backward(const QueryProblem<T>& p, const Packed<FloatOp<T>>& packed, int layer, int64_t count,
-                            BackwardScratch<T>& s, Sums<T>& sums) {
+// Through hidden layer `layer`: weight and bias gradients from grad_rows, then those of the rows below.
+template <class Op, class Out, class T = typename Op::Acc>
+static void hidden_backward(const QueryProblem<T>& p, const Packed<Op>& packed, int layer, int64_t count,
+                            BackwardScratch<Op>& s, Sums<T>& sums, Out* grad_below) {
   using V = Vec<T>;
   const int64_t stride = packed.stride, in = p.widths[layer], out = p.widths[layer + 1];
   for (int64_t row = 0; row < count; ++row)
@@ -88,47 +100,44 @@ static void hidden_backward(const QueryProblem<T>& p, const Packed<FloatOp<T>>& 
       V::store(sums.biases[layer + 1] + i,
                V::add(V::load(sums.biases[layer + 1] + i), V::load(s.grad_rows + row * stride + i)));
 
-  Gemm<FloatOp<T>, T> weight{};  // [out, in] += grad_rows^T [out, rows] * rows [rows, in]
-  weight.a = s.grad_rows;
+  Gemm<Op, T> weight{};  // [out, in] += grad_rows^T [out, rows] * rows [rows, in]
+  weight.a = pack_rows<Op>(s.grad_rows, stride, count, out, s.grad_steps);
   weight.a_stride = stride;
-  weight.b = s.rows[layer];
+  weight.b = pack_rows<Op>(s.rows[layer], stride, count, in, s.row_steps);
   weight.b_stride = stride;
   weight.b_panel = kCols<T>;
   weight.c = sums.weights[layer];
   weight.c_stride = stride;
   weight.m = out;
   weight.panels = round_up(in, kCols<T>) / kCols<T>;
-  weight.k = count;
-  multiply<FloatOp<T>, true, Start::kAccumulate, Finish::kPlain>(weight);
+  weight.k = round_up(count, Op::kPack) / Op::kPack;
+  multiply<Op, true, Start::kAccumulate, Finish::kPlain>(weight);
 
-  Gemm<FloatOp<T>, T> below{};  // [rows, in] = grad_rows [rows, out] * weight [out, in], masked by ReLU
-  below.a = s.grad_rows;
-  below.a_stride = stride;
+  const int64_t steps = round_up(out, Op::kPack) / Op::kPack;
+  Gemm<Op, Out> below{};  // [rows, in] = grad_rows [rows, out] * weight [out, in], masked by ReLU
+  below.a = reinterpret_cast<const typename Op::Elem*>(s.grad_rows);
+  below.a_stride = stride / Op::kPack;
   below.b = packed.backward[layer];
   below.b_stride = kCols<T>;
-  below.b_panel = out * kCols<T>;
-  below.c = s.grad_below;
+  below.b_panel = steps * kCols<T>;
+  below.c = grad_below;
   below.c_stride = stride;
   below.mask = s.rows[layer];
   below.m = count;
   below.panels = weight.panels;
-  below.k = out;
-  multiply<FloatOp<T>, false, Start::kZero, Finish::kMask>(below);
-
-  T* swap = s.grad_rows;
-  s.grad_rows = s.grad_below;
-  s.grad_below = swap;
+  below.k = steps;
+  multiply<Op, false, Start::kZero, Finish::kMask>(below);
 }
 
 // Through the first layer: latent rows for the scatter, weight_geometry, its bias, and grad_rel (row, col, cell row,
 // cell col).
-template <class T>
-static void first_layer_backward(const QueryProblem<T>& p, const Packed<FloatOp<T>>& packed, const TileSpan& span,
-                                 BackwardScratch<T>& s, Sums<T>& sums, T* latent_rows) {
+template <class Op, class T = typename Op::Acc>
+static void first_layer_backward(const QueryProblem<T>& p, const Packed<Op>& packed, const TileSpan& span,
+                                 BackwardScratch<Op>& s, Sums<T>& sums, T* latent_rows) {
   using V = Vec<T>;
   const int64_t count = span.count * p.corners, width = round_up(p.width, V::kLanes);
   for (int64_t at = 0; at < count; ++at) {
-    const T* grad = s.grad_rows + at * packed.stride;
+    const T* grad = s.grad_first + at * packed.stride;
     const int64_t q = at / p.corners;
     T rel[4] = {s.geometry.rel_row[at], s.geometry.rel_col[at], 0, 0};
     if (p.has_cell) {
@@ -146,9 +155,9 @@ static void first_layer_backward(const QueryProblem<T>& p, const Packed<FloatOp<
   }
 }
 
-template <class T>
+template <class Op, class T = typename Op::Acc>
 static void geometry_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads, const TileSpan& span,
-                              const BackwardScratch<T>& s) {
+                              const BackwardScratch<Op>& s) {
   const T height = static_cast<T>(p.map_height), width = static_cast<T>(p.map_width);
   for (int64_t q = 0; q < span.count; ++q) {
     const int64_t first = q * p.corners, at = 2 * (span.batch * p.queries + span.first + q);
@@ -176,10 +185,10 @@ static void geometry_backward(const QueryProblem<T>& p, const QueryGrads<T>& gra
   }
 }
 
-template <class T>
-static size_t backward_scratch_bytes(const QueryProblem<T>& p) {
+template <class Op>
+static size_t backward_scratch_bytes(const QueryProblem<typename Op::Acc>& p) {
   Arena arena{nullptr};
-  BackwardScratch<T>(p, arena);
+  BackwardScratch<Op>(p, arena);
   return arena.used;
 }
 
@@ -190,31 +199,59 @@ static size_t sums_bytes(const QueryProblem<T>& p) {
   return arena.used;
 }
 
+// Activations of a tile, as the forward computes them: with other roundings other ReLUs would be open.
+template <class Op, class Latent, class T = typename Op::Acc>
+static void recompute(const QueryProblem<T>& p, const Packed<Op>& packed, const TileSpan& span,
+                      BackwardScratch<Op>& s) {
+  const int64_t count = span.count * p.corners;
+  const int hidden = hidden_layers(p);
+  if (p.layers == 0)
+    first_layer<false, Op, Latent>(p, packed, span, s.geometry, s.base, s.last_rows);
+  else if (hidden == 0)
+    first_layer<true, Op, Latent>(p, packed, span, s.geometry, s.base, s.last_rows);
+  else
+    first_layer<true, Op, Latent>(p, packed, span, s.geometry, s.base, s.rows[0]);
+  for (int layer = 0; layer + 1 < hidden; ++layer)
+    hidden_layer(p, packed, layer, count, s.rows[layer], s.rows[layer + 1]);
+  if (hidden > 0) hidden_layer(p, packed, hidden - 1, count, s.rows[hidden - 1], s.last_rows);
+}
+
+// Through all layers of a tile, down to grad_first.
+template <class Op, class T = typename Op::Acc>
+static void layers_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads, const Packed<Op>& packed,
+                            const TileSpan& span, BackwardScratch<Op>& s, Sums<T>& sums) {
+  const int64_t count = span.count * p.corners;
+  const int hidden = hidden_layers(p);
+  if (hidden == 0) {
+    blend_backward(p, grads, packed, span, s, sums, s.grad_first);
+    return;
+  }
+  blend_backward(p, grads, packed, span, s, sums, s.grad_rows);
+  for (int layer = hidden - 1; layer > 0; --layer) {
+    hidden_backward(p, packed, layer, count, s, sums, s.grad_below);
+    auto* swap = s.grad_rows;
+    s.grad_rows = s.grad_below;
+    s.grad_below = swap;
+  }
+  hidden_backward(p, packed, 0, count, s, sums, s.grad_first);
+}
+
 // Tiles [begin, end) of a step that started with tile `step_begin`: its row r goes to latent_rows[r], for latent
-// row_latent[r]
-// (-1: no such row).
-template <class T>
+// row_latent[r] (-1: no such row).
+template <class Op, class Latent, class T = typename Op::Acc>
 static void backward_tiles(const QueryProblem<T>& p, const QueryGrads<T>& grads, char* weights, int64_t begin,
                            int64_t end, char* buffer, char* sum_buffer, int64_t step_begin, T* latent_rows,
                            int64_t* row_latent) {
-  using Op = FloatOp<T>;
   Arena packed_arena{weights}, scratch_arena{buffer}, sum_arena{sum_buffer};
   const Packed<Op> packed(p, true, packed_arena);
-  BackwardScratch<T> s(p, scratch_arena);
+  BackwardScratch<Op> s(p, scratch_arena);
   Sums<T> sums(p, sum_arena);
-  const int hidden = hidden_layers(p);
   for (int64_t tile = begin; tile < end; ++tile) {
     const TileSpan span = tile_span(p, tile);
     const int64_t count = span.count * p.corners, step_row = (tile - step_begin) * kTileRows;
     locate(p, span, s.geometry);
-    if (p.layers == 0)
-      first_layer<false, Op, T>(p, packed, span, s.geometry, s.base, s.rows[0]);
-    else
-      first_layer<true, Op, T>(p, packed, span, s.geometry, s.base, s.rows[0]);
-    for (int layer = 0; layer < hidden; ++layer)
-      hidden_layer(p, packed, layer, count, s.rows[layer], s.rows[layer + 1]);
-    blend_backward(p, grads, packed, span, s, sums);
-    for (int layer = hidden - 1; layer >= 0; --layer) hidden_backward(p, packed, layer, count, s, sums);
+    recompute<Op, Latent>(p, packed, span, s);
+    layers_backward(p, grads, packed, span, s, sums);
     first_layer_backward(p, packed, span, s, sums, latent_rows + step_row * p.width);
     if (grads.coord || grads.cell) geometry_backward(p, grads, span, s);
     for (int64_t row = 0; row < kTileRows; ++row)

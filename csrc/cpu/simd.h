@@ -196,6 +196,17 @@ LIIF_INLINE void store_bf16(Bf16* p, __m512 low, __m512 high) {
 }
 LIIF_INLINE void store_bf16(Bf16* p, __m512 a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a)); }
 
+LIIF_INLINE __m512i pair_values(__m256i low, __m256i high) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+// Elems of 32 values of one row and those of the next; null: zeros.
+LIIF_INLINE void store_pairs(uint32_t* p, const Bf16* low, const Bf16* high) {
+  const __m512i a = _mm512_loadu_si512(low), b = high ? _mm512_loadu_si512(high) : _mm512_setzero_si512();
+  _mm512_storeu_si512(p, pair_values(_mm512_castsi512_si256(a), _mm512_castsi512_si256(b)));
+  _mm512_storeu_si512(p + 16, pair_values(_mm512_extracti64x4_epi64(a, 1), _mm512_extracti64x4_epi64(b, 1)));
+}
+
 #endif
 
 }  // namespace

@@ -47,7 +47,7 @@ struct Packed {
   T* geometry[4];  // weight_geometry's columns, [stride] each
   T* first_bias;   // [stride]; with a grid's constant cell its terms are in here
   Elem* forward[kMaxLayers];
-  T* backward[kMaxLayers];  // only for gradients
+  Elem* backward[kMaxLayers];  // only for gradients
   T* bias[kMaxLayers];
   T* last;  // [out_width, stride]
 
@@ -58,7 +58,8 @@ struct Packed {
     for (int layer = 0; layer < hidden_layers(p); ++layer) {
       const int64_t in = p.widths[layer], out = p.widths[layer + 1];
       forward[layer] = arena.take<Elem>(round_up(out, kCols<T>) * round_up(in, Op::kPack) / Op::kPack);
-      backward[layer] = gradients ? arena.take<T>(round_up(in, kCols<T>) * out) : nullptr;
+      backward[layer] =
+          gradients ? arena.take<Elem>(round_up(in, kCols<T>) * round_up(out, Op::kPack) / Op::kPack) : nullptr;
       bias[layer] = arena.take<T>(stride);
     }
     last = p.layers > 0 ? arena.take<T>(p.out_width() * stride) : nullptr;
@@ -77,8 +78,8 @@ struct Packed {
     }
     for (int layer = 0; layer < hidden_layers(p); ++layer) {
       const int64_t in = p.widths[layer], out = p.widths[layer + 1];
-      pack_forward(p.weights[layer], out, in, forward[layer]);
-      if (backward[layer]) pack_panels(p.weights[layer], in, out, in, true, backward[layer]);
+      pack_panels(p.weights[layer], out, in, false, forward[layer]);
+      if (backward[layer]) pack_panels(p.weights[layer], in, out, true, backward[layer]);
       for (int64_t i = 0; i < stride; ++i) bias[layer][i] = i < out ? p.biases[layer + 1][i] : T(0);
     }
     if (last) {
@@ -87,15 +88,6 @@ struct Packed {
         for (int64_t i = 0; i < stride; ++i) last[o * stride + i] = i < in ? p.weights[p.layers - 1][o * in + i] : T(0);
     }
   }
-
-  static void pack_forward(const T* weight, int64_t out, int64_t in, T* packed) {
-    pack_panels(weight, out, in, in, false, packed);
-  }
-#if defined(LIIF_SIMD_AVX512_BF16)
-  static void pack_forward(const float* weight, int64_t out, int64_t in, uint32_t* packed) {
-    pack_panels_bf16(weight, out, in, packed);
-  }
-#endif
 };
 
 // A tile's geometry: one entry a row, rel_cell one a query.

@@ -1,7 +1,8 @@
 """The `cpu` backend: hands tensors to the C++ kernels in the layout and dtype these take.
 
-The kernels compute in float64 or float32; bfloat16 maps stay bfloat16 where the processor multiplies them natively,
-every other 16-bit tensor is widened to float32 here. One function for every op of `library.py`.
+The kernels compute in float64 or float32. The hidden layers of `query` and `render` multiply bfloat16, forward and
+backward, where that is the operands' dtype and the processor multiplies it natively; a bfloat16 latent map then stays
+as it is. Every other 16-bit tensor is widened to float32 here. One function for every op of `library.py`.
 """
 
 from __future__ import annotations
@@ -69,6 +70,13 @@ def ensemble_backward(grad_out: Tensor, pred: Tensor, area_weight: Tensor) -> tu
     return grad_pred, grad_area_weight
 
 
+def _multiplies_bf16(latent_map: Tensor, operands: torch.dtype) -> bool:
+    """Whether products have bfloat16 operands: forward and backward have to agree, or they would open other ReLUs."""
+    if torch.bfloat16 not in (latent_map.dtype, operands) or latent_map.dtype == torch.float64:
+        return False
+    return _C.cpu_has_bf16()
+
+
 def _forward(
     latent_map: Tensor,
     coord: Tensor | None,
@@ -79,11 +87,11 @@ def _forward(
     grid: list[int],
     grid_cell: list[float],
     local_ensemble: bool,
+    operands: torch.dtype,
 ) -> Tensor:
-    dtype = compute_dtype(latent_map)
-    native = latent_map.dtype == torch.bfloat16 and _C.cpu_has_bf16()
+    dtype, bf16 = compute_dtype(latent_map), _multiplies_bf16(latent_map, operands)
     return _C.query(
-        latent_map.contiguous() if native else _widen(latent_map, dtype),
+        latent_map.contiguous() if bf16 and latent_map.dtype == torch.bfloat16 else _widen(latent_map, dtype),
         None if coord is None else coord.contiguous(),
         None if cell is None else cell.contiguous(),
         _widen(weight_geometry, dtype),
@@ -92,6 +100,7 @@ def _forward(
         grid,
         grid_cell,
         local_ensemble,
+        bf16,
     )
 
 
@@ -106,6 +115,7 @@ def _backward(
     grid: list[int],
     grid_cell: list[float],
     local_ensemble: bool,
+    operands: torch.dtype,
 ) -> list[Tensor]:
     dtype = compute_dtype(latent_map)
     return _C.query_backward(
@@ -119,6 +129,7 @@ def _backward(
         grid,
         grid_cell,
         local_ensemble,
+        _multiplies_bf16(latent_map, operands),
     )
 
 
@@ -139,7 +150,7 @@ def query(
     coord_grad: bool,
     saved: Tensor,
 ) -> Tensor:
-    return _forward(latent_map, coord, cell, weight_geometry, weights, biases, [], [], local_ensemble)
+    return _forward(latent_map, coord, cell, weight_geometry, weights, biases, [], [], local_ensemble, operands)
 
 
 def query_backward(
@@ -155,7 +166,9 @@ def query_backward(
     operands: torch.dtype,
     coord_grad: bool,
 ) -> list[Tensor]:
-    grads = _backward(grad_out, latent_map, coord, cell, weight_geometry, weights, biases, [], [], local_ensemble)
+    grads = _backward(
+        grad_out, latent_map, coord, cell, weight_geometry, weights, biases, [], [], local_ensemble, operands
+    )
     return grads if coord_grad else grads[: 3 + 2 * len(weights)]
 
 
@@ -170,7 +183,7 @@ def render(
     operands: torch.dtype,
     saved: Tensor,
 ) -> Tensor:
-    return _forward(latent_map, None, None, weight_geometry, weights, biases, grid, cell, local_ensemble)
+    return _forward(latent_map, None, None, weight_geometry, weights, biases, grid, cell, local_ensemble, operands)
 
 
 def render_backward(
@@ -185,7 +198,9 @@ def render_backward(
     local_ensemble: bool,
     operands: torch.dtype,
 ) -> list[Tensor]:
-    return _backward(grad_out, latent_map, None, None, weight_geometry, weights, biases, grid, cell, local_ensemble)
+    return _backward(
+        grad_out, latent_map, None, None, weight_geometry, weights, biases, grid, cell, local_ensemble, operands
+    )
 
 
 def metasr_query(

@@ -31,7 +31,7 @@ struct MatrixKernels {
   double (*multiply_add_loop)(int64_t repetitions);  // registers only; returns the floating point operations done
 };
 
-// The decode with bfloat16 operands, float everything else; its sums are those of the same name in MatrixKernels<float>.
+// The decode with bfloat16 operands, float everything else: what is missing here, MatrixKernels<float> does.
 struct Bf16Kernels {
   size_t (*packed_bytes)(const QueryProblem<float>&, bool gradients);
   void (*pack)(const QueryProblem<float>&, bool gradients, char* packed);

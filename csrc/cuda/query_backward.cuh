@@ -6,7 +6,8 @@
 // latents are added by the hardware in any order, or written row by row for a caller who adds them in a fixed one.
 #pragma once
 
-#include "query_tile.cuh"
+#include "query_layers.cuh"
+#include "query_saved.cuh"
 
 namespace liif_fast {
 

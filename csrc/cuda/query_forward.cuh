@@ -1,7 +1,8 @@
 // The fused decode, forward: latents, hidden layers, blend and last layer of one tile after the other.
 #pragma once
 
-#include "query_tile.cuh"
+#include "query_layers.cuh"
+#include "query_saved.cuh"
 
 namespace liif_fast {
 

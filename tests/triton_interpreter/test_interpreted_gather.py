@@ -59,6 +59,24 @@ def test_gather_gradients(flags, dtype, ordered):
         assert norm_error(result, expected) <= TOLERANCE[dtype]
 
 
+def test_gradients_where_rounding_leaves_a_latent_out():
+    """On a long axis float32 may find the neighbours two apart, so that their 3x3 places make more than 4x4."""
+    feat = torch.arange(4096.0).view(1, 1, -1, 1).requires_grad_()
+    coord = torch.stack([2 * torch.rand(200_000, generator=torch.Generator().manual_seed(0)) - 1, torch.zeros(200_000)])
+    coord = coord.t().unsqueeze(0)
+    rows = ops.gather(feat, coord, feat_unfold=False, backend="reference")[0][0, :, :, 0]
+    apart = rows[:, 2] - rows[:, 0]
+    far, near = (apart == 2).nonzero().flatten(), (apart == 1).nonzero().flatten()
+    assert 0 < len(far) < 100
+    coord = coord[:, torch.cat([far[:5], near[:30]])]
+    results = []
+    for backend in ("triton", "reference"):
+        x, _ = ops.gather(feat, coord, backend=backend)
+        probe = torch.rand(x.shape, generator=torch.Generator().manual_seed(1))
+        results.append(torch.autograd.grad(x, feat, probe)[0])
+    assert norm_error(*results) <= 1e-6
+
+
 def test_gather_reads_any_strides():
     feat, coord, cell, *_ = random_problem(CASES["plain"], torch.float32)
     turned = feat.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)[:, :, ::2, 1:]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import reason_against
 
 from liif_fast.ops import backends
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def spec_of(path):
@@ -78,3 +82,11 @@ def test_nothing_imports_our_kernels_before_an_op_needs_them():
         "assert not any(name.startswith('liif_fast.ops.triton') for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_geometry_has_the_functions_of_the_other_backends():
+    source = (ROOT / "csrc" / "geometry.h").read_text()
+    functions = set(re.findall(r"^LIIF_HOST_DEVICE \S+ (\w+)\(", source, re.M))
+    functions -= {"add_rounded", "mul_rounded"}  # an option of every launch: triton_launch.OPTIONS
+    mirrored = set(re.findall(r"^def (\w+)\(", (ROOT / "liif_fast/ops/triton_geometry.py").read_text(), re.M))
+    assert {"pixel_center", "find_neighbour", "area_weights"} < functions <= mirrored

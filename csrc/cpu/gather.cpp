@@ -180,21 +180,34 @@ void ensemble_forward(const T* pred, const T* area_weight, int64_t rows, int64_t
 template void ensemble_forward(const double*, const double*, int64_t, int64_t, int64_t, double*);
 template void ensemble_forward(const float*, const float*, int64_t, int64_t, int64_t, float*);
 
+namespace {
+
+// kOuts: how many outputs, 0 for any number; a colour's three in a loop that the compiler knows are half the time.
+template <int kOuts, class T>
+void ensemble_backward_rows(const T* grad_out, const T* pred, const T* area_weight, int64_t begin, int64_t end,
+                            int64_t corners, int64_t any_outs, T* grad_pred, T* grad_area_weight) {
+  const int64_t outs = kOuts ? kOuts : any_outs;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* grad = grad_out + row * outs;
+    for (int64_t corner = row * corners; corner < (row + 1) * corners; ++corner) {
+      T sum = T(0);
+      for (int64_t o = 0; o < outs; ++o) {
+        sum += grad[o] * pred[corner * outs + o];
+        grad_pred[corner * outs + o] = grad[o] * area_weight[corner];
+      }
+      grad_area_weight[corner] = sum;
+    }
+  }
+}
+
+}  // namespace
+
 template <class T>
 void ensemble_backward(const T* grad_out, const T* pred, const T* area_weight, int64_t rows, int64_t corners,
                        int64_t outs, T* grad_pred, T* grad_area_weight) {
+  const auto rows_backward = outs == 3 ? ensemble_backward_rows<3, T> : ensemble_backward_rows<0, T>;
   parallel_shares(rows, shares_for(rows), [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T* grad = grad_out + row * outs;
-      for (int64_t corner = row * corners; corner < (row + 1) * corners; ++corner) {
-        T sum = T(0);
-        for (int64_t o = 0; o < outs; ++o) {
-          sum += grad[o] * pred[corner * outs + o];
-          grad_pred[corner * outs + o] = grad[o] * area_weight[corner];
-        }
-        grad_area_weight[corner] = sum;
-      }
-    }
+    rows_backward(grad_out, pred, area_weight, begin, end, corners, outs, grad_pred, grad_area_weight);
   });
 }
 template void ensemble_backward(const double*, const double*, const double*, int64_t, int64_t, int64_t, double*,

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import FLAGS, SHAPES, Case, as_float64, norm_error, random_problem, reason_against
-from rounded_model import rounded_query
 from torch import Tensor
 
+from bench.gpu.rounded_model import rounded_query
 from liif_fast import ops
 
 

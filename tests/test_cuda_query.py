@@ -10,8 +10,8 @@ import torch
 from cuda_on_cpu import build
 from cuda_on_cpu.ops import Ops
 from helpers import FLAGS, Case, as_float64, norm_error, psnr, random_problem, range_error
-from rounded_model import rounded_query
 
+from bench.gpu.rounded_model import rounded_query
 from liif_fast import ops
 from liif_fast.ops import backends, cuda, cuda_query, library
 

@@ -147,8 +147,11 @@ current = {"name": ""}
 @pytest.mark.parametrize(
     ("name", "checks"),
     [
-        ("query_backward", ["query plain fp64", "query paper fp32", "query paper bf16"]),
-        ("render_backward", ["render -c fp32"]),
+        (
+            "query_backward",
+            ["query plain fp64", "query paper fp32", "query paper bf16", "query odd-widths bf16", "query -u bf16"],
+        ),
+        ("render_backward", ["render -c fp32", "render full bf16"]),
         ("gather_backward", ["gather plain fp32"]),
         ("ensemble_backward", ["ensemble of 4 fp64"]),
         ("metasr_query_backward", ["metasr plain fp32"]),

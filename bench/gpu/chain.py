@@ -23,6 +23,8 @@ from bench.gpu.limits import (
     judge_gradients,
     leaf_names,
     probe_like,
+    rounded_gradients,
+    rounded_limit,
 )
 from bench.gpu.problems import (
     DTYPES,
@@ -106,7 +108,10 @@ def query(context: Context, judge: Judge, case: Case, dtype: torch.dtype) -> Non
     grads, plain_grads = gradients(out, problem, dtype), gradients(plain, problem, dtype)
     exact_grads = gradients(expected, exact, dtype)
     limits = gradient_limits(exact, case, dtype, plain_grads, exact_grads)
-    judge_gradients(judge, grads, exact_grads, limits, leaf_names(problem))
+    rounded = rounded_gradients(problem, case, dtype, probe_like(out).to(dtype))
+    judge_gradients(
+        judge, grads, exact_grads, limits, leaf_names(problem), rounded, rounded_limit=rounded_limit(case, dtype)
+    )
 
 
 def paper_case(context: Context) -> Case:
@@ -280,7 +285,13 @@ def render(context: Context, judge: Judge, case: Case, dtype: torch.dtype) -> No
     coord, cell = _grid(size, case.batch, torch.float64)
     on_grid = exact._replace(coord=coord.to(context.device), cell=cell.to(context.device))
     limits = gradient_limits(on_grid, case, dtype, grads[2], grads[1])
-    judge_gradients(judge, grads[0], grads[1], limits, names)
+    coord, cell = (
+        points.to(context.device).clone().requires_grad_() for points in _grid(size, case.batch, problem.coord.dtype)
+    )
+    points = problem._replace(coord=coord, cell=cell)
+    probe = probe_like(image).to(dtype).flatten(2).transpose(1, 2)
+    rounded = [[feat, *layers] for feat, _, _, *layers in rounded_gradients(points, case, dtype, probe)]
+    judge_gradients(judge, grads[0], grads[1], limits, names, rounded, rounded_limit=rounded_limit(case, dtype))
 
 
 def _grid(size: tuple[int, int], batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

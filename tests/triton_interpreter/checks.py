@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from helpers import Case, as_float64, norm_error, random_problem
-from rounded_model import rounded_query, to_tf32
 
+from bench.gpu.rounded_model import rounded_query, to_tf32
 from liif_fast import ops
 from liif_fast.ops import triton_query
 

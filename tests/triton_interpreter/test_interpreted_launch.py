@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from helpers import Case, random_problem
-from rounded_model import to_tf32
 
 from bench import tune_triton
+from bench.gpu.rounded_model import to_tf32
 from liif_fast import ops
 from liif_fast.ops import triton_launch, triton_pack, triton_query
 from liif_fast.ops.triton_decode import decode_points

@@ -6,8 +6,8 @@ import pytest
 import torch
 from checks import KINDS, check, check_rounded, dtype_of, operands, problem, run
 from helpers import FLAGS, SHAPES, Case, as_float64, norm_error, random_problem
-from rounded_model import rounded_query
 
+from bench.gpu.rounded_model import rounded_query
 from liif_fast import ops
 from liif_fast.ops import library, triton_launch, triton_layers, triton_query
 

@@ -65,6 +65,8 @@ def rounded_query(
         feat.float(), coord, cell if cell_decode else None, feat_unfold=feat_unfold, local_ensemble=local_ensemble
     )
     hidden = x @ weights[0].t() + biases[0]
+    if len(weights) == 1:
+        return (hidden * area_weight.unsqueeze(-1)).sum(2)
     hidden = torch.relu(round_grad(hidden) if edges else hidden)
     for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
         hidden = torch.relu(round_grad(rounded(hidden) @ rounded(weight).t() + bias))

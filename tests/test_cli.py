@@ -338,22 +338,29 @@ def test_interrupt_leaves_nothing(run, photo, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["photo.png"]
 
 
-def as_process(*arguments, **options):
+def as_process(*arguments, program=("-m", "liif_fast")):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-W", "ignore", "-m", "liif_fast", *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
-    )
+    command = [sys.executable, "-W", "ignore", *program, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+# The program, which takes a minute to write a 16-bit PNG.
+SLOW_WRITER = """
+import time
+from liif_fast import cli, png16
+encode = png16.encode
+png16.encode = lambda *arguments, **keywords: (encode(*arguments, **keywords), time.sleep(60))
+raise SystemExit(cli.main())
+"""
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_while_writing(tmp_path, weights, number, code):
-    """A large 16-bit PNG takes a while to pack: the signal arrives when the temporary file is there."""
-    noise = np.random.default_rng(0).integers(0, 65536, (1500, 1500, 3), dtype=np.uint16)
+    """The signal arrives when the temporary file is there."""
+    noise = np.random.default_rng(0).integers(0, 65536, (40, 50, 3), dtype=np.uint16)
     image.write(image.Picture(noise), tmp_path / "noise.tif")
-    process = as_process(
-        "upscale", tmp_path / "noise.tif", "-o", tmp_path / "out.png", "--scale", "1", "--model", weights
-    )
+    arguments = ("upscale", tmp_path / "noise.tif", "-o", tmp_path / "out.png", "--scale", "1", "--model", weights)
+    process = as_process(*arguments, program=("-c", SLOW_WRITER))
     deadline = time.monotonic() + 120
     while len(os.listdir(tmp_path)) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)

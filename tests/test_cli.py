@@ -344,9 +344,11 @@ def as_process(*arguments, program=("-m", "liif_fast")):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-# The program, which takes a minute to write a 16-bit PNG.
+# The program, which takes a minute to write a 16-bit PNG. A shell that runs the tests in the background hands down that
+# Ctrl-C is ignored.
 SLOW_WRITER = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from liif_fast import cli, png16
 encode = png16.encode
 png16.encode = lambda *arguments, **keywords: (encode(*arguments, **keywords), time.sleep(60))

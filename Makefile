@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
 # Tests of what runs inside the extension: the ones worth running under the sanitisers.
-KERNEL_TESTS = $(wildcard tests/test_cpu_*.py tests/test_ops_*.py tests/test_cuda_on_cpu.py tests/test_cuda_metasr.py tests/test_cuda_query.py)
+KERNEL_TESTS = $(wildcard tests/ops/test_cpu_*.py tests/ops/test_ops_*.py tests/cuda/test_cuda_on_cpu.py tests/cuda/test_cuda_metasr.py tests/cuda/test_cuda_query.py)
 CXX_FILES = find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 # Not $(VENV)/bin/clang-format: an environment that reuses another one's packages has no script of its own for them.
 CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
@@ -19,7 +19,7 @@ help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
 
 demo: build ## upscale the shipped photo by 4 and by 2.7, beside bicubic
-	$(PY) -m liif_fast.demo
+	$(PY) -m liif_fast.cli.demo
 
 test: build ## build, then run the tests (PYTEST_ARGS='-k name' for some of them)
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -45,7 +45,7 @@ wheel: $(VENV)/.installed ## a wheel for every Python >= 3.10 and torch >= 2.11,
 	$(PY) -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
 
 sanitize: $(VENV)/.installed ## the kernels' tests under the address and undefined-behaviour sanitisers (GCC)
-	$(if $(KERNEL_TESTS),,$(error there is no tests/test_cpu_*.py and no tests/test_ops_*.py to run))
+	$(if $(KERNEL_TESTS),,$(error tests/ops holds no test to run))
 	LIIF_FAST_SANITIZE=1 $(PY) setup.py -q build_ext --inplace
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

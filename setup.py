@@ -259,12 +259,12 @@ def build_extension(objects: Path, toolkit: Toolkit | None) -> tuple[Path, dict[
 
     steps = []
     cxx_sources = sorted(
-        p.relative_to(ROOT) for pattern in ("*.cpp", "cpu/*.cpp") for p in ROOT.glob(f"csrc/{pattern}")
+        p.relative_to(ROOT) for pattern in ("bindings/*.cpp", "cpu/*.cpp") for p in ROOT.glob(f"csrc/{pattern}")
     )
     for source in cxx_sources:
         output = objects / ("-".join(source.parts[1:]) + ".o")
         depfile = output.with_suffix(".d")
-        extra = binding_flags if source.name.startswith("bindings") else []
+        extra = binding_flags if source.parent.name == "bindings" else []
         command = [*compiler, *flags, *extra, "-MMD", "-MF", str(depfile), "-c", str(source), "-o", str(output)]
         steps.append(Step(output, command, [ROOT / source], depfile, f"{version}\ntorch {torch_version}"))
     link = [*compiler, *LINK_FLAGS, *SANITIZE_FLAGS, "-L", str(torch / "lib")]
@@ -292,7 +292,7 @@ def build_extension(objects: Path, toolkit: Toolkit | None) -> tuple[Path, dict[
 
 
 def cuda_sources() -> list[Path]:
-    return sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/cuda/*.cu"))
+    return sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/cuda/**/*.cu"))
 
 
 def cuda_steps(objects: Path, toolkit: Toolkit) -> list[Step]:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from bench import machine, results
 from liif_fast import data
-from liif_fast.demo import PHOTO
+from liif_fast.cli.demo import PHOTO
 from liif_fast.models import default_data_norm, make_model
 from liif_fast.training.step import StepOptions, Stepper
 

@@ -76,7 +76,7 @@ def upscale_original(job: Job, dtype: str = "float32") -> Prepared:
 
 def upscale(job: Job, backend: str, dtype: str) -> Prepared:
     """`liif_fast.upscale`; 16 bits by autocast."""
-    from liif_fast.upscale import upscale as upscale_image
+    from liif_fast.images.upscaling import upscale as upscale_image
 
     model = make_liif(job)
     image = photo(job)

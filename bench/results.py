@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import machine
-from liif_fast.files import write_atomically
+from liif_fast.utils.files import write_atomically
 
 FOLDER = Path(__file__).resolve().parent / "results"
 SCHEMA = 1

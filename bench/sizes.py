@@ -20,10 +20,10 @@ import torch
 from bench.method import Job, Method
 from bench.methods import methods_for
 from bench.workloads import WORKLOADS, Workload, make_problem
-from liif_fast import memory
 from liif_fast.benchmark import original
 from liif_fast.benchmark.problem import HIDDEN, OUTS
 from liif_fast.benchmark.timing import Clock, CpuClock, failure, summary
+from liif_fast.utils import memory
 
 _WARM_UP = Workload("warm-up", "size", "", (32, 32), (64, 64), compared="few")
 # The original unfolds the whole map anew for each chunk, so its first chunks tell its peak (but for the output, which

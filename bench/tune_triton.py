@@ -5,7 +5,7 @@
 Times every setting that compiles and fits, kernel by kernel: the forward in inference (1024x1024 from 256x256), the
 forward that keeps activations and the backward in a training step (16 maps of 48x48, 2304 queries each), where the
 other kernels keep the table's settings. Settings take turns; they are printed from fastest to slowest, and what
-`launch_settings` says is marked. Copy a winner into liif_fast/ops/triton_launch.py by hand: the table is the only
+`launch_settings` says is marked. Copy a winner into liif_fast/ops/backends/triton/launch.py by hand: the table is the only
 place that decides.
 """
 
@@ -20,8 +20,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from liif_fast import ops
-from liif_fast.ops import triton_query
-from liif_fast.ops.triton_launch import (
+from liif_fast.ops.backends.triton import decode as triton_query
+from liif_fast.ops.backends.triton.launch import (
     Kernel,
     Problem,
     Settings,

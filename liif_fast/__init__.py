@@ -9,10 +9,10 @@ out = liif_fast.ops.query(feat, coord, cell, weights, biases)   # the kernels th
 
 __version__ = "0.1.0"
 
-from . import ops
-from .checkpoints import load, save
-from .models import LIIF, MLP, MetaSR
-from .registry import make_model, register
-from .upscale import upscale
+from liif_fast import ops
+from liif_fast.images.upscaling import upscale
+from liif_fast.models import LIIF, MLP, MetaSR
+from liif_fast.models.checkpoints import load, save
+from liif_fast.models.registry import make_model, register
 
 __all__ = ["LIIF", "MLP", "MetaSR", "__version__", "load", "make_model", "ops", "register", "save", "upscale"]

@@ -2,7 +2,7 @@
 
 import sys
 
-from liif_fast.cli import main
+from liif_fast.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from liif_fast.evaluation import markdown_table, mean_scores, read_csv
-from liif_fast.files import write_atomically
+from liif_fast.utils.files import write_atomically
 
 MANIFEST_COLUMNS = ("file", "author", "licence", "source_package", "source_version", "transform")
 

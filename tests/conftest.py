@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from liif_fast.ops import extension
+from liif_fast.ops.backends import extension
 
 torch.set_num_threads(2)
 

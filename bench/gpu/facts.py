@@ -14,10 +14,11 @@ from bench import machine
 from bench.gpu import hopper, sanitizer
 from bench.gpu.check import FAILED, PASSED
 from bench.gpu.steps import root
-from liif_fast.ops import backends, extension
+from liif_fast.ops import backends
+from liif_fast.ops.backends import extension
 
 # What decides a result; documents and results do not.
-_SOURCES = ("csrc/**/*", "liif_fast/**/*.py", "bench/**/*.py", "bench/hopper/*", "tests/helpers.py", "setup.py")
+_SOURCES = ("csrc/**/*", "liif_fast/**/*.py", "bench/**/*.py", "tests/helpers.py", "setup.py")
 
 
 def digest(folder: Path) -> str:

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from liif_fast import ops
-
-_TESTS = str(Path(__file__).resolve().parents[2] / "tests")
-if _TESTS not in sys.path:
-    sys.path.insert(0, _TESTS)
-
-from helpers import FLAGS, SHAPES, Case, norm_error, psnr, random_problem, range_error  # noqa: E402
+from tests.helpers import FLAGS, SHAPES, Case, norm_error, psnr, random_problem, range_error
 
 __all__ = [
     "DTYPES",

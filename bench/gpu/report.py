@@ -12,7 +12,7 @@ from bench import machine, results
 from bench.gpu import facts
 from bench.gpu.check import CRASHED, FAILED, SKIPPED
 from bench.gpu.steps import root
-from liif_fast.files import write_atomically
+from liif_fast.utils.files import write_atomically
 
 JSON, MARKDOWN = "report.json", "report.md"
 SCHEMA = 1

@@ -2,7 +2,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace liif_fast {
 namespace {

@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../geometry.h"
-#include "ops.h"
-#include "parallel.h"
+#include "cpu/ops.h"
+#include "cpu/parallel.h"
+#include "geometry.h"
 
 namespace liif_fast {
 namespace {

@@ -5,7 +5,7 @@
 // simd.h.
 #pragma once
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace liif_fast {
 namespace {

@@ -5,10 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
-#include "target.h"
+#include "cpu/target.h"
 LIIF_BEGIN_TARGET("avx2,fma")
 #define LIIF_SIMD_AVX2
-#include "kernel_table.h"
+#include "cpu/kernel_table.h"
 
 namespace liif_fast {
 

@@ -6,10 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
-#include "target.h"
+#include "cpu/target.h"
 LIIF_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #define LIIF_SIMD_AVX512
-#include "kernel_table.h"
+#include "cpu/kernel_table.h"
 
 namespace liif_fast {
 

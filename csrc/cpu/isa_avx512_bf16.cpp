@@ -6,13 +6,13 @@
 #include <cstdint>
 #include <cstring>
 
-#include "target.h"
+#include "cpu/target.h"
 LIIF_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
 #define LIIF_SIMD_AVX512
 #define LIIF_SIMD_AVX512_BF16
-#include "kernels.h"
-#include "query_backward.h"
-#include "query_forward.h"
+#include "cpu/decode_backward.h"
+#include "cpu/decode_forward.h"
+#include "cpu/kernels.h"
 
 namespace liif_fast {
 namespace {

@@ -1,6 +1,6 @@
 // Kernels for any processor: 16-byte vectors, whatever the compiler makes of them.
 #define LIIF_SIMD_PORTABLE
-#include "kernel_table.h"
+#include "cpu/kernel_table.h"
 
 namespace liif_fast {
 

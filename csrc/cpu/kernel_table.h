@@ -1,10 +1,10 @@
 // Fills the table of the instruction set whose translation unit includes this.
 #pragma once
 
-#include "kernels.h"
-#include "metasr.h"
-#include "query_backward.h"
-#include "query_forward.h"
+#include "cpu/decode_backward.h"
+#include "cpu/decode_forward.h"
+#include "cpu/kernels.h"
+#include "cpu/metasr.h"
 
 namespace liif_fast {
 namespace {

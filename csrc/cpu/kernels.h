@@ -1,7 +1,7 @@
 // The table of one instruction set's kernels, and the choice at run time.
 #pragma once
 
-#include "../query.h"
+#include "decode.h"
 
 namespace liif_fast {
 

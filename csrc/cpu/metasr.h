@@ -2,7 +2,7 @@
 // j] + latent[o, hidden].
 #pragma once
 
-#include "tile.h"
+#include "cpu/tile.h"
 
 namespace liif_fast {
 namespace {

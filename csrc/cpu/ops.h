@@ -1,8 +1,8 @@
 // The CPU's ops on plain problems; multi-threaded.
 #pragma once
 
-#include "../gather.h"
-#include "../query.h"
+#include "decode.h"
+#include "gather.h"
 
 namespace liif_fast {
 

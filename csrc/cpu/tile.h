@@ -2,9 +2,9 @@
 // A tile is kTileRows rows (query x corner, the corner fastest) and belongs to one thread; nothing in here is larger.
 #pragma once
 
-#include "../geometry.h"
-#include "../query.h"
-#include "gemm.h"
+#include "cpu/gemm.h"
+#include "decode.h"
+#include "geometry.h"
 
 namespace liif_fast {
 namespace {

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "launch.h"
+#include "cuda/launch.h"
 
 namespace liif_fast {
 

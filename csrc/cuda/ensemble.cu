@@ -3,7 +3,7 @@
 // A few neighbouring lanes share a query: as many as it has outputs, rounded up to a power of two, at most a warp.
 // Their reads and writes lie side by side, nothing is divided, and the backward's sums over the outputs are a fixed
 // tree of shuffles, so that results never depend on the launch.
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace liif_fast {
 namespace {

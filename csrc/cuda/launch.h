@@ -8,8 +8,8 @@
 
 #include <cstdint>
 
-#include "../gather.h"
-#include "../query.h"
+#include "decode.h"
+#include "gather.h"
 
 namespace liif_fast {
 

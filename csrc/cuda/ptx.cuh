@@ -1,5 +1,5 @@
 // The instructions that C++ has no words for: matrix products, asynchronous copies, packed conversions, vector
-// reductions. tests/cuda_on_cpu has the same functions for the CPU in ptx_on_cpu.h.
+// reductions. tests/cuda/emulator has the same functions for the CPU in ptx_on_cpu.h.
 #pragma once
 
 #ifndef __CUDACC__

@@ -18,23 +18,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 import liif_fast
-from liif_fast import checkpoints, doctor, ops
+from liif_fast import ops
 from liif_fast.benchmark import original
 from liif_fast.benchmark.cuda_timing import CudaClock
 from liif_fast.benchmark.problem import Problem, random_problem
-from liif_fast.benchmark.timing import (
-    Clock,
-    Contender,
-    CpuClock,
-    failure,
-    interleave,
-    make_ready,
-    pair_ratios,
-    summary,
-)
-from liif_fast.files import write_atomically
+from liif_fast.benchmark.timing import Clock, Contender, CpuClock, failure, interleave, make_ready, pair_ratios, summary
+from liif_fast.cli import doctor
+from liif_fast.images.upscaling import upscale
+from liif_fast.models import checkpoints
 from liif_fast.ops import backends
-from liif_fast.upscale import upscale
+from liif_fast.utils.files import write_atomically
 
 SECONDS = 120.0
 _ROUNDS = {"cpu": 9, "cuda": 50}

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liif_fast import memory
 from liif_fast.data.folders import decoded
 from liif_fast.data.loader import Numbers, item_rng
 from liif_fast.data.pictures import Item
 from liif_fast.data.resize import resize_squares
 from liif_fast.data.wrappers import Crop, SRImplicitDownsampled, SRImplicitPaired
+from liif_fast.utils import memory
 
 _LOW_32 = 0xFFFFFFFF
 _INDEX_BITS = 24  # of a key: crops up to 4096 x 4096 pixels

@@ -17,10 +17,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from liif_fast import memory
 from liif_fast.data.pictures import MODES, header_size, list_images, read_pixels, to_tensor
 from liif_fast.data.registry import register
-from liif_fast.files import write_atomically
+from liif_fast.utils import memory
+from liif_fast.utils.files import write_atomically
 
 MIN_COPY_SIDE = 256  # pixels: a shrunken copy with a shorter side is left out, it would only repeat one crop
 CACHES = ("none", "bin", "in_memory")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from liif_fast import image as picture_files
+from liif_fast.images import files as picture_files
 
 Item = dict[str, torch.Tensor]
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from liif_fast.coordinates import make_coord
 from liif_fast.data.pictures import (
     ENERGY_BLOCK,
     Item,
@@ -24,6 +23,7 @@ from liif_fast.data.pictures import (
     to_unit,
 )
 from liif_fast.data.registry import register
+from liif_fast.models.coordinates import make_coord
 
 FLAT_ENERGY = 0.1  # levels of 255 added to every block, so that flat ones keep a small share
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from liif_fast import checkpoints
+from liif_fast.cli.demo import side_by_side
 from liif_fast.data import ENERGY_BLOCK, gradient_energy, list_images, read_pixels, shrink_whole
-from liif_fast.demo import side_by_side
 from liif_fast.evaluation import study, tables
 from liif_fast.evaluation.study import Row, Settings
-from liif_fast.files import write_atomically
+from liif_fast.models import checkpoints
+from liif_fast.utils.files import write_atomically
 
 _PANEL = 240  # pixels of the enlarged picture that a panel shows, at least
 _PANELS_A_ROW = 5

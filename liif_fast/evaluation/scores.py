@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from liif_fast.data import list_images, read_rgb, resize_bicubic, shrink_whole, to_tensor
 from liif_fast.evaluation.metrics import psnr
-from liif_fast.files import write_atomically
+from liif_fast.utils.files import write_atomically
 
 
 class Score(NamedTuple):

@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from liif_fast import checkpoints, distributed
 from liif_fast.data import list_images, read_pixels, resize_bicubic, shrink_whole, to_tensor
 from liif_fast.data.pictures import MODES
 from liif_fast.evaluation.metrics import METRICS
 from liif_fast.evaluation.scores import predict
-from liif_fast.files import write_atomically
+from liif_fast.models import checkpoints
+from liif_fast.utils import distributed
+from liif_fast.utils.files import write_atomically
 
 PROTOCOLS = ("div2k", "benchmark", "none")
 BICUBIC = "bicubic"

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from liif_fast.evaluation.study import BICUBIC, Row
-from liif_fast.files import write_atomically
+from liif_fast.utils.files import write_atomically
 
 Means = dict[str, dict[float, float]]
 _DIGITS = {"psnr": 2, "ssim": 4}

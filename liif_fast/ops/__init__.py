@@ -1,6 +1,6 @@
 """The ops: `gather`, `ensemble`, `query`, `render` and their helpers, each with one door for every backend."""
 
-from . import extension
+from .backends import extension
 
 extension.load()
 

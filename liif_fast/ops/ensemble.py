@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import checks, library, reference
+from . import reference
+from . import registration as library
+from . import validation as checks
 from .backends import Problem, choose
 
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, library, reference
+from . import reference
+from . import registration as library
+from . import validation as checks
 from .backends import Problem, choose
-from .convolution import convolve
+from .fold import convolve
 
 
 def metasr_fold(feat: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:

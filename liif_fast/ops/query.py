@@ -8,10 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import checks, library, reference
+from . import reference
+from . import registration as library
+from . import validation as checks
 from .backends import Problem, choose_fused
-from .convolution import convolve
 from .ensemble import ensemble
+from .fold import convolve
 from .gather import gather
 
 

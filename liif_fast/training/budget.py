@@ -28,12 +28,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from liif_fast import checkpoints
 from liif_fast.data import ImageFolder, Item, SRImplicitDownsampled
 from liif_fast.evaluation import Score, evaluate, markdown_table, mean_scores, read_folder, write_csv
-from liif_fast.files import write_atomically
 from liif_fast.initialization import start_as_bilinear
-from liif_fast.models import make_model
+from liif_fast.models import checkpoints, make_model
+from liif_fast.utils.files import write_atomically
 
 VALIDATION_SCALES = (2, 4)
 CURVE_COLUMNS = ("step", "seconds", "lr", "loss", *(f"psnr_x{scale}" for scale in VALIDATION_SCALES))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from liif_fast.files import write_atomically
+from liif_fast.utils.files import write_atomically
 
 COLUMNS = ("epoch", "lr", "loss", "psnr", "images_per_second", "seconds")
 

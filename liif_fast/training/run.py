@@ -18,15 +18,16 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from liif_fast import checkpoints, data, distributed, evaluation
-from liif_fast.config import OPTIMIZERS, Config, ConfigError
+from liif_fast import data, evaluation
 from liif_fast.data import Item
-from liif_fast.files import write_atomically
-from liif_fast.models import make_model
+from liif_fast.models import checkpoints, make_model
 from liif_fast.training import state as states
+from liif_fast.training.config import OPTIMIZERS, Config, ConfigError
 from liif_fast.training.log import RunLog
 from liif_fast.training.state import RunState
 from liif_fast.training.step import StepOptions, Stepper
+from liif_fast.utils import distributed
+from liif_fast.utils.files import write_atomically
 
 UNIT_NORM = {side: {"sub": [0.0], "div": [1.0]} for side in ("inp", "gt")}  # where a configuration has no data_norm
 MAX_WORKERS = 8  # as many as the original starts

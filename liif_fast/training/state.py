@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from liif_fast import checkpoints
-from liif_fast.files import write_atomically
+from liif_fast.models import checkpoints
+from liif_fast.utils.files import write_atomically
 
 STATE = "state.pth"
 _VERSION = 1

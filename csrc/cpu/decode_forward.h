@@ -1,0 +1,89 @@
+// Forward tiles of the fused decode: gather, geometry terms, ReLU, hidden layers, blend, last layer; one pass.
+#pragma once
+
+#include "cpu/tile.h"
+
+namespace liif_fast {
+namespace {
+
+template <class Op>
+struct ForwardScratch {
+  using T = typename Op::Acc;
+  Geometry<T> geometry;
+  T *base, *blended, *last_rows;    // last_rows: what the blend reads, always T
+  typename Op::Value *rows, *next;  // hidden activations, taken in turns
+  ForwardScratch(const QueryProblem<T>& p, Arena& arena) : geometry(arena) {
+    const int64_t stride = row_stride(p);
+    base = arena.take<T>(stride);
+    blended = arena.take<T>(stride);
+    last_rows = arena.take<T>(kTileRows * stride);
+    rows = arena.take<typename Op::Value>(kTileRows * stride);
+    next = arena.take<typename Op::Value>(kTileRows * stride);
+  }
+};
+
+template <class Op, class Latent>
+static void forward_tile(const QueryProblem<typename Op::Acc>& p, const Packed<Op>& packed, int64_t tile,
+                         ForwardScratch<Op>& s) {
+  using T = typename Op::Acc;
+  const TileSpan span = tile_span(p, tile);
+  const int64_t count = span.count * p.corners;
+  const int hidden = hidden_layers(p);
+  locate(p, span, s.geometry);
+  if (p.layers == 0) {
+    first_layer<false, Op, Latent>(p, packed, span, s.geometry, s.base, s.last_rows);
+  } else if (hidden == 0) {
+    first_layer<true, Op, Latent>(p, packed, span, s.geometry, s.base, s.last_rows);
+  } else {
+    first_layer<true, Op, Latent>(p, packed, span, s.geometry, s.base, s.rows);
+    for (int layer = 0; layer + 1 < hidden; ++layer) {
+      hidden_layer(p, packed, layer, count, s.rows, s.next);
+      auto* swap = s.rows;
+      s.rows = s.next;
+      s.next = swap;
+    }
+    hidden_layer(p, packed, hidden - 1, count, s.rows, s.last_rows);
+  }
+  // The weights sum to 1 and the last layer is linear, so it is applied once, behind the blend.
+  const int64_t width = p.widths[hidden], outs = p.out_width();
+  for (int64_t q = 0; q < span.count; ++q) {
+    blend(s.last_rows + q * p.corners * packed.stride, packed.stride, s.geometry.weight + q * p.corners, p.corners,
+          width, s.blended);
+    T* out = p.out + span.batch * p.out_batch + (span.first + q) * p.out_query;
+    for (int64_t o = 0; o < outs; ++o)
+      out[o * p.out_channel] =
+          p.layers == 0 ? s.blended[o] : dot(s.blended, packed.last + o * packed.stride, width) + p.biases[p.layers][o];
+  }
+}
+
+template <class Op>
+static size_t packed_bytes(const QueryProblem<typename Op::Acc>& p, bool gradients) {
+  Arena arena{nullptr};
+  Packed<Op>(p, gradients, arena);
+  return arena.used;
+}
+
+template <class Op>
+static void pack(const QueryProblem<typename Op::Acc>& p, bool gradients, char* buffer) {
+  Arena arena{buffer};
+  Packed<Op>(p, gradients, arena).fill(p);
+}
+
+template <class Op>
+static size_t forward_scratch_bytes(const QueryProblem<typename Op::Acc>& p) {
+  Arena arena{nullptr};
+  ForwardScratch<Op>(p, arena);
+  return arena.used;
+}
+
+template <class Op, class Latent>
+static void forward_tiles(const QueryProblem<typename Op::Acc>& p, char* weights, int64_t begin, int64_t end,
+                          char* buffer) {
+  Arena packed_arena{weights}, scratch_arena{buffer};
+  const Packed<Op> packed(p, false, packed_arena);
+  ForwardScratch<Op> scratch(p, scratch_arena);
+  for (int64_t tile = begin; tile < end; ++tile) forward_tile<Op, Latent>(p, packed, tile, scratch);
+}
+
+}  // namespace
+}  // namespace liif_fast

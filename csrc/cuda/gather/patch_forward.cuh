@@ -1,0 +1,183 @@
+// gather's fast way: channels-last feat, unfolding, local ensemble. The four corners of a query read 36 latents' worth
+// of features, but only 4x4 different latents: a warp copies these to shared memory in 16-byte pieces, 128 bytes a
+// latent at a time, and writes the rows of x from there, 128 bytes an instruction. Every feature of feat is read once a
+// query instead of up to nine times, and no lane reads or writes a lone 16-bit value of global memory.
+#pragma once
+
+#include "cuda/common.cuh"
+#include "cuda/ptx.cuh"
+#include "geometry.h"
+
+namespace liif_fast {
+
+constexpr int kPatch = 4;                   // latents of a patch's side
+constexpr int kLatentBytes = 128;           // of one latent in a step
+constexpr int kLatentPitch = 128 + 16;      // in shared memory: neighbours lie in other banks
+constexpr int kPieces = kLatentBytes / 16;  // 16-byte pieces of it
+constexpr int kWordsALane = 9;              // 4-byte words of a corner's features that one lane writes in a step
+constexpr int kNine = 9;                    // neighbours that unfolding concatenates
+
+struct PatchTask {
+  GatherProblem<float> p;
+  FeatStrides strides;
+  int64_t queries, depth;  // of all maps together; of a row of x
+};
+
+// Where feat's pieces lie on 16-byte borders and rows of x on 4-byte ones.
+template <class E>
+bool fits_patches(const GatherProblem<float>& p, const FeatStrides& strides, const void* feat, const void* x) {
+  const auto whole = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(E)) % 16 == 0; };
+  return p.corners == 4 && p.feat_unfold && strides.channel == 1 && whole(p.channels) && whole(strides.batch) &&
+         whole(strides.row) && whole(strides.col) && p.height < INT32_MAX && p.width < INT32_MAX &&
+         reinterpret_cast<uintptr_t>(feat) % 16 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+}
+
+// A query's neighbours along both axes, on every lane: each lane finds one, then they exchange.
+struct Corners {
+  int row[2], col[2];
+  float rel_row[2], rel_col[2];
+};
+
+__device__ __forceinline__ Corners find_corners(const PatchTask& task, int64_t query, int lane) {
+  const int axis = lane >> 1 & 1, side = lane & 1;
+  const int64_t size = axis ? task.p.width : task.p.height;
+  const Neighbour<float> mine = find_neighbour(task.p.coord[2 * query + axis], 2 * side - 1, size);
+  Corners found;
+  const int mine_index = static_cast<int>(mine.index);
+  int index[4];
+  float rel[4];
+#pragma unroll
+  for (int other = 0; other < 4; ++other) {  // of lane ^ other
+    index[other] = other ? __shfl_xor_sync(kAllLanes, mine_index, other) : mine_index;
+    rel[other] = other ? __shfl_xor_sync(kAllLanes, mine.rel, other) : mine.rel;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {  // lane ^ other is (axis, i)
+    const int row = (i ^ side) | axis << 1, col = (i ^ side) | (axis ^ 1) << 1;
+    found.row[i] = row == 0 ? index[0] : (row == 1 ? index[1] : (row == 2 ? index[2] : index[3]));
+    found.rel_row[i] = row == 0 ? rel[0] : (row == 1 ? rel[1] : (row == 2 ? rel[2] : rel[3]));
+    found.col[i] = col == 0 ? index[0] : (col == 1 ? index[1] : (col == 2 ? index[2] : index[3]));
+    found.rel_col[i] = col == 0 ? rel[0] : (col == 1 ? rel[1] : (col == 2 ? rel[2] : rel[3]));
+  }
+  return found;
+}
+
+// Whether the four corners share a patch. Neighbours along an axis are the same latent or the next one, but for a
+// rounding at a tie.
+__device__ __forceinline__ bool neighbours_are_together(const Corners& found) {
+  return static_cast<unsigned>(found.row[1] - found.row[0]) <= 1 &&
+         static_cast<unsigned>(found.col[1] - found.col[0]) <= 1;
+}
+
+// A step's feature in shared memory, from the corner's own place in the patch.
+template <class E>
+__device__ __forceinline__ uint32_t feature_offset(int feature) {
+  const int channel = feature / kNine, neighbour = feature % kNine;
+  return static_cast<uint32_t>((neighbour / 3 * kPatch + neighbour % 3) * kLatentPitch +
+                               channel * static_cast<int>(sizeof(E)));
+}
+
+// Copies latents (row - 1, col - 1) to (row + 2, col + 2) of a map, bytes [begin, begin + 128) of each; zeros outside.
+template <class E>
+__device__ __forceinline__ void load_patch(const PatchTask& task, const E* feat, int64_t batch, int row, int col,
+                                           int64_t begin, int lane, unsigned char* patch) {
+  constexpr int kLoads = kPatch * kPatch * kPieces / kWarp;
+  uint4 pieces[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const int latent = (i * kWarp + lane) / kPieces, piece = lane % kPieces;
+    const int y = row - 1 + latent / kPatch, z = col - 1 + latent % kPatch;
+    const int64_t byte = begin + piece * 16;
+    const bool inside = y >= 0 && y < task.p.height && z >= 0 && z < task.p.width &&
+                        byte < task.p.channels * static_cast<int64_t>(sizeof(E));
+    pieces[i] = make_uint4(0, 0, 0, 0);
+    if (inside) {
+      const E* const from = feat + batch * task.strides.batch + y * task.strides.row + z * task.strides.col;
+      pieces[i] = __ldg(reinterpret_cast<const uint4*>(reinterpret_cast<const unsigned char*>(from) + byte));
+    }
+  }
+  __syncwarp();  // whoever still reads the patch before this one
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const int latent = (i * kWarp + lane) / kPieces, piece = lane % kPieces;
+    *reinterpret_cast<uint4*>(patch + latent * kLatentPitch + piece * 16) = pieces[i];
+  }
+  __syncwarp();
+}
+
+// Writes a corner's features of this step: `words` words at `out`, from the corner's place in the patch.
+template <class E>
+__device__ __forceinline__ void write_features(const unsigned char* from, const uint32_t (&offsets)[kWordsALane],
+                                               int words, int lane, uint32_t* out) {
+#pragma unroll
+  for (int i = 0; i < kWordsALane; ++i) {
+    if (i * kWarp + lane >= words) break;
+    uint32_t word;
+    if constexpr (sizeof(E) == 4) {
+      word = *reinterpret_cast<const uint32_t*>(from + offsets[i]);
+    } else {
+      const uint32_t low = *reinterpret_cast<const uint16_t*>(from + (offsets[i] & 0xffffu));
+      const uint32_t high = *reinterpret_cast<const uint16_t*>(from + (offsets[i] >> 16));
+      word = low | high << 16;
+    }
+    out[i * kWarp + lane] = word;
+  }
+}
+
+// Two blocks an SM: left to choose, the compiler takes more of them and spills.
+template <class E>
+__global__ void __launch_bounds__(kThreads, 2)
+    gather_forward_patch_kernel(const __grid_constant__ PatchTask task, const E* __restrict__ feat, E* __restrict__ x,
+                                float* __restrict__ area_weight) {
+  constexpr int kStepChannels = kLatentBytes / sizeof(E), kPerWord = 4 / sizeof(E);
+  static_assert(kStepChannels * kNine / kPerWord == kWordsALane * kWarp, "a step is nine words a lane");
+  __shared__ uint4 patches[kWarps][kPatch * kPatch * kLatentPitch / 16];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  unsigned char* const patch = reinterpret_cast<unsigned char*>(patches[threadIdx.x / kWarp]);
+  uint32_t offsets[kWordsALane];
+#pragma unroll
+  for (int i = 0; i < kWordsALane; ++i) {
+    const int feature = (i * kWarp + lane) * kPerWord;
+    offsets[i] = feature_offset<E>(feature);
+    if (sizeof(E) == 2) offsets[i] |= feature_offset<E>(feature + 1) << 16;
+  }
+  const GatherProblem<float>& p = task.p;
+  for (int64_t query = grid_warp(); query < task.queries; query += grid_warps()) {
+    const Corners found = find_corners(task, query, lane);
+    const int64_t batch = query / p.queries;
+    const bool together = neighbours_are_together(found);  // otherwise corner by corner
+    for (int64_t channel = 0; channel < p.channels; channel += kStepChannels) {
+      const int64_t left = p.channels - channel;
+      const int words = static_cast<int>(left < kStepChannels ? left : kStepChannels) * kNine / kPerWord;
+      // One patch for all corners, or one for each.
+#pragma unroll 1
+      for (int first = 0; first < (together ? 1 : 4); ++first) {
+        const int row = first & 2 ? found.row[1] : found.row[0], col = first & 1 ? found.col[1] : found.col[0];
+        load_patch(task, feat, batch, row, col, channel * static_cast<int64_t>(sizeof(E)), lane, patch);
+#pragma unroll 1
+        for (int corner = first; corner < (together ? 4 : first + 1); ++corner) {
+          const int down = corner & 2 ? found.row[1] - row : 0;
+          const int right = corner & 1 ? found.col[1] - col : 0;
+          const int place = together ? down * kPatch + right : 0;
+          uint32_t* const out = reinterpret_cast<uint32_t*>(x + (query * 4 + corner) * task.depth + channel * kNine);
+          write_features<E>(patch + place * kLatentPitch, offsets, words, lane, out);
+        }
+      }
+    }
+    if (lane < 4) {
+      float weights[4];
+      area_weights(found.rel_row, found.rel_col, weights);
+      const float upper = lane & 1 ? weights[1] : weights[0], lower = lane & 1 ? weights[3] : weights[2];
+      area_weight[query * 4 + lane] = lane & 2 ? lower : upper;
+      E* const geometry = x + (query * 4 + lane) * task.depth + p.channels * kNine;
+      geometry[0] = narrow<E>(lane & 2 ? found.rel_row[1] : found.rel_row[0]);
+      geometry[1] = narrow<E>(lane & 1 ? found.rel_col[1] : found.rel_col[0]);
+      if (p.has_cell) {
+        geometry[2] = narrow<E>(mul_rounded(p.cell[2 * query], static_cast<float>(p.height)));
+        geometry[3] = narrow<E>(mul_rounded(p.cell[2 * query + 1], static_cast<float>(p.width)));
+      }
+    }
+  }
+}
+
+}  // namespace liif_fast

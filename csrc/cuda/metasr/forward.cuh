@@ -1,0 +1,94 @@
+// MetaSR's folded decode: a warp's run of queries.
+#pragma once
+
+#include "cuda/metasr/task.cuh"
+
+namespace liif_fast {
+namespace {
+
+// What a lane keeps from query to query: its part of a latent, and of `hidden` before the column's share is added.
+template <class T>
+struct Kept {
+  T weight_col[kUnits<T>], base[kUnits<T>], latent[kOuts][kUnits<T>];
+  T row, cell;    // that base is for; NaN: none
+  int64_t which;  // latent; -1: none
+
+  __device__ __forceinline__ void begin(const Task<T>& task, int first) {
+#pragma unroll
+    for (int u = 0; u < kUnits<T>; ++u) {
+      const int unit = first + u * kWarp;
+      weight_col[u] = unit < task.hidden ? task.p.weight[kInputs * unit + 1] : T(0);
+    }
+    row = cell = static_cast<T>(NAN);
+    which = -1;
+  }
+
+  template <bool kWhole>
+  __device__ __forceinline__ void set_base(const Task<T>& task, int first, const Place<T>& place) {
+    if (place.input[0] == row && place.input[2] == cell) return;  // never with NaN
+    row = place.input[0];
+    cell = place.input[2];
+    const T* const weight = task.p.weight + kInputs * first;
+    const T* const bias = task.p.bias + first;
+    const int units = task.hidden - first;
+#pragma unroll
+    for (int u = 0; u < kUnits<T>; ++u)
+      base[u] = kWhole || u * kWarp < units
+                    ? multiply_add(weight[kInputs * kWarp * u], row,
+                                   multiply_add(weight[kInputs * kWarp * u + 2], cell, bias[u * kWarp]))
+                    : T(0);
+  }
+};
+
+// kWhole: the hidden units fill the lanes, as MetaSR's 256 do, and nothing has to be left out.
+template <class T, class E, bool kWhole>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    metasr_forward_kernel(Task<T> task, const E* __restrict__ latent_map) {
+  __shared__ Place<T> shared_places[kWarps][kWarp];
+  const MetasrProblem<T>& p = task.p;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int my_query = lane % kBatch, my_out = lane / kBatch;  // whose sum sum_over_lanes gives to this lane
+  Place<T>* const places = shared_places[threadIdx.x / kWarp];
+  const bool once = task.hidden <= kUnits<T> * kWarp && task.outs <= kOuts;  // then what is kept outlives a batch
+  Kept<T> kept;
+  kept.begin(task, lane);
+  for (int64_t run = grid_warp(); run < task.runs; run += grid_warps()) {
+    const int64_t first = run * kWarp, left = task.queries - first;
+    const int count = static_cast<int>(left < kWarp ? left : kWarp);
+    show(places, lane, locate(p, first + (lane < count ? lane : count - 1)));
+    for (int out = 0; out < task.outs; out += kOuts) {
+      for (int begin = 0; begin < count; begin += kBatch) {
+        const int64_t my_row = places[begin + my_query].latent * task.outs + out + my_out;
+        const bool mine = my_out < kOuts && out + my_out < task.outs && begin + my_query < count;
+        const T bias = mine ? widen(latent_map[my_row * task.row + task.hidden]) : T(0);
+        T sum[kOuts][kBatch] = {};
+        for (int unit = lane; unit < task.hidden + lane; unit += kUnits<T> * kWarp) {
+          if (!once) kept.begin(task, unit);
+          const int units = task.hidden - unit;
+#pragma unroll
+          for (int q = 0; q < kBatch; ++q) {
+            const Place<T> place = places[begin + q];
+            kept.template set_base<kWhole>(task, unit, place);
+            if (place.latent != kept.which) {
+              kept.which = place.latent;
+              load_latent(latent_map + (place.latent * task.outs + out) * task.row + unit, task.row, task.outs - out,
+                          kWhole ? kUnits<T> * kWarp : units, kept.latent);
+            }
+#pragma unroll
+            for (int u = 0; u < kUnits<T>; ++u) {
+              T hidden = relu(multiply_add(kept.weight_col[u], place.input[1], kept.base[u]));
+              if (!kWhole) hidden = u * kWarp < units ? hidden : T(0);
+#pragma unroll
+              for (int o = 0; o < kOuts; ++o) sum[o][q] = multiply_add(hidden, kept.latent[o][u], sum[o][q]);
+            }
+          }
+        }
+        const T total = sum_over_lanes(sum, lane);
+        if (mine) p.out[(first + begin + my_query) * task.outs + out + my_out] = total + bias;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace liif_fast

@@ -1,8 +1,0 @@
-// The fused decode's kernels with float32 products on CUDA cores.
-#include "query_kernels.cuh"
-
-namespace liif_fast {
-
-LIIF_INSTANTIATE_QUERY(FloatProducts)
-
-}  // namespace liif_fast

@@ -1,0 +1,105 @@
+"""`liif-fast doctor`: what is installed, which devices there are, and which backends can run here or why not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import liif_fast
+from liif_fast.ops import backends
+from liif_fast.ops.backends import extension
+
+VARIABLES = ("LIIF_FAST_BACKEND", "LIIF_FAST_EXTENSION")
+
+
+def _installed(name: str) -> str:
+    """A distribution's version, found without importing it."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "liif_fast", liif_fast.__version__
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "torch", f"{torch.__version__}, {f'for CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'}"
+    yield "triton", _installed("triton")
+    yield "numpy", _installed("numpy")
+
+
+def _extension() -> Iterator[tuple[str, str]]:
+    if not extension.is_available():
+        yield "missing", extension.reason()
+        return
+    facts = extension.build_facts()
+    yield "file", str(extension.path())
+    if "compiler" not in facts:
+        yield "built with", "unknown: no _build.json beside it says so"
+        return
+    yield "built with", f"{facts['compiler']}, torch {facts['torch']}"
+    if facts["cuda"]:
+        yield "CUDA toolkit", f"{facts['cuda']}, for sm_{', sm_'.join(facts['cuda_archs'])} and PTX for compute_80"
+    else:
+        yield "CUDA toolkit", f"none ({facts['why_no_cuda']})"
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    yield "cpu", cpu_model()
+    if extension.is_available() and hasattr(torch.ops.liif_fast_C, "cpu_isa"):
+        yield "instructions", torch.ops.liif_fast_C.cpu_isa()
+    yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()}"
+    if not torch.cuda.is_available():
+        yield "cuda", "this torch is built without CUDA" if torch.version.cuda is None else "no GPU that torch can use"
+        return
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+
+
+def _backends() -> Iterator[tuple[str, str]]:
+    for name, runs, reason in backends.report():
+        yield name, "runs" if runs else f"cannot run: {reason}"
+
+
+def _environment() -> Iterator[tuple[str, str]]:
+    for name in VARIABLES:
+        yield name, os.environ.get(name) or "not set"
+
+
+def report() -> str:
+    """The whole report as text, one `name  value` a line under five headings; looks, changes nothing."""
+    sections = {
+        "Versions": _versions(),
+        "Extension": _extension(),
+        "Devices": _devices(),
+        "Backends": _backends(),
+        "Environment": _environment(),
+    }
+    lines = []
+    for title, rows in sections.items():
+        lines.append(title)
+        lines += [f"  {name:<20} {value}" for name, value in rows]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Print the report; returns 0, since a missing backend is an answer and not an error."""
+    sys.stdout.write(report() + "\n")
+    return 0

@@ -1,0 +1,82 @@
+"""`liif-fast train`: a configuration in the original's format, a run's folder under save/, one process or several."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liif_fast.training import config
+
+
+def add(commands: Any) -> None:
+    """Add the subcommand to argparse's."""
+    parser = commands.add_parser(
+        "train",
+        help="train a model from a configuration",
+        description="Train a model from a YAML configuration in the format of yinboc/liif. The run's folder is "
+        "SAVE/NAME[_TAG]; one that exists is only gone on with, by --resume. On several GPUs or processes: "
+        "torchrun --nproc-per-node N -m liif_fast train --config FILE.",
+    )
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML file")
+    parser.add_argument("--name", help="of the run's folder (default: _ and the configuration's name)")
+    parser.add_argument("--tag", help="added to the name, after an underscore")
+    parser.add_argument("--save", type=Path, default=Path("save"), help="folder of all runs (default: %(default)s)")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the configuration, such as optimizer.args.lr=1e-3 (several, and more than once)",
+    )
+    parser.add_argument(
+        "--resume", metavar="auto|FILE", help="go on where the run's folder stands, or from a state.pth or epoch-*.pth"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--threads", type=int, help="processor threads (default: as many as cores)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train; returns the exit code."""
+    from liif_fast import training
+    from liif_fast.utils import distributed  # the command line starts faster without torch.distributed and logs
+
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads is {options.threads}; it must be at least 1")
+        torch.set_num_threads(options.threads)
+    overrides = [each for group in options.overrides for each in group]
+    content = config.load(options.config, "train", overrides)
+    with distributed.setup(options.device) as device:
+        report = _say if distributed.is_main() else _be_quiet
+        folder = training.train(
+            content,
+            options.save / _folder_name(options),
+            resume=options.resume,
+            device=device,
+            source=str(options.config),
+            report=report,
+        )
+        report(f"wrote {folder}")
+    return 0
+
+
+def _folder_name(options: argparse.Namespace) -> str:
+    name = options.name or f"_{options.config.stem}"
+    name = f"{name}_{options.tag}" if options.tag else name
+    if Path(name).name != name:
+        raise ValueError(f"the run's name {name!r} must be the name of one folder: give --name and --tag without '/'")
+    return name
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _be_quiet(line: str) -> None:
+    pass

@@ -1,0 +1,329 @@
+"""`gather` in Triton: imnet inputs of every corner in one pass, and back.
+
+A row of x is one corner of one query. A program writes a tile of rows and features; what it reads for a feature
+(channel, place in the 3x3) is the same offset from every row's latent. No unfolded map exists.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...registration import compute_dtype
+from .geometry import Axis, area_weights_backward, find_corner, find_neighbour, make_axis
+from .launch import DTYPES, OPTIONS, on_device_of, power_of_two, segments
+
+ROWS, QUERIES = 32, 128  # rows of a tile; queries of a program of the geometry's backward
+PATCHES = 16  # queries of a program of feat's backward
+_STRIDES = ["batch_stride", "channel_stride", "row_stride", "col_stride"]
+_SIZES = ["count", "queries", "features", "depth", "channels", "height", "width", *_STRIDES]
+
+
+@triton.jit
+def find_features(index, features, feat_strides, UNFOLD: tl.constexpr):
+    """Offset of feature `index` from a row's latent, its place (dy, dx) in the 3x3, and whether there is such one."""
+    batch, channel_stride, row_stride, col_stride = feat_strides
+    if UNFOLD:
+        channel = index // 9
+        dy = index % 9 // 3 - 1
+        dx = index % 3 - 1
+    else:
+        channel = index
+        dy = index * 0
+        dx = index * 0
+    offset = channel.to(tl.int64) * channel_stride + dy.to(tl.int64) * row_stride + dx.to(tl.int64) * col_stride
+    return offset, dy, dx, index < features
+
+
+@triton.jit
+def find_rows(index, count, coord, queries, rows, cols, ENSEMBLE: tl.constexpr, T: tl.constexpr):
+    """Query, batch entry, latent, relative coordinates and area weight of rows `index` of x; and whether they exist."""
+    valid = index < count
+    if ENSEMBLE:
+        query = index // 4
+    else:
+        query = index
+    row = tl.load(coord + 2 * query, mask=valid, other=0.0)
+    col = tl.load(coord + 2 * query + 1, mask=valid, other=0.0)
+    map_row, map_col, rel_row, rel_col, weight = find_corner(row, col, index % 4, rows, cols, ENSEMBLE, T)
+    return valid, query, map_row, map_col, rel_row, rel_col, weight
+
+
+@triton.jit
+def find_tile(
+    count,
+    queries,
+    coord,
+    feat_strides,
+    rows,
+    cols,
+    features,
+    UNFOLD,
+    ENSEMBLE,
+    T,
+    ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """Rows and features of this program's tile, and where in feat they lie."""
+    blocks = tl.cdiv(features, FEATURES)
+    at = tl.program_id(0).to(tl.int64)
+    index = at // blocks * ROWS + tl.arange(0, ROWS)
+    feature = (at % blocks).to(tl.int32) * FEATURES + tl.arange(0, FEATURES)
+    found = find_rows(index, count, coord, queries, rows, cols, ENSEMBLE, T)
+    valid, query, map_row, map_col, rel_row, rel_col, weight = found
+    offset, dy, dx, exists = find_features(feature, features, feat_strides, UNFOLD)
+    batch_stride, channel_stride, row_stride, col_stride = feat_strides
+    latent = query // queries * batch_stride + map_row.to(tl.int64) * row_stride + map_col.to(tl.int64) * col_stride
+    y = map_row[:, None] + dy[None, :]
+    x = map_col[:, None] + dx[None, :]
+    stored = valid[:, None] & exists[None, :]
+    inside = stored & (y >= 0) & (y < tl.cast(rows.size, tl.int32)) & (x >= 0) & (x < tl.cast(cols.size, tl.int32))
+    return index, feature, valid, query, rel_row, rel_col, weight, latent[:, None] + offset[None, :], stored, inside
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def gather_forward_kernel(
+    feat, coord, cell, x, area_weight, count, queries,
+    batch_stride, channel_stride, row_stride, col_stride, rows, cols, features, depth,
+    HAS_CELL: tl.constexpr, UNFOLD: tl.constexpr, ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):  # fmt: skip
+    """A tile of x; the first tile of a row writes its geometry too."""
+    index, feature, valid, query, rel_row, rel_col, weight, offset, stored, inside = find_tile(
+        count, queries, coord, (batch_stride, channel_stride, row_stride, col_stride), rows, cols, features,
+        UNFOLD, ENSEMBLE, T, ROWS, FEATURES,
+    )  # fmt: skip
+    value = tl.load(feat + offset, mask=inside, other=0.0)
+    tl.store(x + index[:, None] * depth + feature[None, :], value, mask=stored)
+    if tl.program_id(0) % tl.cdiv(features, FEATURES) == 0:
+        tl.store(area_weight + index, weight, mask=valid)
+        geometry = x + index * depth + features
+        tl.store(geometry, rel_row.to(x.dtype.element_ty), mask=valid)
+        tl.store(geometry + 1, rel_col.to(x.dtype.element_ty), mask=valid)
+        if HAS_CELL:
+            cell_row = tl.load(cell + 2 * query, mask=valid, other=0.0) * tl.cast(rows.size, T)
+            cell_col = tl.load(cell + 2 * query + 1, mask=valid, other=0.0) * tl.cast(cols.size, T)
+            tl.store(geometry + 2, cell_row.to(x.dtype.element_ty), mask=valid)
+            tl.store(geometry + 3, cell_col.to(x.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["count", "queries", "depth"])
+def gather_backward_feat_kernel(
+    grad_x, coord, grad_feat, count, queries, rows, cols, channels, depth,
+    UNFOLD: tl.constexpr, ENSEMBLE: tl.constexpr, T: tl.constexpr, QUERIES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile of queries and channels to grad_feat, [B, H, W, C], in the hardware's order.
+
+    The 3x3 neighbours of a query's four corners are 4x4 latents: what goes to the same one is added up first, so that
+    memory sees 16 additions instead of 36. A few channels that lie side by side are one addition where the device can.
+    """
+    SIDE: tl.constexpr = 3 if UNFOLD else 1
+    CORNERS: tl.constexpr = 4 if ENSEMBLE else 1
+    blocks = tl.cdiv(channels, CHANNELS)
+    at = tl.program_id(0).to(tl.int64)
+    query = at // blocks * QUERIES + tl.arange(0, QUERIES)
+    channel = (at % blocks).to(tl.int32) * CHANNELS + tl.arange(0, CHANNELS)
+    valid = query < count
+    row = tl.load(coord + 2 * query, mask=valid, other=0.0)
+    col = tl.load(coord + 2 * query + 1, mask=valid, other=0.0)
+    top, _ = find_neighbour(row, False, rows, ENSEMBLE, T)
+    left, _ = find_neighbour(col, False, cols, ENSEMBLE, T)
+    if ENSEMBLE:  # one latent on, none at a border
+        down = find_neighbour(row, True, rows, True, T)[0] - top
+        right = find_neighbour(col, True, cols, True, T)[0] - left
+    else:
+        down = top * 0
+        right = left * 0
+    height = tl.cast(rows.size, tl.int32)
+    width = tl.cast(cols.size, tl.int32)
+    plane = query // queries * height
+    source = grad_x + query[:, None] * CORNERS * depth + channel[None, :] * (SIDE * SIDE)
+    for i in range(SIDE + tl.max(down)):
+        y = top + i - SIDE // 2
+        for j in range(SIDE + tl.max(right)):
+            x = left + j - SIDE // 2
+            inside = (y >= 0) & (y < height) & (i < SIDE + down) & (x >= 0) & (x < width) & (j < SIDE + right) & valid
+            stored = inside[:, None] & (channel < channels)[None, :]
+            total = tl.zeros([QUERIES, CHANNELS], T)
+            for corner in tl.static_range(CORNERS):
+                place_y = i - corner // 2 * down
+                place_x = j - corner % 2 * right
+                sent = (place_y >= 0) & (place_y < SIDE) & (place_x >= 0) & (place_x < SIDE)
+                place = source + corner * depth + (place_y * SIDE + place_x)[:, None]
+                total += tl.load(place, mask=stored & sent[:, None], other=0.0).to(T)
+            pixel = (plane + y) * width + x
+            tl.atomic_add(grad_feat + pixel[:, None] * channels + channel[None, :], total, mask=stored, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def gather_latent_kernel(
+    coord, latent, count, queries, rows, cols, ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr
+):
+    """The number of every row's latent, batch entries one behind the other."""
+    index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid, query, map_row, map_col, _, _, _ = find_rows(index, count, coord, queries, rows, cols, ENSEMBLE, T)
+    plane = query // queries * tl.cast(rows.size, tl.int32) + map_row
+    tl.store(latent + index, plane * tl.cast(cols.size, tl.int32) + map_col, mask=valid)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def gather_backward_feat_ordered_kernel(
+    grad_x, order, begins, grad_feat, channels, height, width, depth,
+    UNFOLD: tl.constexpr, T: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """One pixel of grad_feat: the rows of the latents that read it, latent by latent and row by row."""
+    blocks = tl.cdiv(channels, CHANNELS)
+    at = tl.program_id(0).to(tl.int64)
+    pixel = at // blocks
+    channel = (at % blocks).to(tl.int32) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < channels
+    col = (pixel % width).to(tl.int32)
+    row = (pixel // width % height).to(tl.int32)
+    total = tl.zeros([CHANNELS], T)
+    for place in range(9 if UNFOLD else 1):
+        if UNFOLD:
+            dy = place // 3 - 1
+            dx = place % 3 - 1
+            feature = channel * 9 + place
+        else:
+            dy = 0
+            dx = 0
+            feature = channel
+        if (row - dy >= 0) & (row - dy < height) & (col - dx >= 0) & (col - dx < width):
+            latent = pixel - dy * width - dx
+            for item in range(tl.load(begins + latent), tl.load(begins + latent + 1)):
+                source = tl.load(order + item)
+                total += tl.load(grad_x + source * depth + feature, mask=exists, other=0.0).to(T)
+    plane = pixel // width // height * channels + channel
+    tl.store(grad_feat + (plane * height + row) * width + col, total, mask=exists)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def gather_backward_geometry_kernel(
+    grad_x, grad_area_weight, coord, grad_coord, grad_cell, count, rows, cols, features, depth,
+    HAS_CELL: tl.constexpr, ENSEMBLE: tl.constexpr, T: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """What flows back through the relative coordinates, the relative cells and the area weights of each query."""
+    at = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
+    valid = at < count
+    height = tl.cast(rows.size, T)
+    width = tl.cast(cols.size, T)
+    grad_row = tl.zeros([QUERIES], T)
+    grad_col = tl.zeros([QUERIES], T)
+    cell_row = tl.zeros([QUERIES], T)
+    cell_col = tl.zeros([QUERIES], T)
+    CORNERS: tl.constexpr = 4 if ENSEMBLE else 1
+    for corner in tl.static_range(CORNERS):
+        geometry = grad_x + (at * CORNERS + corner) * depth + features
+        grad_row += tl.load(geometry, mask=valid, other=0.0).to(T)
+        grad_col += tl.load(geometry + 1, mask=valid, other=0.0).to(T)
+        if HAS_CELL:
+            cell_row += tl.load(geometry + 2, mask=valid, other=0.0).to(T)
+            cell_col += tl.load(geometry + 3, mask=valid, other=0.0).to(T)
+    if ENSEMBLE:
+        weights = grad_area_weight + at * 4
+        row = tl.load(coord + 2 * at, mask=valid, other=0.0)
+        col = tl.load(coord + 2 * at + 1, mask=valid, other=0.0)
+        row0, row1, col0, col1 = area_weights_backward(
+            find_neighbour(row, False, rows, True, T)[1],
+            find_neighbour(row, True, rows, True, T)[1],
+            find_neighbour(col, False, cols, True, T)[1],
+            find_neighbour(col, True, cols, True, T)[1],
+            tl.load(weights, mask=valid, other=0.0),
+            tl.load(weights + 1, mask=valid, other=0.0),
+            tl.load(weights + 2, mask=valid, other=0.0),
+            tl.load(weights + 3, mask=valid, other=0.0),
+        )
+        grad_row += row0 + row1
+        grad_col += col0 + col1
+    tl.store(grad_coord + 2 * at, grad_row * height, mask=valid)
+    tl.store(grad_coord + 2 * at + 1, grad_col * width, mask=valid)
+    if HAS_CELL:
+        tl.store(grad_cell + 2 * at, cell_row * height, mask=valid)
+        tl.store(grad_cell + 2 * at + 1, cell_col * width, mask=valid)
+
+
+def _axes(feat: Tensor) -> tuple[Axis, Axis]:
+    return make_axis(feat.shape[2]), make_axis(feat.shape[3])
+
+
+def gather(
+    feat: Tensor, coord: Tensor, cell: Tensor | None, feat_unfold: bool, local_ensemble: bool
+) -> tuple[Tensor, Tensor]:
+    """Any strides of feat; see `library.gather`."""
+    (batch, queries), corners = coord.shape[:2], 4 if local_ensemble else 1
+    features = feat.shape[1] * (9 if feat_unfold else 1)
+    depth = features + (2 if cell is None else 4)
+    x = feat.new_empty(batch, queries, corners, depth)
+    area_weight = coord.new_empty(batch, queries, corners)
+    count = area_weight.numel()
+    if count == 0:
+        return x, area_weight
+    coord = coord.contiguous()
+    tile = power_of_two(features, 16, 64)
+    with on_device_of(feat):
+        gather_forward_kernel[(triton.cdiv(count, ROWS) * triton.cdiv(features, tile),)](
+            feat, coord, coord if cell is None else cell.contiguous(), x, area_weight,
+            count, queries, *feat.stride(), *_axes(feat), features, depth,
+            HAS_CELL=cell is not None, UNFOLD=feat_unfold, ENSEMBLE=local_ensemble, T=DTYPES[coord.dtype],
+            ROWS=ROWS, FEATURES=tile, num_warps=8, **OPTIONS,
+        )  # fmt: skip
+    return x, area_weight
+
+
+def launch_gather_backward_feat(
+    grad_x: Tensor, feat: Tensor, coord: Tensor, feat_unfold: bool, local_ensemble: bool
+) -> Tensor:
+    """grad_feat [B, C, H, W]: by atomic additions, or in a fixed order where PyTorch asks for it."""
+    (batch, queries), corners = coord.shape[:2], 4 if local_ensemble else 1
+    channels, height, width = feat.shape[1:]
+    flags = {"UNFOLD": feat_unfold, "T": DTYPES[coord.dtype], **OPTIONS}
+    depth = grad_x.shape[-1]
+    if not torch.are_deterministic_algorithms_enabled():
+        grad_feat = coord.new_zeros(batch, height, width, channels)
+        count, tile = batch * queries, power_of_two(channels, 16, 64)
+        gather_backward_feat_kernel[(triton.cdiv(count, PATCHES) * triton.cdiv(channels, tile),)](
+            grad_x, coord, grad_feat, count, queries, *_axes(feat), channels, depth,
+            ENSEMBLE=local_ensemble, QUERIES=PATCHES, CHANNELS=tile, **flags,
+        )  # fmt: skip
+        return grad_feat.permute(0, 3, 1, 2).contiguous()
+    grad_feat, count = coord.new_zeros(feat.shape), batch * queries * corners
+    latent = torch.empty(count, dtype=torch.int64, device=feat.device)
+    gather_latent_kernel[(triton.cdiv(count, 128),)](
+        coord, latent, count, queries, *_axes(feat), ENSEMBLE=local_ensemble, T=flags["T"], ROWS=128, **OPTIONS
+    )
+    order, begins = segments(latent, batch * height * width)
+    tile = power_of_two(channels, 16, 128)
+    gather_backward_feat_ordered_kernel[(batch * height * width * triton.cdiv(channels, tile),)](
+        grad_x, order, begins, grad_feat, channels, height, width, depth, CHANNELS=tile, **flags
+    )
+    return grad_feat
+
+
+def gather_backward(
+    grad_x: Tensor,
+    grad_area_weight: Tensor,
+    feat: Tensor,
+    coord: Tensor,
+    cell: Tensor | None,
+    feat_unfold: bool,
+    local_ensemble: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of feat, coord and cell in the compute dtype; see `library.gather_backward`."""
+    dtype = compute_dtype(feat)
+    grad_coord = torch.zeros_like(coord, dtype=dtype, memory_format=torch.contiguous_format)
+    grad_cell = coord.new_zeros(0 if cell is None else coord.shape, dtype=dtype)
+    if coord.numel() == 0:
+        return coord.new_zeros(feat.shape), grad_coord, grad_cell
+    grad_x, coord = grad_x.contiguous(), coord.contiguous()
+    count = coord.shape[0] * coord.shape[1]
+    with on_device_of(feat):
+        grad_feat = launch_gather_backward_feat(grad_x, feat, coord, feat_unfold, local_ensemble)
+        gather_backward_geometry_kernel[(triton.cdiv(count, QUERIES),)](
+            grad_x, grad_area_weight.contiguous(), coord, grad_coord, grad_cell, count,
+            *_axes(feat), feat.shape[1] * (9 if feat_unfold else 1), grad_x.shape[-1],
+            HAS_CELL=cell is not None, ENSEMBLE=local_ensemble, T=DTYPES[dtype], QUERIES=QUERIES, **OPTIONS,
+        )  # fmt: skip
+    return grad_feat, grad_coord, grad_cell

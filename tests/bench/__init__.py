@@ -1,0 +1,1 @@
+"""Timing, benchmark methods and reports."""

@@ -1,0 +1,403 @@
+"""`liif-fast`: files in, files out; what goes wrong is one sentence and an exit code, and leaves nothing half done."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import liif_fast
+from liif_fast.cli import demo
+from liif_fast.cli import main as cli
+from liif_fast.images import files as image
+from liif_fast.images.upscaling import upscale
+from liif_fast.models import checkpoints, make_model
+from liif_fast.utils import memory
+
+H, W = 6, 9
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    encoder = {"name": "edsr-baseline", "args": {"n_resblocks": 1, "n_feats": 4, "no_upsampling": True}}
+    imnet = {"name": "mlp", "args": {"out_dim": 3, "hidden_list": [8]}}
+    model = make_model({"name": "liif", "args": {"encoder_spec": encoder, "imnet_spec": imnet}})
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    checkpoints.save(model, path)
+    return str(path)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)
+    path = tmp_path / "photo.png"
+    Image.fromarray(values).save(path)
+    return path
+
+
+@pytest.fixture
+def run(weights, capsys, monkeypatch):
+    """Runs `liif-fast upscale` on arguments -> (exit code, stdout, stderr)."""
+    threads, largest = torch.get_num_threads(), Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", largest)
+
+    def run(*arguments, model=weights, command="upscale"):
+        chosen = ["--model", model] if command == "upscale" and "--model" not in arguments else []
+        try:
+            code = cli.main([command, *map(str, arguments), *chosen])
+        except SystemExit as end:
+            code = end.code
+        finally:
+            torch.set_num_threads(threads)
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def sentence(error):
+    """stderr, after a check that it is one sentence and no traceback."""
+    assert error.startswith("liif-fast") and error.endswith(".\n"), error
+    assert error.count("\n") == 1 and "Traceback" not in error, error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [(["--scale", "2"], (12, 18)), (["--scale", "2x3"], (12, 27)), (["--scale", "3.7"], (22, 33)),
+     (["--scale", "0.5"], (3, 4)), (["--size", "10x7"], (10, 7))],
+)  # fmt: skip
+def test_one_file(run, photo, weights, tmp_path, options, size):
+    out = tmp_path / "out.png"
+    code, said, complained = run(photo, "-o", out, *options)
+    assert (code, complained) == (0, "")
+    assert re.fullmatch(rf"{photo} \(6x9\) -> {out} \({size[0]}x{size[1]}\) in \d+\.\d s\n", said)
+    expected = upscale(np.asarray(Image.open(photo)), size=size, model=weights)
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), expected)
+
+
+def test_without_a_model_the_shipped_one_is_used(photo, tmp_path):
+    assert cli.main(["upscale", str(photo), "-o", str(tmp_path / "out.png"), "--scale", "2"]) == 0
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(tmp_path / "out.png")), upscale(np.asarray(Image.open(photo)), scale=2)
+    )
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_formats(run, photo, tmp_path, suffix):
+    assert run(photo, "-o", tmp_path / f"out{suffix}", "--scale", "2", "--quality", "80")[0] == 0
+    with Image.open(tmp_path / f"out{suffix}") as out:
+        assert out.format == {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP", ".tif": "TIFF"}[suffix]
+        assert out.size == (2 * W, 2 * H)
+
+
+def test_depth_alpha_and_orientation_arrive(run, tmp_path):
+    values = np.random.default_rng(0).integers(0, 65536, (H, W, 4), dtype=np.uint16)
+    image.write(image.Picture(values[..., :3].copy(), values[..., 3].copy()), tmp_path / "deep.png")
+    assert run(tmp_path / "deep.png", "-o", tmp_path / "out.tif", "--scale", "2")[0] == 0
+    read = image.read(tmp_path / "out.tif")
+    assert (read.bit_depth, read.channels, read.height) == (16, 4, 2 * H)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (W, H)).save(tmp_path / "turned.jpg", exif=exif)
+    assert run(tmp_path / "turned.jpg", "-o", tmp_path / "out.jpg", "--scale", "2")[0] == 0
+    with Image.open(tmp_path / "out.jpg") as out:
+        assert (out.mode, out.size) == ("L", (2 * H, 2 * W))
+        assert 0x0112 not in out.getexif()
+
+
+def test_folders(run, photo, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    shutil.copy(photo, folder / "b.PNG")
+    Image.open(photo).save(folder / "a.bmp")
+    Image.open(photo).save(folder / ".hidden.png")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "sub.png").mkdir()
+    code, said, complained = run(folder, "-o", tmp_path / "out" / "deep", "--scale", "2")
+    assert (code, complained) == (0, "")
+    assert said.count("\n") == 2
+    assert sorted(os.listdir(tmp_path / "out" / "deep")) == ["a.png", "b.PNG"]
+
+
+def test_a_file_into_a_folder(run, photo, tmp_path):
+    assert run(photo, "-o", f"{tmp_path}/new/", "--scale", "2")[0] == 0
+    assert os.listdir(tmp_path / "new") == ["photo.png"]
+    (tmp_path / "there").mkdir()
+    assert run(photo, "-o", tmp_path / "there", "--scale", "2")[0] == 0
+    assert os.listdir(tmp_path / "there") == ["photo.png"]
+
+
+def test_one_bad_file_does_not_stop_the_others(run, photo, tmp_path):
+    (tmp_path / "bad.png").write_text("no image")
+    shutil.copy(photo, tmp_path / "good.png")
+    code, said, complained = run(
+        photo,
+        tmp_path / "bad.png",
+        tmp_path / "nothere.png",
+        tmp_path / "good.png",
+        "-o",
+        tmp_path / "out",
+        "--scale",
+        2,
+    )
+    assert code == 1
+    assert said.count("\n") == 2
+    assert sorted(os.listdir(tmp_path / "out")) == ["good.png", "photo.png"]
+    lines = complained.splitlines()
+    assert "bad.png is not an image" in lines[0]
+    assert "nothere.png does not exist" in lines[1]
+    assert lines[2:] == ["liif-fast: 2 of 4 images failed."]
+
+
+def test_files_that_cannot_be_read(run, photo, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:100])
+    for name, message in (
+        ("nothere.png", r"nothere\.png does not exist"),
+        ("text.png", r"text\.png is not an image"),
+        ("cut.png", r"cut\.png is broken or of a kind that is not supported"),
+    ):
+        code, said, complained = run(tmp_path / name, "-o", tmp_path / "out.png", "--scale", "2")
+        assert (code, said) == (1, "")
+        assert re.search(message, sentence(complained))
+        assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf", "two", "", "2x", "2x3x4", "2x0", "1e999"])
+def test_scales_that_are_refused(run, photo, tmp_path, scale):
+    code, said, complained = run(photo, "-o", tmp_path / "out.png", f"--scale={scale}")
+    assert (code, said) == (2, "")
+    assert f"'{scale}' is not a positive number such as 3.7, nor two such as 2x3" in sentence(complained)
+
+
+@pytest.mark.parametrize("size", ["0x5", "5", "-5x5", "5x5x5", "5.5x5", "axb"])
+def test_sizes_that_are_refused(run, photo, tmp_path, size):
+    code, _, complained = run(photo, "-o", tmp_path / "out.png", f"--size={size}")
+    assert code == 2
+    assert f"'{size}' is not rows x columns such as 1080x1920" in sentence(complained)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ([], 2, "one of the arguments --scale --size is required"),
+        (["--scale", "2", "--size", "5x5"], 2, "not allowed with argument"),
+        (["--scale", "2", "--backend", "abacus"], 2, "invalid choice: 'abacus' (choose from"),
+        (["--scale", "2", "--dtype", "int3"], 2, "invalid choice: 'int3' (choose from"),
+        (["--scale", "2", "--threads", "0"], 2, "'0' is not a whole number from 1"),
+        (["--scale", "2", "--memory", "lots"], 2, "'lots' is not a whole number from 1"),
+        (["--scale", "2", "--quality", "101"], 1, "The quality is 101, but must be between 1 and 100"),
+        (["--scale", "2", "--device", "abacus"], 1, "device 'abacus' cannot be used here"),
+        (["--scale", "2", "--device", "cuda:99"], 1, "device 'cuda:99' cannot be used here"),
+        (["--scale", "2", "--model", "nothere.pth"], 1, "nothere.pth does not exist"),
+        (["--scale", "1e17"], 1, "out.png cannot be"),
+    ],
+)
+def test_options_that_are_refused(run, photo, tmp_path, monkeypatch, options, code, message):
+    monkeypatch.setattr(memory, "available", lambda: None)
+    found, said, complained = run(photo, "-o", tmp_path / "out.png", *options)
+    assert (found, said) == (code, "")
+    assert message in sentence(complained)
+    assert os.listdir(tmp_path) == ["photo.png"]
+
+
+def test_a_model_that_is_none(run, photo, tmp_path):
+    code, _, complained = run(photo, "-o", tmp_path / "out.png", "--scale", "2", "--model", photo)
+    assert code == 1
+    assert "photo.png is not a model" in sentence(complained)
+
+
+def test_results_beyond_memory_are_refused(run, photo, tmp_path):
+    code, _, complained = run(photo, "-o", tmp_path / "out.png", "--scale", "1e6")
+    assert code == 1
+    assert re.search(
+        r"The 6000000x9000000 result of .*photo\.png needs about 540 TB of memory, but [\d.]+ .B are available: choose",
+        sentence(complained),
+    )
+
+
+def test_outputs_that_are_refused(run, photo, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for inputs, out, message in (
+        (
+            [photo],
+            tmp_path / "out.xyz",
+            r"unknown extension '\.xyz': name the output with one of \.jpeg, .*or a folder",
+        ),
+        ([photo], tmp_path / "out", r"unknown extension ''"),
+        ([photo], tmp_path / "nowhere" / "out.png", "the folder .*nowhere does not exist"),
+        ([photo, photo], tmp_path / "file", "is a file, but several inputs need a folder"),
+        ([photo], f"{tmp_path}/file/", "file is a file"),
+        ([photo, photo], tmp_path / "file" / "sub", "sub cannot be made: Not a directory"),
+        ([photo, photo], tmp_path / "both", "would both be written to"),
+        ([photo], photo, "is the input itself: name another output"),
+    ):
+        code, said, complained = run(*inputs, "-o", out, "--scale", "2")
+        assert (code, said) == (1, ""), out
+        assert re.search(message, sentence(complained)), complained
+    (tmp_path / "empty").mkdir()
+    code, _, complained = run(tmp_path / "empty", "-o", tmp_path / "out", "--scale", "2")
+    assert code == 1
+    assert "empty is a folder without image files" in sentence(complained)
+
+
+def test_existing_files_are_replaced_only_on_request(run, photo, tmp_path):
+    out = tmp_path / "out.png"
+    out.write_bytes(b"precious")
+    code, _, complained = run(photo, "-o", out, "--scale", "2")
+    assert code == 1
+    assert "out.png exists already: name another output or add --overwrite" in sentence(complained)
+    assert out.read_bytes() == b"precious"
+    assert run(photo, "-o", out, "--scale", "2", "--overwrite")[0] == 0
+    assert Image.open(out).size == (2 * W, 2 * H)
+
+
+def test_unwritable_folder(run, photo, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere, so permissions cannot show it
+    code, _, complained = run(photo, "-o", tmp_path / "out.png", "--scale", "2")
+    assert code == 1
+    assert "no permission to write in the folder" in sentence(complained)
+
+
+def test_jpeg_with_alpha_is_refused_before_the_work(run, tmp_path, monkeypatch):
+    Image.new("RGBA", (W, H), (1, 2, 3, 4)).save(tmp_path / "a.png")
+    monkeypatch.setattr(cli, "upscale", None)
+    code, _, complained = run(tmp_path / "a.png", "-o", tmp_path / "a.jpg", "--scale", "2")
+    assert code == 1
+    assert "JPEG has no alpha channel; use PNG, WebP or TIFF" in sentence(complained)
+
+
+def test_warnings_are_sentences(run, photo, tmp_path):
+    first = Image.open(photo)
+    first.save(tmp_path / "two.gif", save_all=True, append_images=[Image.new("RGB", first.size)])
+    code, _, complained = run(tmp_path / "two.gif", "-o", tmp_path / "out.png", "--scale", "2")
+    assert code == 0
+    assert "liif-fast: warning: " in complained and "only the first is used" in sentence(complained)
+
+
+def test_options_reach_the_upscaling(run, photo, tmp_path, monkeypatch):
+    seen = {}
+
+    def spy(picture, **options):
+        seen.update(options, threads=torch.get_num_threads())
+        return upscale(picture, **options)
+
+    monkeypatch.setattr(cli, "upscale", spy)
+    options = ["--backend", "reference", "--dtype", "bfloat16", "--threads", "1", "--memory", "3", "--device", "cpu"]
+    assert run(photo, "-o", tmp_path / "out.png", "--scale", "2", *options)[0] == 0
+    assert (seen["backend"], seen["dtype"], seen["threads"], seen["working_memory"]) == (
+        "reference",
+        "bfloat16",
+        1,
+        3 << 20,
+    )
+
+
+def test_a_backend_that_cannot_run_here_says_why(run, photo, tmp_path, monkeypatch):
+    monkeypatch.setattr("liif_fast.ops.backends.extension.is_available", lambda: False)
+    monkeypatch.setattr("liif_fast.ops.backends.extension.reason", lambda: "it is hiding")
+    code, _, complained = run(photo, "-o", tmp_path / "out.png", "--scale", "2", "--backend", "cpu")
+    assert code == 1
+    assert "backend 'cpu' needs the compiled extension: it is hiding" in sentence(complained)
+    assert run(photo, "-o", tmp_path / "out.png", "--scale", "2")[0] == 0
+
+
+def test_progress_only_on_a_terminal(run, photo, tmp_path, monkeypatch):
+    assert run(photo, "-o", tmp_path / "a.png", "--scale", "2")[2] == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert "photo.png" in run(photo, "-o", tmp_path / "b.png", "--scale", "2")[2]
+
+
+def test_version_help_and_doctor(run):
+    assert run(command="--version") == (0, f"liif-fast {liif_fast.__version__}\n", "")
+    code, said, _ = run("--help")
+    assert code == 0
+    assert all(option in said for option in ("--scale", "--size", "--model", "--threads", "INPUT"))
+    code, said, complained = run(command="doctor")
+    assert (code, complained) == (0, "")
+    assert "torch" in said
+    code, _, complained = run(command="dance")
+    assert code == 2
+    assert "invalid choice: 'dance'" in sentence(complained)
+
+
+def test_interrupt_leaves_nothing(run, photo, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(image._WRITERS, "PNG", interrupted)
+    code, said, complained = run(photo, "-o", tmp_path / "out.png", "--scale", "2")
+    assert (code, said) == (130, "")
+    assert sentence(complained) == "liif-fast: interrupted.\n"
+    assert os.listdir(tmp_path) == ["photo.png"]
+
+
+def as_process(*arguments, program=("-m", "liif_fast")):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-W", "ignore", *program, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+# The program, which takes a minute to write a 16-bit PNG. A shell that runs the tests in the background hands down that
+# Ctrl-C is ignored.
+SLOW_WRITER = """
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from liif_fast import cli, png16
+encode = png16.encode
+png16.encode = lambda *arguments, **keywords: (encode(*arguments, **keywords), time.sleep(60))
+raise SystemExit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_while_writing(tmp_path, weights, number, code):
+    """The signal arrives when the temporary file is there."""
+    noise = np.random.default_rng(0).integers(0, 65536, (40, 50, 3), dtype=np.uint16)
+    image.write(image.Picture(noise), tmp_path / "noise.tif")
+    arguments = ("upscale", tmp_path / "noise.tif", "-o", tmp_path / "out.png", "--scale", "1", "--model", weights)
+    process = as_process(*arguments, program=("-c", SLOW_WRITER))
+    deadline = time.monotonic() + 120
+    while len(os.listdir(tmp_path)) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(number)
+    said, complained = process.communicate(timeout=60)
+    assert process.returncode == code, complained
+    assert said == "" and "Traceback" not in complained
+    assert os.listdir(tmp_path) == ["noise.tif"]
+
+
+def test_module_and_exit_code(tmp_path):
+    process = as_process("upscale", tmp_path / "nothere.png", "-o", tmp_path / "out.png", "--scale", "0")
+    said, complained = process.communicate(timeout=120)
+    assert (process.returncode, said) == (2, "")
+    assert "'0' is not a positive number" in sentence(complained)
+
+
+def test_demo(tmp_path, capsys):
+    assert demo.main(["--output", str(tmp_path / "demo")]) == 0
+    said = capsys.readouterr().out
+    for scale, size in ((4, (640, 480)), (2.7, (432, 324))):
+        photo, beside = (tmp_path / "demo" / f"{kind}-x{scale}.png" for kind in ("photo", "comparison"))
+        assert str(photo) in said and str(beside) in said
+        assert Image.open(photo).size == size
+        assert Image.open(beside).size == (2 * size[0] + 8, size[1] + 20)
+        bicubic = Image.open(demo.PHOTO).resize(size, Image.Resampling.BICUBIC)
+        shown = np.asarray(Image.open(beside))
+        np.testing.assert_array_equal(shown[20:, : size[0]], np.asarray(bicubic))
+        np.testing.assert_array_equal(shown[20:, size[0] + 8 :], np.asarray(Image.open(photo)))
+    assert re.search(r"x2\.7: 324x432 pixels in \d+\.\d\d s", said)
+
+
+def test_the_photo_has_its_provenance():
+    text = Path(demo.PHOTO).with_name("demo.PROVENANCE.txt").read_text()
+    assert "public domain" in text

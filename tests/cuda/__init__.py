@@ -1,0 +1,1 @@
+"""The CUDA kernels without a GPU: their sources run on the CPU, and the compiler's account of them."""

@@ -1,0 +1,1 @@
+"""The CUDA kernels' own sources, compiled for the CPU."""

@@ -1,0 +1,96 @@
+"""The part of torch.ops.liif_fast_C that the `cuda` backend calls, on CPU tensors and through the kernels on the CPU.
+
+With it in the place of `liif_fast.ops.backends.cuda.gather._C`, everything above the bindings runs as it does on a GPU.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory, with its strides; bfloat16, which numpy lacks, as uint16."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == torch.bfloat16 else tensor
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _arrays(value: object) -> object:
+    """Every tensor in an argument as its array."""
+    if isinstance(value, Tensor):
+        return _array(value)
+    return (
+        [_array(tensor) for tensor in value]
+        if isinstance(value, list) and value and isinstance(value[0], Tensor)
+        else value
+    )
+
+
+class Ops:
+    """gather, cuda_gather_backward, ensemble, ensemble_backward: signatures as in the bindings."""
+
+    def __init__(self, kernels: ModuleType) -> None:
+        self.kernels = kernels
+
+    def gather(
+        self, feat: Tensor, coord: Tensor, cell: Tensor | None, feat_unfold: bool, local_ensemble: bool
+    ) -> tuple[Tensor, Tensor]:
+        cells = None if cell is None else _array(cell)
+        x, area_weight = self.kernels.gather_forward(
+            _name(feat.dtype), _array(feat), _array(coord), cells, feat_unfold, local_ensemble
+        )
+        return _tensor(x, feat.dtype), torch.from_numpy(area_weight)
+
+    def cuda_gather_backward(
+        self, grad_x: Tensor, grad_area_weight: Tensor, coord: Tensor, *sizes_and_flags: int
+    ) -> tuple[Tensor, ...]:
+        assert grad_x.is_contiguous()
+        grads = self.kernels.gather_backward(
+            _name(grad_x.dtype), _array(grad_x), _array(grad_area_weight), _array(coord), *sizes_and_flags
+        )
+        return tuple(torch.from_numpy(grad) for grad in grads)
+
+    def ensemble(self, pred: Tensor, area_weight: Tensor) -> Tensor:
+        assert pred.is_contiguous()
+        return torch.from_numpy(self.kernels.ensemble_forward(_name(pred.dtype), _array(pred), _array(area_weight)))
+
+    def ensemble_backward(self, grad_out: Tensor, pred: Tensor, area_weight: Tensor) -> tuple[Tensor, ...]:
+        assert pred.is_contiguous()
+        grads = self.kernels.ensemble_backward(_name(pred.dtype), _array(grad_out), _array(pred), _array(area_weight))
+        return tuple(torch.from_numpy(grad) for grad in grads)
+
+    def cuda_query(self, *arguments: object) -> Tensor:
+        *arguments, with_out = arguments
+        out = torch.from_numpy(self.kernels.query_forward(*map(_arrays, arguments)))
+        return out if with_out else torch.empty(0)
+
+    def cuda_query_backward(self, *arguments: object) -> tuple[Tensor, ...]:
+        grad_rows, *others = self.kernels.query_backward(*map(_arrays, arguments))
+        dtype = {0: torch.float16, 1: torch.bfloat16}.get(arguments[13], torch.float32)
+        return torch.from_numpy(grad_rows).view(dtype), *map(torch.from_numpy, others)
+
+    def metasr_query(self, latent_map: Tensor, *tensors_and_region: object) -> Tensor:
+        assert latent_map.is_contiguous()
+        arguments = map(_arrays, (latent_map, *tensors_and_region))
+        return torch.from_numpy(self.kernels.metasr_forward(_name(latent_map.dtype), *arguments))
+
+    def cuda_metasr_latents(self, coord: Tensor, cell: Tensor, region: list[int], sizes: list[int]) -> Tensor:
+        return torch.from_numpy(self.kernels.metasr_latents(_array(coord), _array(cell), region, [*sizes, 1]))
+
+    def cuda_metasr_query_backward(self, grad_out: Tensor, latent_map: Tensor, *others: object) -> list[Tensor]:
+        *arguments, order, starts = map(_arrays, (grad_out, latent_map, *others))
+        ordered = None if order is None else (order, starts)
+        grads = self.kernels.metasr_backward(_name(latent_map.dtype), *arguments, ordered)
+        return [torch.from_numpy(grad) for grad in grads]

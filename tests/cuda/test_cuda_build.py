@@ -1,0 +1,199 @@
+"""What nvcc makes of csrc/cuda, without a GPU: registers, shared memory, spills on every architecture, and rounding."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from liif_fast.ops.backends import extension
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET = json.loads((ROOT / "tests" / "cuda" / "budget.json").read_text())
+SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+
+
+class Usage(NamedTuple):
+    """What ptxas says of one kernel on one architecture; the largest of its instantiations."""
+
+    registers: int  # a thread's
+    shared_bytes: int  # a block's
+    spill_bytes: int  # a thread's, stores and loads together, and its stack
+
+
+@cache
+def setup_py() -> ModuleType:
+    """setup.py, the home of the compiler flags, with the call of setup() left out."""
+    spec = importlib.util.spec_from_file_location("liif_fast_setup_for_cuda", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["liif_fast_setup_for_cuda"] = module  # dataclasses look their module up
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **_: None)
+        for variable in ("LIIF_FAST_BUILD", "LIIF_FAST_CUDA_ARCHS", "LIIF_FAST_SANITIZE"):
+            patch.delenv(variable, raising=False)
+        spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def toolkit():
+    """The CUDA toolkit as setup.py finds it; skips with its reason."""
+    module = setup_py()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("LIIF_FAST_CUDA_ARCHS", raising=False)
+            return module.Toolkit.find(SOURCES[0])
+    except module.BuildError as error:
+        return pytest.skip(str(error))
+
+
+@cache
+def reports() -> dict[Path, str]:
+    """What ptxas said of each source: kept beside the build's objects, or asked here where those are not current."""
+    module = setup_py()
+    built = module.cuda_steps(module.OBJECTS, toolkit())
+    folder = ROOT / "build" / "cuda_reports"
+    own = module.cuda_steps(folder, toolkit())
+    chosen = [own[i] if step.is_stale() else step for i, step in enumerate(built)]
+    with module.locked(folder):
+        module.run_stale([step for step in chosen if step in own])
+    return {step.inputs[0]: step.report.read_text() for step in chosen}
+
+
+def kernel_name(mangled: str) -> str:
+    """The part of a mangled name that ends in _kernel: a length, then that many characters."""
+    for digits in re.finditer(r"(?=(\d+)([a-z]\w*))", mangled):
+        name = digits.group(2)[: int(digits.group(1))]
+        if name.endswith("_kernel"):
+            return name
+    raise AssertionError(f"{mangled} is no kernel of ours: kernels' names end in _kernel")
+
+
+@cache
+def usages() -> dict[tuple[str, str], Usage]:
+    """{(kernel, architecture): usage} of every kernel."""
+    found: dict[tuple[str, str], Usage] = {}
+    for report in reports().values():
+        for part in report.split("Compiling entry function '")[1:]:
+            mangled, arch = re.match(r"(\w+)' for 'sm_(\w+)'", part).groups()
+            kernel = kernel_name(mangled)
+            stack, stores, loads = map(
+                int,
+                re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups(),
+            )
+            shared = re.search(r"(\d+) bytes smem", part)
+            registers = int(re.search(r"Used (\d+) registers", part).group(1))
+            usage = Usage(registers, int(shared.group(1)) if shared else 0, stack + stores + loads)
+            before = found.get((kernel, arch), usage)
+            found[kernel, arch] = Usage(*map(max, zip(before, usage, strict=True)))
+    return found
+
+
+def test_every_kernel_compiles_for_every_architecture_and_has_a_budget():
+    assert {kernel for kernel, _ in usages()} == set(BUDGET)
+    assert {arch for _, arch in usages()} == set(toolkit().archs)
+    assert len(usages()) == len(BUDGET) * len(toolkit().archs)
+    if toolkit().release.startswith("13."):
+        assert toolkit().archs == list(setup_py().CUDA_ARCHS)
+
+
+@pytest.mark.parametrize("kernel", BUDGET)
+def test_kernel_stays_within_its_budget(kernel):
+    budget = Usage(**BUDGET[kernel])
+    over = {
+        f"sm_{arch}": usage
+        for (name, arch), usage in usages().items()
+        if name == kernel and any(used > allowed for used, allowed in zip(usage, budget, strict=True))
+    }
+    assert not over, f"{budget} allowed"
+
+
+def test_nvcc_has_nothing_to_warn_of():
+    assert set(reports()) == set(SOURCES)
+    for source, report in reports().items():
+        assert "warning" not in report.lower(), f"{source.name}: {report}"
+
+
+@pytest.mark.parametrize("contraction", [False, True], ids=["as-built", "with-contraction"])
+def test_geometry_never_contracts_to_a_fused_multiply_add(contraction, tmp_path):
+    """It must round as on the CPU, and would even without setup.py's --fmad=false; the control shows what would not.
+
+    One product may contract there, and is exact: a corner's side, -1 or 1, times half a latent.
+    """
+    flags = [flag for flag in setup_py().NVCC_FLAGS if not (contraction and flag == "--fmad=false")]
+    target = tmp_path / "probe.ptx"
+    probe = ROOT / "tests" / "cuda" / "geometry_probe.cu"
+    command = [toolkit().nvcc, *flags, "-arch=compute_80", "-I", ROOT / "csrc", "-ptx", probe, "-o", target]
+    subprocess.run(command, check=True)
+    entries = target.read_text().split(".entry ")[1:]
+    fused = {kernel_name(entry.split("(")[0]): [] for entry in entries}
+    for entry in entries:
+        fused[kernel_name(entry.split("(")[0])] += re.findall(r"\bfma\.[.\w]*f(?:32|64)\b", entry)
+    assert len(entries) == 3
+    expected = {"geometry_kernel": ["fma.rn.f64"] * 2, "control_kernel": ["fma.rn.f32"]}
+    assert fused == (expected if contraction else {kernel: [] for kernel in expected})
+
+
+needs_cuda_half = pytest.mark.skipif(
+    not (extension.is_available() and hasattr(torch.ops.liif_fast_C, "cuda_gather_backward")),
+    reason="the extension is built without CUDA",
+)
+
+
+@needs_cuda_half
+def test_bindings_refuse_what_is_not_on_a_gpu():
+    """Handed CPU tensors past the dispatcher, they say so; a pointer would be read on the device."""
+    cuda_only = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    ops = torch.ops.liif_fast_C
+    feat, coord, weights = torch.rand(1, 3, 4, 5), torch.zeros(1, 2, 2), torch.rand(1, 2, 4)
+    x, pred = torch.rand(1, 2, 4, 29), torch.rand(1, 2, 4, 3)
+    metasr = [coord, coord, torch.rand(2, 3), torch.rand(2), [0, 0, 4, 5]]
+    calls = {
+        "feat must be a CUDA tensor": (ops.gather, feat, coord, None, True, True),
+        "coord must be a CUDA tensor": (
+            ops.cuda_gather_backward,
+            x,
+            weights,
+            coord,
+            3,
+            4,
+            5,
+            *[False, True, True, True, False],
+        ),
+        "pred must be a contiguous CUDA tensor": (ops.ensemble, pred, weights),
+        "must be a contiguous CUDA tensor": (ops.ensemble_backward, pred[:, :, 0], pred, weights),
+        "latent_map must be a CUDA tensor": (ops.metasr_query, torch.rand(1, 4, 5, 9), *metasr),
+        "coord must be a CUDA tensor of 3": (ops.cuda_metasr_latents, *metasr[:2], metasr[-1], [1, 4, 5]),
+        "latent_map must be a CUDA tensor of 4": (
+            ops.cuda_metasr_query_backward,
+            torch.rand(1, 2, 3),
+            torch.rand(1, 4, 5, 9),
+            *metasr,
+            None,
+            None,
+        ),
+    }
+    for message, (op, *arguments) in calls.items():
+        with pytest.raises(RuntimeError, match=message):
+            op.default.redispatch(cuda_only, *arguments)
+
+
+@needs_cuda_half
+def test_the_cuda_half_is_registered_for_the_device_and_carries_every_architecture():
+    names = ["gather", "cuda_gather_backward", "ensemble", "ensemble_backward"]
+    names += ["metasr_query", "cuda_metasr_latents", "cuda_metasr_query_backward"]
+    for name in names:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"liif_fast_C::{name}", "CUDA")
+    if shutil.which("nvcc") and (facts := extension.build_facts()).get("cuda_archs"):
+        assert set(facts["cuda_archs"]) <= set(setup_py().CUDA_ARCHS)

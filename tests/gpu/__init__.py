@@ -1,0 +1,1 @@
+"""The checks that a GPU runs, tried without one."""

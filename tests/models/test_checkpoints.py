@@ -1,0 +1,394 @@
+"""Loading other people's checkpoints, saving and loading our own, and refusing everything else in one sentence."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from liif_fast.models import LIIF, checkpoints, make_model, register
+from liif_fast.models.checkpoints import CheckpointError, load, save
+from liif_fast.models.coordinates import make_cell, make_coord
+
+EDSR = {"name": "edsr-baseline", "args": {"n_resblocks": 2, "n_feats": 8, "no_upsampling": True}}
+RDN = {"name": "rdn", "args": {"G0": 8, "RDNconfig": "A", "no_upsampling": True}}
+MLP = {"name": "mlp", "args": {"out_dim": 3, "hidden_list": [16, 24]}}
+
+
+def liif(encoder: dict[str, Any] = EDSR, **flags: bool) -> nn.Module:
+    return make_model({"name": "liif", "args": {"encoder_spec": encoder, "imnet_spec": MLP, **flags}})
+
+
+def original(model: nn.Module, prefix: str = "", **more: Any) -> dict[str, Any]:
+    """What the original's trainer writes."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    weights = OrderedDict((prefix + key, tensor) for key, tensor in model.state_dict().items())
+    state = {"name": "adam", "args": {"lr": 1e-4}, "sd": optimizer.state_dict()}
+    return {"model": {**model.spec, "sd": weights}, "optimizer": state, "epoch": 3, **more}
+
+
+def assert_same(loaded: nn.Module, model: nn.Module) -> None:
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    weights = loaded.state_dict()
+    assert list(weights) == list(model.state_dict())
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(weights[key], tensor), key
+    loaded.backend = model.backend = "reference"
+    coord = make_coord([5, 7]).repeat(1, 1, 1)
+    cell = make_cell(coord, (5, 7))
+    inp = torch.rand(1, 3, 6, 4)
+    with torch.no_grad():
+        assert torch.equal(loaded(inp, coord, cell), model(inp, coord, cell))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_the_originals_checkpoints(tmp_path: Path, prefix: str, zipped: bool) -> None:
+    model = liif()
+    torch.save(original(model, prefix), tmp_path / "epoch-last.pth", _use_new_zipfile_serialization=zipped)
+    loaded = load(tmp_path / "epoch-last.pth")
+    assert_same(loaded, model)
+    assert loaded.spec == model.spec
+    assert loaded.data_norm == {"inp": {"sub": [0.5], "div": [0.5]}, "gt": {"sub": [0.5], "div": [0.5]}}
+
+
+def test_metasr_and_the_flags_of_an_originals_checkpoint(tmp_path: Path) -> None:
+    for model in (
+        make_model({"name": "metasr", "args": {"encoder_spec": EDSR}}),
+        liif(local_ensemble=False, feat_unfold=False, cell_decode=False),
+        make_model({"name": "liif", "args": {"encoder_spec": EDSR}}),
+    ):
+        torch.save(original(model), tmp_path / "model.pth")
+        assert_same(load(str(tmp_path / "model.pth")), model)
+
+
+def test_a_checkpoint_may_say_its_normalisation(tmp_path: Path) -> None:
+    norm = {"inp": {"sub": [0], "div": [1]}, "gt": {"sub": [0.1, 0.2, 0.3], "div": [1, 1, 1]}}
+    torch.save(original(liif(), data_norm=norm), tmp_path / "model.pth")
+    assert load(tmp_path / "model.pth").data_norm == norm
+
+
+# The keys that MMagic's LIIFEDSRNet and LIIFRDNNet write, in the original's terms: (ours, theirs).
+MMAGIC_EDSR = [
+    ("encoder.head.0.", "conv_first."),
+    ("encoder.body.0.body.0.", "body.0.conv1."),
+    ("encoder.body.0.body.2.", "body.0.conv2."),
+    ("encoder.body.1.body.0.", "body.1.conv1."),
+    ("encoder.body.1.body.2.", "body.1.conv2."),
+    ("encoder.body.2.", "conv_after_body."),
+    ("imnet.layers.", "imnet.layers."),
+]
+MMAGIC_RDN = [
+    ("encoder.SFENet1.", "sfe1."),
+    ("encoder.SFENet2.", "sfe2."),
+    *((f"encoder.RDBs.{b}.convs.{c}.conv.0.", f"rdbs.{b}.layers.{c}.conv.") for b in range(20) for c in range(6)),
+    *((f"encoder.RDBs.{b}.LFF.", f"rdbs.{b}.lff.") for b in range(20)),
+    ("encoder.GFF.0.", "gff.0."),
+    ("encoder.GFF.1.", "gff.1."),
+    ("imnet.layers.", "imnet.layers."),
+]
+
+
+def mmagic(model: nn.Module, names: list[tuple[str, str]], prefix: str = "generator.") -> dict[str, Any]:
+    """What MMagic writes for this model, with the parts that must be ignored."""
+    weights: dict[str, Tensor] = OrderedDict()
+    for key, tensor in model.state_dict().items():
+        for ours, theirs in names:
+            if key.startswith(ours) and "_mean." not in key:
+                weights[prefix + theirs + key.removeprefix(ours)] = tensor
+    if prefix:
+        weights.update({key.replace("generator.", "generator_ema."): tensor + 1 for key, tensor in weights.items()})
+        weights["data_preprocessor.input_mean"] = torch.zeros(3, 1, 1)
+        weights["step_counter"] = torch.tensor(5)
+    return {"meta": {"epoch": 1, "cfg": "..."}, "state_dict": weights}
+
+
+@pytest.mark.parametrize("prefix", ["generator.", "module.generator.", ""])
+@pytest.mark.parametrize("unfold", [True, False])
+@pytest.mark.parametrize("cell", [True, False])
+def test_mmagics_edsr(tmp_path: Path, prefix: str, unfold: bool, cell: bool) -> None:
+    model = liif(feat_unfold=unfold, cell_decode=cell)
+    torch.save(mmagic(model, MMAGIC_EDSR, prefix), tmp_path / "liif_edsr_norm.pth")
+    loaded = load(tmp_path / "liif_edsr_norm.pth")
+    assert_same(loaded, model)
+    assert (loaded.feat_unfold, loaded.cell_decode, loaded.local_ensemble) == (unfold, cell, True)
+    mean = {"sub": [0.4488, 0.4371, 0.4040], "div": [1, 1, 1]}
+    assert loaded.data_norm == {"inp": mean, "gt": mean}
+
+
+def test_mmagics_rdn(tmp_path: Path) -> None:
+    model = liif(RDN)
+    torch.save(mmagic(model, MMAGIC_RDN), tmp_path / "liif_rdn_norm.pth")
+    loaded = load(tmp_path / "liif_rdn_norm.pth")
+    assert_same(loaded, model)
+    assert loaded.data_norm["inp"] == {"sub": [0.5] * 3, "div": [0.5] * 3}
+
+
+def test_mmagics_full_size_edsr_scales_its_residuals() -> None:
+    from liif_fast.models.mmagic import convert
+
+    weights = {
+        "generator.conv_first.weight": torch.empty(256, 3, 3, 3),
+        "generator.imnet.layers.0.weight": torch.empty(3, 2308),
+    }
+    weights |= {f"generator.body.{block}.conv1.weight": torch.empty(256, 256, 3, 3) for block in range(32)}
+    spec, _, _ = convert(weights)
+    assert spec["args"]["encoder_spec"]["name"] == "edsr"
+    assert spec["args"]["encoder_spec"]["args"]["res_scale"] == 0.1
+    assert spec["args"]["imnet_spec"]["args"] == {"out_dim": 3, "hidden_list": []}
+
+
+@pytest.mark.parametrize("make", [liif, lambda: make_model({"name": "metasr", "args": {"encoder_spec": EDSR}})])
+def test_save_and_load(tmp_path: Path, make: Any) -> None:
+    model = make()
+    model.data_norm = {"inp": {"sub": [0.1], "div": [0.2]}, "gt": {"sub": [0.3], "div": [0.4]}}
+    save(model, tmp_path / "model.safetensors", metadata={"trained_on": "photos"})
+    loaded = load(tmp_path / "model.safetensors")
+    assert_same(loaded, model)
+    assert loaded.data_norm == model.data_norm
+    assert loaded.spec == model.spec
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as handle:
+        assert handle.metadata()["trained_on"] == "photos"
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "stored, back", [(torch.float16, torch.float32), (torch.float64, torch.float64), (None, torch.float32)]
+)
+def test_stored_dtypes(tmp_path: Path, stored: torch.dtype | None, back: torch.dtype) -> None:
+    model = liif()
+    save(model, tmp_path / "model.safetensors", dtype=stored)
+    loaded = load(tmp_path / "model.safetensors").state_dict()
+    for key, tensor in model.state_dict().items():
+        assert loaded[key].dtype == back
+        assert torch.equal(loaded[key], tensor.to(stored or back).to(back))
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_save_a_model_made_by_hand_wrapped_and_with_changed_switches(tmp_path: Path) -> None:
+    model = LIIF(EDSR, MLP, feat_unfold=False)
+    model.local_ensemble = False
+    save(torch.compile(nn.DataParallel(model)), tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors")
+    assert_same(loaded, model)
+    assert (loaded.local_ensemble, loaded.feat_unfold, loaded.cell_decode) == (False, False, True)
+
+
+def test_users_own_models_are_saved_too(tmp_path: Path) -> None:
+    @register("test-own")
+    class Own(LIIF):
+        def __init__(self, encoder_spec: dict[str, Any], width: int) -> None:
+            super().__init__(encoder_spec, {"name": "mlp", "args": {"out_dim": 1, "hidden_list": [width]}})
+
+    model = make_model({"name": "test-own", "args": {"encoder_spec": EDSR}}, args={"width": 5})
+    save(model, tmp_path / "own.safetensors")
+    assert_same(load(tmp_path / "own.safetensors"), model)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.safetensors"
+    save(liif(), file)
+    before = file.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(liif(), file)
+    assert file.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_loading_uses_up_no_random_numbers(tmp_path: Path) -> None:
+    save(liif(), tmp_path / "model.safetensors")
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    load(tmp_path / "model.safetensors")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_shipped_models_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path)
+    model = liif()
+    save(model, tmp_path / "tiny.safetensors")
+    assert_same(load(), model)
+    assert_same(load("tiny"), model)
+    with pytest.raises(FileNotFoundError, match=r"huge does not exist.*there is tiny"):
+        load("huge")
+
+
+class Bomb:
+    """A pickle that runs a command when it is read."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, (f"touch {self.target}",))
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_nothing_but_tensors_is_unpickled(tmp_path: Path, zipped: bool) -> None:
+    target = tmp_path / "ran"
+    file = tmp_path / "model.pth"
+    torch.save({**original(liif()), "extra": Bomb(target)}, file, _use_new_zipfile_serialization=zipped)
+    assert refusal(file) == (
+        f"{file} holds posix.system beside tensors and plain containers, which is never unpickled: "
+        "where the file comes from, save its spec and state_dict alone"
+    )
+    file.write_bytes(pickle.dumps(Bomb(target)))
+    assert refusal(file) == f"{file} is a broken pickle, or not one of torch.save's usual protocol"
+    assert not target.exists()
+
+
+def refusal(file: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load(file)
+    message = str(caught.value)
+    assert "\n" not in message and str(file) in message
+    return message
+
+
+def test_a_whole_pickled_model_is_refused_by_its_class(tmp_path: Path) -> None:
+    torch.save(liif(), tmp_path / "model.pth")
+    assert "holds liif_fast.models.liif.LIIF beside tensors" in refusal(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "neither a .safetensors nor a .pth file"),
+        (b"hello world", "neither a .safetensors nor a .pth file"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "neither a .safetensors nor a .pth file"),
+        (b"PK\x03\x04" + bytes(100), "is a broken .pth file"),
+        (b"\x80\x02", "is a broken .pth file: EOFError"),
+        (bytes([255, 0, 0, 0, 0, 0, 0, 0]) + b"{}", "is a broken .safetensors file"),
+    ],
+)
+def test_files_that_are_no_model(tmp_path: Path, content: bytes, words: str) -> None:
+    file = tmp_path / "file.pth"
+    file.write_bytes(content)
+    assert words in refusal(file)
+
+
+def test_truncated_files(tmp_path: Path) -> None:
+    save(liif(), tmp_path / "a.safetensors")
+    torch.save(original(liif()), tmp_path / "b.pth")
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        assert f"{file} is a broken {file.suffix} file" in refusal(file)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: [1, 2], "it has neither 'model' with name, args and sd (yinboc/liif) nor 'state_dict' (MMagic)"),
+        (lambda c: c["model"]["sd"], "it has neither 'model'"),
+        (lambda c: {"model": "liif"}, "it has neither 'model'"),
+        (lambda c: {"model": {**c["model"], "sd": {"a": 1}}}, "it has neither 'model'"),
+        (lambda c: {"model": {**c["model"], "name": "lte"}}, "no model is registered as 'lte'"),
+        (lambda c: {"model": {**c["model"], "args": {"depth": 3}}}, "unexpected keyword argument 'depth'"),
+        (lambda c: {**c, "data_norm": {"inp": 3}}, "has a normalisation that is not"),
+    ],
+)
+def test_pth_files_without_a_model(tmp_path: Path, change: Any, words: str) -> None:
+    torch.save(change(original(liif())), tmp_path / "model.pth")
+    assert words in refusal(tmp_path / "model.pth")
+
+
+def test_missing_unexpected_and_misshapen_weights_are_named(tmp_path: Path) -> None:
+    content = original(liif())
+    weights = content["model"]["sd"]
+    file = tmp_path / "model.pth"
+
+    moved = dict(weights)
+    moved["imnet.layers.9.weight"] = moved.pop("imnet.layers.0.weight")
+    torch.save({"model": {**content["model"], "sd": moved}}, file)
+    assert refusal(file) == (
+        f"the weights in {file} do not fit its spec: "
+        "missing 'imnet.layers.0.weight', unexpected 'imnet.layers.9.weight'"
+    )
+    torch.save({"model": {**content["model"], "sd": {**weights, "imnet.layers.0.bias": torch.zeros(3)}}}, file)
+    assert refusal(file).endswith("'imnet.layers.0.bias' is [3] instead of [16]")
+    torch.save({"model": {**content["model"], "sd": {}}}, file)
+    assert "'encoder.head.0.weight', 'encoder.head.0.bias'" in refusal(file) and refusal(file).endswith("more keys")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda w: {key: t for key, t in w.items() if "imnet" not in key}, "has no imnet.layers, so it is no LIIF"),
+        (
+            lambda w: {key: t for key, t in w.items() if "conv_first" not in key},
+            "neither conv_first (EDSR) nor sfe1 (RDN)",
+        ),
+        (lambda w: {**w, "generator.imnet.layers.0.weight": torch.zeros(16, 50)}, "imnet takes 50 inputs"),
+        (lambda w: {**w, "generator.sfe1.weight": torch.zeros(8, 3, 3, 3)}, "unexpected 'encoder.SFENet1.weight'"),
+    ],
+)
+def test_other_networks_of_mmagic(tmp_path: Path, change: Any, words: str) -> None:
+    content = mmagic(liif(), MMAGIC_EDSR)
+    torch.save({**content, "state_dict": change(content["state_dict"])}, tmp_path / "model.pth")
+    assert words in refusal(tmp_path / "model.pth")
+
+
+def test_an_rdn_of_another_size_is_refused(tmp_path: Path) -> None:
+    content = mmagic(liif(RDN), MMAGIC_RDN)
+    weights = {key: tensor for key, tensor in content["state_dict"].items() if ".rdbs.19." not in key}
+    torch.save({"state_dict": weights}, tmp_path / "model.pth")
+    assert "(blocks, layers, growth) = (19, 6, 32)" in refusal(tmp_path / "model.pth")
+
+
+def test_safetensors_of_others(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / "model.safetensors"
+    save_file(dict(liif().state_dict()), file)
+    assert "its metadata has no liif_fast spec" in refusal(file)
+    save_file(dict(liif().state_dict()), file, {"format": "liif_fast", "spec": "{"})
+    assert "has a broken spec in its metadata" in refusal(file)
+    save_file(dict(liif().state_dict()), file, {"format": "liif_fast", "spec": "[]"})
+    assert "describes a model that cannot be built" in refusal(file)
+
+
+def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone\.pth does not exist"):
+        load(tmp_path / "gone.pth")
+    with pytest.raises(CheckpointError, match="is a folder, not a model"):
+        load(tmp_path)
+
+
+def test_what_save_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"saved as \.safetensors, not as 'model\.pth'"):
+        save(liif(), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="this Linear has no spec"):
+        save(nn.Linear(2, 2), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="not 'spec': 'mine'"):
+        save(liif(), tmp_path / "model.safetensors", metadata={"spec": "mine"})
+    with pytest.raises(ValueError, match="not 'steps': 7"):
+        save(liif(), tmp_path / "model.safetensors", metadata={"steps": 7})  # type: ignore[dict-item]
+    changed = liif()
+    changed.imnet = make_model({"name": "mlp", "args": {"in_dim": 76, "out_dim": 3, "hidden_list": [16]}})
+    with pytest.raises(ValueError, match=r"no longer what its spec says: missing 'imnet\.layers\.4\.weight'"):
+        save(changed, tmp_path / "model.safetensors")
+
+    @register("test-unwritable")
+    def build(scales: set[int]) -> nn.Module:
+        return nn.Linear(len(scales), 1)
+
+    with pytest.raises(ValueError, match="its spec is not plain numbers and strings"):
+        save(make_model({"name": "test-unwritable", "args": {"scales": {1, 2}}}), tmp_path / "model.safetensors")
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,1 @@
+"""Compiles Triton's kernels for GPUs that are not there."""

@@ -35,7 +35,10 @@ def with_backends(
         for dtype in dtypes:
             why_not = refusal(dtype, device) if reference and products else ""
             try:
-                can_run(backends.Problem(op, device, DTYPES[dtype], widths), raise_error=True)
+                can_run(
+                    backends.OpRequest("decode" if op in ("query", "render") else op, device, DTYPES[dtype], widths),
+                    raise_error=True,
+                )
             except RuntimeError as error:
                 why_not = str(error)
             found.append(

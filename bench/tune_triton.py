@@ -5,8 +5,8 @@
 Times every setting that compiles and fits, kernel by kernel: the forward in inference (1024x1024 from 256x256), the
 forward that keeps activations and the backward in a training step (16 maps of 48x48, 2304 queries each), where the
 other kernels keep the table's settings. Settings take turns; they are printed from fastest to slowest, and what
-`launch_settings` says is marked. Copy a winner into liif_fast/ops/backends/triton/launch.py by hand: the table is the only
-place that decides.
+`launch_settings` says is marked. Copy a winner into ops/backends/triton/launch.py by hand: the table is the only place
+that decides.
 """
 
 from __future__ import annotations

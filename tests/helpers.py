@@ -107,7 +107,7 @@ def psnr(actual: Tensor, expected: Tensor) -> float:
 def reason_against(backend: str, op: str, dtype: torch.dtype, device: str = "cpu") -> str:
     """Why a backend cannot run here; '' where it can."""
     try:
-        backends.BACKENDS[backend](backends.Problem(op, device, dtype), raise_error=True)
+        backends.BACKENDS[backend](backends.OpRequest(op, device, dtype), raise_error=True)
     except RuntimeError as error:
         return str(error)
     return ""

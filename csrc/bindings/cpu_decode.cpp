@@ -177,8 +177,8 @@ std::vector<Tensor> metasr_query_backward_op(const Tensor& grad_out, const Tenso
 }  // namespace liif_fast
 
 STABLE_TORCH_LIBRARY_IMPL(liif_fast_C, CPU, m) {
-  m.impl("query", TORCH_BOX(&liif_fast::query));
-  m.impl("query_backward", TORCH_BOX(&liif_fast::query_backward_op));
+  m.impl("decode", TORCH_BOX(&liif_fast::query));
+  m.impl("decode_backward", TORCH_BOX(&liif_fast::query_backward_op));
   m.impl("metasr_query", TORCH_BOX(&liif_fast::metasr_query));
   m.impl("metasr_query_backward", TORCH_BOX(&liif_fast::metasr_query_backward_op));
 }

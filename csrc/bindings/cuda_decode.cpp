@@ -155,18 +155,18 @@ std::vector<Tensor> query_backward(const Tensor& grad_out, const Tensor& saved, 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(liif_fast_C, m) {
   m.def(
-      "cuda_query(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, "
+      "cuda_decode(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, "
       "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, int operands, Tensor(a!) saved, "
       "bool last_layer, int first_row, int rows, bool with_out) -> Tensor");
   m.def(
-      "cuda_query_backward(Tensor grad_out, Tensor saved, int saved_first_row, int saved_rows, Tensor latent_map, "
+      "cuda_decode_backward(Tensor grad_out, Tensor saved, int saved_first_row, int saved_rows, Tensor latent_map, "
       "Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, Tensor[] biases, int[] grid, "
       "float[] grid_cell, bool local_ensemble, int operands, int first_row, int rows, Tensor(a!) grad_latent_map, "
       "Tensor(b!) grad_coord, Tensor(c!) grad_cell) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liif_fast_C, CUDA, m) {
-  m.impl("cuda_query", TORCH_BOX(&liif_fast::query));
-  m.impl("cuda_query_backward", TORCH_BOX(&liif_fast::query_backward));
+  m.impl("cuda_decode", TORCH_BOX(&liif_fast::query));
+  m.impl("cuda_decode_backward", TORCH_BOX(&liif_fast::query_backward));
 }
 #endif

@@ -159,11 +159,11 @@ STABLE_TORCH_LIBRARY(liif_fast_C, m) {
   m.def("ensemble(Tensor pred, Tensor area_weight) -> Tensor");
   m.def("ensemble_backward(Tensor grad_out, Tensor pred, Tensor area_weight) -> (Tensor, Tensor)");
   m.def(
-      "query(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, Tensor[] "
+      "decode(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, Tensor[] "
       "biases, int[] grid, "
       "float[] grid_cell, bool local_ensemble, bool bf16) -> Tensor");
   m.def(
-      "query_backward(Tensor grad_out, Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, "
+      "decode_backward(Tensor grad_out, Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, "
       "Tensor[] weights, "
       "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, bool bf16) -> Tensor[]");
   m.def(

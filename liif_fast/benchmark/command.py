@@ -129,7 +129,7 @@ def _measure_row(row: Row, clock: Clock, deadline: float) -> dict[tuple[str, tor
 
 def header(device: torch.device) -> list[str]:
     """What was measured, on what."""
-    backend = backends.choose(backends.Problem("render", device.type, torch.float32))
+    backend = backends.choose(backends.OpRequest("decode", device.type, torch.float32))
     where = doctor.cpu_model() if device.type == "cpu" else torch.cuda.get_device_name(device)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return [

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from liif_fast.ops.validation import reached
+from liif_fast.ops.validation import latent_range
 
 DEFAULT_MEMORY = 256 << 20
 
@@ -147,7 +147,7 @@ def _reached(first: int, count: int, pixels: int, latents: int) -> tuple[int, in
     single one half an output pixel further; unfolding takes one more, and one more is for the rounding of coordinates.
     """
     reach = 3 + math.ceil(latents / pixels / 2)
-    low, high = reached(first, count, pixels, latents, reach)
+    low, high = latent_range(first, count, pixels, latents, reach)
     return low, high + 1
 
 

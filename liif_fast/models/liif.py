@@ -19,7 +19,7 @@ from liif_fast.models.coordinates import window_coord
 from liif_fast.models.latent_cache import LatentCache
 from liif_fast.models.registry import make_model, register
 from liif_fast.ops import validation as checks
-from liif_fast.ops.backends import Problem, choose_fused
+from liif_fast.ops.backends import OpRequest, choose_fused
 
 __all__ = ["LIIF", "MLP", "MetaSR", "default_data_norm", "linear_layers", "make_model", "register"]
 
@@ -180,7 +180,7 @@ class _ImplicitModel(nn.Module):
             self._latent_cache.clear()  # training: weights are about to change
             return None
         feat = self._current_feat()
-        if not choose_fused(Problem(op, feat.device.type, feat.dtype, widths), self.backend)[1]:
+        if not choose_fused(OpRequest(op, feat.device.type, feat.dtype, widths), self.backend)[1]:
             return None  # what runs it layer by layer does not fold
         return self._latent_cache.get(feat, weights, fold)
 
@@ -260,7 +260,7 @@ class LIIF(_ImplicitModel):
             local_ensemble=self.local_ensemble,
             feat_unfold=self.feat_unfold,
             cell_decode=self.cell_decode,
-            latent_map=self._folded("query", weights),
+            latent_map=self._folded("decode", weights),
             recompute=self.recompute,
             backend=self.backend,
         )
@@ -292,7 +292,7 @@ class LIIF(_ImplicitModel):
             local_ensemble=self.local_ensemble,
             feat_unfold=self.feat_unfold,
             cell_decode=self.cell_decode,
-            latent_map=self._folded("render", weights),
+            latent_map=self._folded("decode", weights),
             recompute=self.recompute,
             backend=self.backend,
         )

@@ -1,4 +1,4 @@
-"""The ops: `gather`, `ensemble`, `query`, `render` and their helpers, each with one door for every backend."""
+"""The ops: `gather`, `ensemble`, `query`, `render` and their helpers, each public function for every backend."""
 
 from .backends import extension
 
@@ -6,9 +6,10 @@ extension.load()
 
 from . import backends, reference  # noqa: E402
 from .ensemble import ensemble  # noqa: E402
+from .fold import fold, metasr_fold  # noqa: E402
 from .gather import gather  # noqa: E402
-from .metasr import metasr_fold, metasr_query  # noqa: E402
-from .query import fold, query, render  # noqa: E402
+from .metasr import metasr_query  # noqa: E402
+from .query import query, render  # noqa: E402
 
 __all__ = [
     "backends",

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import reference
-from . import registration as library
-from . import validation as checks
-from .backends import Problem, choose
+from . import reference, registration
+from .backends import OpRequest, choose
+from .dtypes import autocast_dtype, geometry_dtype
 
 
 def ensemble(pred: Tensor, area_weight: Tensor, *, backend: str | None = None) -> Tensor:
     """Blend the corners' predictions; differentiable in both.
 
     Args:
-        pred: what a decoder made of each corner, [B, Q, S, O].
+        pred: a decoder's output for each corner, [B, Q, S, O].
         area_weight: `gather`'s weights, [B, Q, S].
         backend: a name of `backends.BACKENDS`; None lets the table choose.
 
@@ -34,7 +33,15 @@ def ensemble(pred: Tensor, area_weight: Tensor, *, backend: str | None = None) -
         raise TypeError(f"pred and area_weight must be floating point, got {pred.dtype} and {area_weight.dtype}")
     if area_weight.device != pred.device:
         raise ValueError(f"area_weight is on {area_weight.device} but pred is on {pred.device}: move it there")
-    name = choose(Problem("ensemble", pred.device.type, pred.dtype), backend)
-    area_weight = area_weight.to(library.compute_dtype(pred))
-    out = reference.ensemble(pred, area_weight) if name == "reference" else library.ensemble(pred, area_weight, name)
-    return out if checks.autocast_dtype(pred) is not None else out.to(pred.dtype)
+    name = choose(OpRequest("ensemble", pred.device.type, pred.dtype), backend)
+    return ensemble_on(name, pred, area_weight)
+
+
+def ensemble_on(backend: str, pred: Tensor, area_weight: Tensor) -> Tensor:
+    """`ensemble` of validated tensors on a chosen backend."""
+    area_weight = area_weight.to(geometry_dtype(pred))
+    if backend == "reference":
+        out = reference.ensemble(pred, area_weight)
+    else:
+        out = registration.ensemble(pred, area_weight, backend)
+    return out if autocast_dtype(pred) is not None else out.to(pred.dtype)

@@ -1,13 +1,13 @@
-"""The convolution behind the folded first layers, in the precision that matrix products have.
+"""The folded first layers: `fold` for LIIF, `metasr_fold` for MetaSR, and the convolution that computes them.
 
-PyTorch lets float32 convolutions on a GPU round their operands to TF32 unless told otherwise, float32 products of
-matrices do not. What is folded here were such products, so the convolution follows their switch
-(`library.allows_tf32`), or TF32 where a caller's other operands have 16 bits anyway.
+By default PyTorch rounds the operands of float32 convolutions on a GPU to TF32, but not those of float32 matrix
+products. A folded layer was a matrix product, so its convolution follows the switch of matrix products
+(`dtypes.allows_tf32`). It may use TF32 where the other layers multiply in 16 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .registration import allows_tf32
+from .dtypes import allows_tf32, autocast_dtype, latent_dtype, needs_grad
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def _precision(tf32: bool) -> Iterator[None]:
         switch.fp32_precision = before
 
 
-# Ops, because a switch that is turned in traced code would be turned while tracing only.
+# Registered ops, because traced code would change the switch only while it is traced.
 
 
 @torch.library.custom_op("liif_fast::convolution", mutates_args=())
@@ -84,12 +84,58 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None,
 _convolution.register_autograd(_backward, setup_context=_setup)
 
 
-def convolve(feat: Tensor, kernels: Tensor, *, tf32: bool = False) -> Tensor:
-    """feat [B,C,H,W] with kernels [K,C,k,k], k odd, zero padded -> [B,K,H,W], in channels-last memory.
+def _convolve(feat: Tensor, kernels: Tensor, tf32: bool) -> Tensor:
+    """feat [B, C, H, W] with kernels [K, C, k, k], k odd, zero padded -> [B, H, W, K], contiguous.
 
-    tf32: whether float32 may round to TF32 on a GPU even where products of matrices may not.
+    tf32: whether float32 may round to TF32 on a GPU even where matrix products may not.
     """
     feat = feat.contiguous(memory_format=torch.channels_last)
     if feat.device.type == "cuda" and feat.dtype == torch.float32 and not torch.is_autocast_enabled("cuda"):
-        return _convolution(feat, kernels, tf32)
-    return F.conv2d(feat, kernels, padding=kernels.shape[-1] // 2)
+        out = _convolution(feat, kernels, tf32)
+    else:
+        out = F.conv2d(feat, kernels, padding=kernels.shape[-1] // 2)
+    return out.permute(0, 2, 3, 1).contiguous()
+
+
+def fold_for(feat: Tensor, weight: Tensor, feat_unfold: bool, needs_grad: bool) -> Tensor:
+    """`fold` for an op that autograd records or not."""
+    matmul_dtype = autocast_dtype(feat) or feat.dtype
+    dtype = latent_dtype(feat.device, matmul_dtype, needs_grad)
+    channels, kernel = feat.shape[1], 3 if feat_unfold else 1
+    with torch.autocast(feat.device.type, enabled=False):
+        kernels = weight.to(dtype)[:, : channels * kernel * kernel].reshape(-1, channels, kernel, kernel)
+        return _convolve(feat.to(dtype), kernels, matmul_dtype.itemsize == 2)
+
+
+def fold(feat: Tensor, weight: Tensor, *, feat_unfold: bool = True) -> Tensor:
+    """The first layer's feature part as a convolution: once per latent instead of once per query and corner.
+
+    Args:
+        feat: [B, C, H, W].
+        weight: imnet's first weight, [K, 9C + 2 (+ 2)], or [K, C + 2 (+ 2)] without unfolding.
+        feat_unfold: a 3x3 convolution with zero padding, otherwise 1x1.
+
+    Returns:
+        latent_map, [B, H, W, K], contiguous, in the dtype that `query` and `render` want (`dtypes.latent_dtype`). The
+        bias is not in it: they add it with the geometry terms.
+
+    Source: linearity of the first layer in the unfolded latent; exact up to the order of the sum.
+    """
+    return fold_for(feat, weight, feat_unfold, needs_grad(feat, weight))
+
+
+def metasr_fold(feat: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """MetaSR's second layer applied to the unfolded latents: one convolution instead of a predicted filter per query.
+
+    Args:
+        feat: [B, C, H, W].
+        weights: [hidden, 3] and [9C*O, hidden]. biases: [hidden] and [9C*O].
+
+    Returns:
+        [B, H, W, O*(hidden + 1)]: for each output, one number per hidden unit, then the one of the bias.
+    """
+    channels = feat.shape[1]
+    hidden = weights[0].shape[0]
+    # [9C*O, hidden + 1] -> rows (channel and neighbor, output) -> kernels (output, hidden unit) over 9C
+    table = torch.cat([weights[1], biases[1].unsqueeze(1)], dim=1).view(channels * 9, -1, hidden + 1)
+    return _convolve(feat, table.permute(1, 2, 0).reshape(-1, channels, 3, 3), tf32=False)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import reference
-from . import registration as library
-from . import validation as checks
-from .backends import Problem, choose
+from . import reference, registration
+from .backends import OpRequest, choose
+from .dtypes import geometry_dtype
+from .validation import check_cell, check_feat, check_points
 
 
 def gather(
@@ -23,9 +23,9 @@ def gather(
 
     Args:
         feat: encoder output, [B, C, H, W].
-        coord: query centres, [B, Q, 2], (row, col) in [-1, 1]; outside is legal, NaN gives NaN.
+        coord: query centers, [B, Q, 2], (row, col) in [-1, 1]; outside is legal, NaN gives NaN.
         cell: query pixel sizes in the same units, [B, Q, 2]; None leaves them out (no cell decoding).
-        feat_unfold: concatenate each latent with its eight neighbours (9C channels, c*9 + ky*3 + kx, zero padded).
+        feat_unfold: concatenate each latent with its eight neighbors (9C channels, c*9 + ky*3 + kx, zero padded).
         local_ensemble: four corners around each query instead of the one nearest latent.
         backend: a name of `backends.BACKENDS`; None lets the table choose.
 
@@ -38,13 +38,20 @@ def gather(
 
     Source: LIIF, section 3 and figure 2; `LIIF.query_rgb` of the original up to the imnet.
     """
-    checks.check_feat(feat)
-    checks.check_points("coord", coord, feat)
+    check_feat(feat)
+    check_points("coord", coord, feat)
     if cell is not None:
-        checks.check_cell(cell, coord, feat)
-    name = choose(Problem("gather", feat.device.type, feat.dtype), backend)
-    if name == "reference":
+        check_cell(cell, coord, feat)
+    name = choose(OpRequest("gather", feat.device.type, feat.dtype), backend)
+    return gather_on(name, feat, coord, cell, feat_unfold=feat_unfold, local_ensemble=local_ensemble)
+
+
+def gather_on(
+    backend: str, feat: Tensor, coord: Tensor, cell: Tensor | None, *, feat_unfold: bool, local_ensemble: bool
+) -> tuple[Tensor, Tensor]:
+    """`gather` of validated tensors on a chosen backend."""
+    if backend == "reference":
         return reference.gather(feat, coord, cell, feat_unfold=feat_unfold, local_ensemble=local_ensemble)
-    geometry = library.compute_dtype(feat)
-    cell = None if cell is None else cell.to(geometry)
-    return library.gather(feat, coord.to(geometry), cell, feat_unfold, local_ensemble, name)
+    dtype = geometry_dtype(feat)
+    cell = None if cell is None else cell.to(dtype)
+    return registration.gather(feat, coord.to(dtype), cell, feat_unfold, local_ensemble, backend)

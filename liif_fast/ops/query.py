@@ -1,69 +1,55 @@
-"""`query` and `render`: the whole decode, at given coordinates or on a regular grid; `fold`: its first layer."""
+"""`query` and `render`: the whole decode, at given coordinates or on a regular grid."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from . import reference
-from . import registration as library
-from . import validation as checks
-from .backends import Problem, choose_fused
-from .ensemble import ensemble
-from .fold import convolve
-from .gather import gather
+from . import reference, registration
+from .backends import OpRequest, choose_fused
+from .decode_inputs import DecodeInputs
+from .dtypes import autocast_dtype, geometry_dtype, needs_grad
+from .ensemble import ensemble_on
+from .fold import fold_for
+from .gather import gather_on
+from .validation import (
+    check_cell,
+    check_feat,
+    check_latent_map,
+    check_layers,
+    check_points,
+    check_reach,
+    check_region,
+    check_size,
+    check_window,
+    in_dim,
+)
 
 
-def fold(feat: Tensor, weight: Tensor, *, feat_unfold: bool = True) -> Tensor:
-    """The first layer's feature part as a convolution, once per latent instead of once per query and corner.
+class _Imnet(NamedTuple):
+    """The imnet of a decode and the paper's switches, validated."""
 
-    Args:
-        feat: [B, C, H, W].
-        weight: imnet's first weight, [K, 9C + 2 (+ 2)], or [K, C + 2 (+ 2)] without unfolding.
-        feat_unfold: a 3x3 convolution with zero padding, otherwise 1x1.
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    local_ensemble: bool
+    feat_unfold: bool
+    cell_decode: bool
 
-    Returns:
-        latent_map, [B, H, W, K], contiguous. The bias is not in it: `query` adds it with the geometry terms.
-
-    Source: linearity of the first layer in the unfolded latent; exact up to the order of the sum.
-    """
-    return _fold(feat, weight, feat_unfold, False)
-
-
-def _fold(feat: Tensor, weight: Tensor, feat_unfold: bool, tf32: bool) -> Tensor:
-    channels, kernel = feat.shape[1], 3 if feat_unfold else 1
-    kernels = weight[:, : channels * kernel * kernel].reshape(weight.shape[0], channels, kernel, kernel)
-    return convolve(feat, kernels, tf32=tf32).permute(0, 2, 3, 1).contiguous()
+    @property
+    def flags(self) -> dict[str, bool]:
+        return {
+            "local_ensemble": self.local_ensemble,
+            "feat_unfold": self.feat_unfold,
+            "cell_decode": self.cell_decode,
+        }
 
 
-def _is_trained(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _folded(feat: Tensor, weight: Tensor, feat_unfold: bool, dtype: torch.dtype, operands: torch.dtype) -> Tensor:
-    """The latent map in `dtype`, whatever autocast says; operands: the dtype of the other layers' products."""
-    with torch.autocast(feat.device.type, enabled=False):
-        return _fold(feat.to(dtype), weight.to(dtype), feat_unfold, operands.itemsize == 2)
-
-
-def _widths(weights: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(weight.shape[0] for weight in weights)
-
-
-def _in_dim(feat: Tensor, feat_unfold: bool, cell_decode: bool) -> int:
-    return feat.shape[1] * (9 if feat_unfold else 1) + 2 + (2 if cell_decode else 0)
-
-
-def _check_latent_map(latent_map: Tensor, feat: Tensor, weights: Sequence[Tensor]) -> None:
-    shape = (feat.shape[0], feat.shape[2], feat.shape[3], weights[0].shape[0])
-    if tuple(latent_map.shape) != shape or latent_map.device != feat.device:
-        raise ValueError(
-            f"latent_map must be {shape} on {feat.device}, got {tuple(latent_map.shape)} on {latent_map.device}: "
-            "make it by fold(feat, weights[0])"
-        )
+def _choose(feat: Tensor, weights: Sequence[Tensor], backend: str | None) -> tuple[str, bool]:
+    widths = tuple(weight.shape[0] for weight in weights)
+    return choose_fused(OpRequest("decode", feat.device.type, feat.dtype, widths), backend)
 
 
 def _query_by_layers(
@@ -73,15 +59,51 @@ def _query_by_layers(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     *,
-    local_ensemble: bool,
-    feat_unfold: bool,
-    cell_decode: bool,
+    backend: str,
+    **flags: bool,
+) -> Tensor:
+    """The decode with any imnet: gather and ensemble of `backend` around PyTorch's own layers."""
+    cell = cell if flags.pop("cell_decode") else None
+    x, area_weight = gather_on(backend, feat, coord, cell, **flags)
+    return ensemble_on(backend, reference.imnet(x, weights, biases), area_weight)
+
+
+def _decode(
+    feat: Tensor,
+    imnet: _Imnet,
+    latent_map: Tensor | None,
+    points: tuple[Tensor | None, Tensor | None],
+    grid: tuple[list[int], list[float]],
+    keep: bool,
     backend: str,
 ) -> Tensor:
-    """The decode for any imnet: gather and ensemble of `backend` around PyTorch's own layers."""
-    flags = {"local_ensemble": local_ensemble, "feat_unfold": feat_unfold}
-    x, area_weight = gather(feat, coord, cell if cell_decode else None, backend=backend, **flags)
-    return ensemble(reference.imnet(x, weights, biases), area_weight, backend=backend)
+    """The registered op: points are (coord, cell) and grid is empty, or the other way round.
+
+    keep: whether the forward keeps activations for its backward.
+    """
+    weights, biases = imnet.weights, imnet.biases
+    recorded = needs_grad(feat, *points, *weights, *biases)
+    if latent_map is None:
+        latent_map = fold_for(feat, weights[0], imnet.feat_unfold, recorded)
+    check_latent_map(latent_map, feat, weights)
+    dtype = geometry_dtype(latent_map)
+    coord, cell = (None if tensor is None else tensor.to(dtype) for tensor in points)
+    inputs = DecodeInputs(
+        latent_map,
+        coord,
+        cell,
+        weights[0][:, in_dim(feat, imnet.feat_unfold, False) - 2 :],
+        list(weights[1:]),
+        list(biases),
+        *grid,
+        imnet.local_ensemble,
+        autocast_dtype(feat) or feat.dtype,
+    )
+    return registration.decode(*inputs, recorded and keep, needs_grad(*points), backend)[0]
+
+
+def _in_feat_dtype(out: Tensor, feat: Tensor) -> Tensor:
+    return out.to(feat.dtype) if autocast_dtype(feat) is None else out.float()
 
 
 def query(
@@ -102,13 +124,13 @@ def query(
 
     Args:
         feat: encoder output, [B, C, H, W].
-        coord: query centres, [B, Q, 2], (row, col) in [-1, 1]; outside is legal, NaN gives NaN.
+        coord: query centers, [B, Q, 2], (row, col) in [-1, 1]; outside is legal, NaN gives NaN.
         cell: query pixel sizes in the same units, [B, Q, 2]; unused, and may be None, without cell_decode.
         weights: imnet's weights, [out, in] each, at least one; ReLU stands between the layers.
         biases: imnet's biases, [out] each.
         local_ensemble, feat_unfold, cell_decode: the paper's switches.
-        latent_map: `fold(feat, weights[0])` where it is at hand already, [B, H, W, K].
-        recompute: whether the backward computes activations again instead of keeping them; less memory, more time. The
+        latent_map: `fold(feat, weights[0])` if precomputed, [B, H, W, K].
+        recompute: whether the backward computes activations again instead of keeping them: less memory, more time. The
             cpu backend always does.
         backend: a name of `backends.BACKENDS`; None lets the table choose.
 
@@ -120,46 +142,28 @@ def query(
 
     Source: LIIF, section 3; `LIIF.query_rgb` of the original.
     """
-    checks.check_feat(feat)
-    checks.check_points("coord", coord, feat)
+    check_feat(feat)
+    check_points("coord", coord, feat)
     if cell_decode:
         if cell is None:
             raise ValueError("cell is None but cell_decode is on: pass cell [B, Q, 2] or cell_decode=False")
-        checks.check_cell(cell, coord, feat)
+        check_cell(cell, coord, feat)
     else:
         cell = None
-    autocast = checks.autocast_dtype(feat)
-    in_dim = _in_dim(feat, feat_unfold, cell_decode)
-    checks.check_layers(weights, biases, in_dim, feat, autocast=autocast is not None)
-    flags = {"local_ensemble": local_ensemble, "feat_unfold": feat_unfold}
+    check_layers(
+        weights, biases, in_dim(feat, feat_unfold, cell_decode), feat, autocast=autocast_dtype(feat) is not None
+    )
+    imnet = _Imnet(weights, biases, local_ensemble, feat_unfold, cell_decode)
 
-    name, fused = choose_fused(Problem("query", feat.device.type, feat.dtype, _widths(weights)), backend)
-    few = latent_map is None and 4 * coord.shape[1] < feat.shape[2] * feat.shape[3]
+    name, fused = _choose(feat, weights, backend)
+    gather_is_cheaper = latent_map is None and 4 * coord.shape[1] < feat.shape[2] * feat.shape[3]  # than folding feat
     if name == "reference":
-        out = reference.query(feat, coord, cell, weights, biases, cell_decode=cell_decode, **flags)
-    elif few or not fused:  # few: folding the whole map would cost more than it saves
-        out = _query_by_layers(feat, coord, cell, weights, biases, cell_decode=cell_decode, backend=name, **flags)
+        out = reference.query(feat, coord, cell, weights, biases, **imnet.flags)
+    elif gather_is_cheaper or not fused:
+        out = _query_by_layers(feat, coord, cell, weights, biases, backend=name, **imnet.flags)
     else:
-        operands = autocast or feat.dtype
-        trained = _is_trained(feat, coord, *weights, *biases, *(() if cell is None else (cell,)))
-        if latent_map is None:
-            latent_map = _folded(feat, weights[0], feat_unfold, library.latent_dtype(name, operands, trained), operands)
-        _check_latent_map(latent_map, feat, weights)
-        geometry = library.compute_dtype(latent_map)
-        out, _ = library.query(
-            latent_map,
-            coord.to(geometry),
-            None if cell is None else cell.to(geometry),
-            weights[0][:, in_dim - (4 if cell_decode else 2) :],
-            list(weights[1:]),
-            list(biases),
-            local_ensemble,
-            operands,
-            trained and not recompute,
-            _is_trained(coord) or (cell is not None and _is_trained(cell)),
-            name,
-        )
-    return out.float() if autocast is not None else out.to(feat.dtype)
+        out = _decode(feat, imnet, latent_map, (coord, cell), ([], []), not recompute, name)
+    return _in_feat_dtype(out, feat)
 
 
 def render(
@@ -189,33 +193,38 @@ def render(
         feat_region: (top, left, H, W): feat is the part of an H x W feature map that begins at latent (top, left). It
             must hold every latent that the window reaches, and one more on each side with feat_unfold. None: all of it.
         local_ensemble, feat_unfold, cell_decode: the paper's switches.
-        latent_map: `fold(feat, weights[0])` where it is at hand already, [B, H, W, K].
-        recompute: whether the backward computes activations again instead of keeping them; less memory, more time. The
+        latent_map: `fold(feat, weights[0])` if precomputed, [B, H, W, K].
+        recompute: whether the backward computes activations again instead of keeping them: less memory, more time. The
             cpu backend always does.
         backend: a name of `backends.BACKENDS`; None lets the table choose.
 
     Returns:
-        [B, O, height, width] in feat's dtype (float32 under autocast); equal to `query` at the grid's centres.
+        [B, O, height, width] in feat's dtype (float32 under autocast); equal to `query` at the grid's centers.
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype or device, a window outside the image, a feat_region too small for
         the window. RuntimeError: the named backend cannot run this.
     """
-    checks.check_feat(feat)
-    image = checks.check_size("size", size)
-    area = checks.check_window(window, image)
-    region = checks.check_region(feat_region, feat)
+    check_feat(feat)
+    image = check_size("size", size)
+    area = check_window(window, image)
+    region = check_region(feat_region, feat)
     if feat_region is not None:
-        checks.check_reach(image, area, region, feat, 1 if feat_unfold else 0)
+        check_reach(image, area, region, feat, 1 if feat_unfold else 0)
     if cell is not None and len(cell) != 2:
         raise ValueError(f"cell must be (row, col), two numbers in [-1, 1] units, got {tuple(cell)}")
     cells = (2 / image[0], 2 / image[1]) if cell is None else (float(cell[0]), float(cell[1]))
-    autocast = checks.autocast_dtype(feat)
-    in_dim = _in_dim(feat, feat_unfold, cell_decode)
-    checks.check_layers(weights, biases, in_dim, feat, autocast=autocast is not None)
+    check_layers(
+        weights, biases, in_dim(feat, feat_unfold, cell_decode), feat, autocast=autocast_dtype(feat) is not None
+    )
+    imnet = _Imnet(weights, biases, local_ensemble, feat_unfold, cell_decode)
 
-    name, fused = choose_fused(Problem("render", feat.device.type, feat.dtype, _widths(weights)), backend)
-    if not fused:
+    name, fused = _choose(feat, weights, backend)
+    if fused:
+        grid = ([*image, *area, *region], list(cells))
+        out = _decode(feat, imnet, latent_map, (None, None), grid, not recompute, name)
+    else:
+        decode = reference.query if name == "reference" else partial(_query_by_layers, backend=name)
         out = reference.render(
             feat,
             image,
@@ -224,27 +233,29 @@ def render(
             window=area,
             cell=cells,
             feat_region=region,
-            local_ensemble=local_ensemble,
-            feat_unfold=feat_unfold,
-            cell_decode=cell_decode,
-            decode=reference.query if name == "reference" else partial(_query_by_layers, backend=name),
+            decode=decode,
+            **imnet.flags,
         )
-    else:
-        operands = autocast or feat.dtype
-        trained = _is_trained(feat, *weights, *biases)
-        if latent_map is None:
-            latent_map = _folded(feat, weights[0], feat_unfold, library.latent_dtype(name, operands, trained), operands)
-        _check_latent_map(latent_map, feat, weights)
-        out, _ = library.render(
-            latent_map,
-            weights[0][:, in_dim - (4 if cell_decode else 2) :],
-            list(weights[1:]),
-            list(biases),
-            [*image, *area, *region],
-            list(cells),
-            local_ensemble,
-            operands,
-            trained and not recompute,
-            name,
-        )
-    return out.float() if autocast is not None else out.to(feat.dtype)
+    return _in_feat_dtype(out, feat)
+
+
+def latent_map_for(
+    feat: Tensor, weights: Sequence[Tensor], *, feat_unfold: bool = True, backend: str | None = None
+) -> Tensor | None:
+    """The latent map that `query` and `render` would make of feat, or None where they would not make one.
+
+    Args:
+        feat: encoder output, [B, C, H, W].
+        weights: imnet's weights, as for `query`.
+        feat_unfold: the paper's switch.
+        backend: as for `query`. No latent map is made on a backend that decodes layer by layer.
+
+    Returns:
+        [B, H, W, K], the argument `latent_map` of `query` and `render` as long as feat and weights[0] stay the same.
+
+    Raises:
+        RuntimeError: the named backend cannot run this.
+    """
+    if not _choose(feat, weights, backend)[1]:
+        return None
+    return fold_for(feat, weights[0], feat_unfold, needs_grad(feat, *weights))

@@ -1,11 +1,10 @@
-"""User-facing validation of the ops' inputs: each rule once, each refusal one sentence with the offending value."""
+"""Validation of the public functions' inputs: each rule once, each error one sentence with the offending value."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 
@@ -63,6 +62,20 @@ def check_layers(
                 )
 
 
+def in_dim(feat: Tensor, feat_unfold: bool, with_cell: bool) -> int:
+    """Inputs of an imnet: the latent (with its eight neighbors), rel_coord and rel_cell."""
+    return feat.shape[1] * (9 if feat_unfold else 1) + 2 + (2 if with_cell else 0)
+
+
+def check_latent_map(latent_map: Tensor, feat: Tensor, weights: Sequence[Tensor]) -> None:
+    shape = (feat.shape[0], feat.shape[2], feat.shape[3], weights[0].shape[0])
+    if tuple(latent_map.shape) != shape or latent_map.device != feat.device:
+        raise ValueError(
+            f"latent_map must be {shape} on {feat.device}, got {tuple(latent_map.shape)} on {latent_map.device}: "
+            "make it by fold(feat, weights[0])"
+        )
+
+
 def check_size(name: str, size: Sequence[int]) -> tuple[int, int]:
     if len(size) != 2:
         raise ValueError(f"{name} must be (rows, columns), got {tuple(size)}")
@@ -80,7 +93,7 @@ def check_window(window: Sequence[int] | None, size: tuple[int, int]) -> tuple[i
         raise ValueError(f"window must be (top, left, height, width), got {tuple(window)}")
     top, left, height, width = window
     if min(top, left, height, width) < 0 or top + height > size[0] or left + width > size[1]:
-        raise ValueError(f"window {tuple(window)} (top, left, height, width) leaves the {size[0]}x{size[1]} image")
+        raise ValueError(f"window {tuple(window)} (top, left, height, width) exceeds the {size[0]}x{size[1]} image")
     return top, left, height, width
 
 
@@ -98,11 +111,11 @@ def check_region(region: Sequence[int] | None, feat: Tensor) -> tuple[int, int, 
     return top, left, height, width
 
 
-def reached(first: int, count: int, pixels: int, latents: int, reach: int) -> tuple[int, int]:
+def latent_range(first: int, count: int, pixels: int, latents: int, reach: int) -> tuple[int, int]:
     """First and last latent that `count` pixels from `first` touch along an axis, widened by `reach` latents.
 
-    A pixel centre stands at (p + 0.5) * latents / pixels - 0.5, in latents, and takes the latents on both sides of it.
-    The margin covers centres that meet: there the 1e-6 of the shift and float32's rounding decide.
+    The center of pixel p is at (p + 0.5) * latents / pixels - 0.5, in latents, and the pixel reads the latents on both
+    sides of it. The margin covers centers that coincide: there the shift of 1e-6 and the rounding of float32 decide.
     """
     margin = 0.01
     low = (first + 0.5) * latents / pixels - 0.5 - margin
@@ -121,18 +134,10 @@ def check_reach(
     if window[2] == 0 or window[3] == 0:
         return
     for axis, name in enumerate(("rows", "columns")):
-        low, high = reached(window[axis], window[2 + axis], size[axis], region[2 + axis], reach)
+        low, high = latent_range(window[axis], window[2 + axis], size[axis], region[2 + axis], reach)
         first, last = region[axis], region[axis] + feat.shape[2 + axis] - 1
         if low < first or high > last:
             raise ValueError(
                 f"the window needs feature {name} {low} to {high}, but feat holds {first} to {last}: widen feat or "
                 "shrink the window"
             )
-
-
-def autocast_dtype(feat: Tensor) -> torch.dtype | None:
-    """The dtype autocast asks for on feat's device, None outside autocast; float64 stays as it is."""
-    kind = feat.device.type
-    if feat.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)

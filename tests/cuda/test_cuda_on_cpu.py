@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source, run on the CPU by tests/cuda/emulator: each kernel, flag and dtype against the reference.
+"""The CUDA kernels' own source, run on the CPU by tests/cuda/emulator: kernels, flags and dtypes against the reference.
 
 The kernels are not yet run on a GPU. What only one can show: races, memory order, speed, the bindings' streams and
 devices, and whether the indices agree with torch's own CUDA grid_sample. That one is compiled with FMA contraction,

@@ -1,6 +1,6 @@
 """Which backend runs an op: the table, the refusals with their reasons, the choice.
 
-A backend is one `can_run_<name>(problem, raise_error=False)` and one row of `BACKENDS`; the rows are tried in order. An
+A backend is one `can_run_<name>(request, raise_error=False)` and one row of `BACKENDS`; the rows are tried in order. An
 explicit backend (argument or `LIIF_FAST_BACKEND`) either runs or raises its reason: it never falls back silently.
 """
 
@@ -11,27 +11,29 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-from . import extension
+from . import cpu, cuda, extension
 
 
-class Problem(NamedTuple):
-    """What decides whether a backend can run an op; no tensor, so that it traces."""
+class OpRequest(NamedTuple):
+    """What decides whether a backend can run an op. It holds no tensor, so that it can be traced."""
 
-    op: str  # gather | ensemble | query | render | metasr_query
+    op: str  # gather | ensemble | decode | metasr_query
     device: str  # torch device type
     dtype: torch.dtype  # of the features
-    widths: tuple[int, ...] = ()  # query, render: the imnet's layers, (K, *hidden, O)
+    widths: tuple[int, ...] = ()  # decode: the imnet's layers, (K, *hidden, O)
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_FUSED_WIDTH, _FUSED_WIDTH_STEP, _FUSED_OUTS = 256, 16, 16  # csrc/cuda/query_launch.h
-_FUSED_LAYERS = 64  # kMaxLayers of csrc/query.h
+_FUSED_WIDTH, _FUSED_WIDTH_STEP, _FUSED_OUTS = 256, 16, 16  # csrc/cuda/decode/launch.h
+_FUSED_LAYERS = 64  # kMaxLayers of csrc/decode.h
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU, slowly
 _OLDEST_TRITON = (3, 6)
+_MOVE = "move them or choose another backend"
 _BUILT_WITH_CUDA = extension.is_available() and hasattr(torch.ops.liif_fast_C, "cuda_gather_backward")
 
 
@@ -47,93 +49,91 @@ def _find_triton() -> str:
     return ""
 
 
-_TRITON_TROUBLE = _find_triton()
+_TRITON_PROBLEM = _find_triton()
 
 
-def _verdict(reason: str, raise_error: bool) -> bool:
+def _result(reason: str, raise_error: bool) -> bool:
     if reason and raise_error:
         raise RuntimeError(reason)
     return not reason
 
 
-def can_run_reference(problem: Problem, raise_error: bool = False) -> bool:
+def can_run_reference(request: OpRequest, raise_error: bool = False) -> bool:
     """The reference runs everything PyTorch runs."""
-    return _verdict("", raise_error)
+    return _result("", raise_error)
 
 
-def can_run_cpu(problem: Problem, raise_error: bool = False) -> bool:
+def can_run_cpu(request: OpRequest, raise_error: bool = False) -> bool:
     """The C++ kernels: CPU tensors of a float dtype, and the compiled extension."""
     reason = ""
-    if problem.device != "cpu":
-        reason = f"backend 'cpu' takes CPU tensors, these are on '{problem.device}': move them there or name another"
+    if request.device != "cpu":
+        reason = f"backend 'cpu' takes CPU tensors, these are on '{request.device}': {_MOVE}"
     elif not extension.is_available():
         reason = f"backend 'cpu' needs the compiled extension: {extension.reason()}"
-    elif problem.dtype not in _FLOATS:
-        reason = f"backend 'cpu' takes float64, float32, bfloat16 or float16 features, not {problem.dtype}"
-    return _verdict(reason, raise_error)
+    elif request.dtype not in _FLOATS:
+        reason = f"backend 'cpu' takes float64, float32, bfloat16 or float16 features, not {request.dtype}"
+    return _result(reason, raise_error)
 
 
-def _against_fused_cuda(problem: Problem) -> str:
+def _against_fused_cuda(request: OpRequest) -> str:
     """Why the fused CUDA kernels cannot decode with this imnet; '' where they can."""
-    if problem.dtype == torch.float64:
+    if request.dtype == torch.float64:
         return "backend 'cuda' decodes in float32, bfloat16 or float16, not float64: use 'reference' or gather"
-    hidden = problem.widths[:-1]
-    if problem.widths and not 1 <= len(hidden) <= _FUSED_LAYERS:
-        return f"backend 'cuda' decodes with 2 to {_FUSED_LAYERS + 1} layers, this imnet has {len(problem.widths)}"
+    hidden = request.widths[:-1]
+    if request.widths and not 1 <= len(hidden) <= _FUSED_LAYERS:
+        return f"backend 'cuda' decodes with 2 to {_FUSED_LAYERS + 1} layers, this imnet has {len(request.widths)}"
     if odd := [width for width in hidden if width % _FUSED_WIDTH_STEP or not 0 < width <= _FUSED_WIDTH]:
         return (
             f"backend 'cuda' decodes with hidden layers whose width is a multiple of {_FUSED_WIDTH_STEP} up to "
             f"{_FUSED_WIDTH}, not {odd[0]}"
         )
-    if problem.widths and problem.widths[-1] > _FUSED_OUTS:
-        return f"backend 'cuda' decodes to at most {_FUSED_OUTS} outputs, not {problem.widths[-1]}"
+    if request.widths and request.widths[-1] > _FUSED_OUTS:
+        return f"backend 'cuda' decodes to at most {_FUSED_OUTS} outputs, not {request.widths[-1]}"
     return ""
 
 
-def can_run_cuda(problem: Problem, raise_error: bool = False) -> bool:
+def can_run_cuda(request: OpRequest, raise_error: bool = False) -> bool:
     """The CUDA kernels: CUDA tensors of a float dtype, an extension compiled with CUDA, an imnet that they can fuse."""
     reason = ""
-    if problem.device != "cuda":
-        reason = (
-            f"backend 'cuda' takes CUDA tensors, these are on '{problem.device}': move them or choose another backend"
-        )
+    if request.device != "cuda":
+        reason = f"backend 'cuda' takes CUDA tensors, these are on '{request.device}': {_MOVE}"
     elif not extension.is_available():
         reason = f"backend 'cuda' needs the compiled extension: {extension.reason()}"
     elif not _BUILT_WITH_CUDA:
-        why = extension.build_facts().get("why_no_cuda") or "nvcc was not asked"
-        reason = f"backend 'cuda' needs an extension compiled with CUDA, this one is without: {why}"
+        why = extension.build_facts().get("why_no_cuda") or "CUDA was not part of the build"
+        reason = f"backend 'cuda' needs an extension compiled with CUDA, this one has none: {why}"
     elif torch.version.cuda is None:
-        reason = "backend 'cuda' needs a torch built with CUDA, this one is without"
+        reason = "backend 'cuda' needs a torch built with CUDA, this one has none"
     elif not torch.cuda.is_available():
         reason = "backend 'cuda' needs an NVIDIA GPU, and torch finds none that it can use"
-    elif problem.dtype not in _FLOATS:
-        reason = f"backend 'cuda' takes float64, float32, bfloat16 or float16 features, not {problem.dtype}"
-    elif problem.op in ("query", "render"):
-        reason = _against_fused_cuda(problem)
-    return _verdict(reason, raise_error)
+    elif request.dtype not in _FLOATS:
+        reason = f"backend 'cuda' takes float64, float32, bfloat16 or float16 features, not {request.dtype}"
+    elif request.op == "decode":
+        reason = _against_fused_cuda(request)
+    return _result(reason, raise_error)
 
 
-def can_run_triton(problem: Problem, raise_error: bool = False) -> bool:
+def can_run_triton(request: OpRequest, raise_error: bool = False) -> bool:
     """Triton's kernels: every op on tensors of a device that Triton drives, under its interpreter on CPU tensors."""
     reason = ""
-    on_gpu = problem.device in ("cuda", "xpu")  # torch calls AMD's GPUs cuda too
-    if not on_gpu and not (problem.device == "cpu" and _INTERPRETED):
-        reason = f"backend 'triton' takes tensors on a GPU, these are on '{problem.device}': move them or name another"
-    elif _TRITON_TROUBLE:
-        reason = _TRITON_TROUBLE
-    elif problem.device == "cuda" and not torch.cuda.is_available():
+    on_gpu = request.device in ("cuda", "xpu")  # torch calls AMD's GPUs cuda too
+    if not on_gpu and not (request.device == "cpu" and _INTERPRETED):
+        reason = f"backend 'triton' takes tensors on a GPU, these are on '{request.device}': {_MOVE}"
+    elif _TRITON_PROBLEM:
+        reason = _TRITON_PROBLEM
+    elif request.device == "cuda" and not torch.cuda.is_available():
         reason = "backend 'triton' needs a GPU, and torch finds none that it can use"
-    elif problem.device == "xpu" and not torch.xpu.is_available():
+    elif request.device == "xpu" and not torch.xpu.is_available():
         reason = "backend 'triton' needs a GPU, and torch finds none of Intel's that it can use"
-    elif problem.device == "cuda" and _is_too_old():
+    elif request.device == "cuda" and _is_too_old():
         reason = "backend 'triton' needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer"
-    elif problem.dtype not in _FLOATS:
-        reason = f"backend 'triton' takes float64, float32, bfloat16 or float16 features, not {problem.dtype}"
-    return _verdict(reason, raise_error)
+    elif request.dtype not in _FLOATS:
+        reason = f"backend 'triton' takes float64, float32, bfloat16 or float16 features, not {request.dtype}"
+    return _result(reason, raise_error)
 
 
 def _is_too_old() -> bool:
-    """Whether the current GPU is NVIDIA's and older than Triton supports; asked outside of tracing only."""
+    """Whether the current GPU is NVIDIA's and older than Triton supports; not asked while tracing."""
     if torch.compiler.is_compiling() or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability() < (8, 0)
@@ -149,7 +149,7 @@ BACKENDS: dict[str, Callable[..., bool]] = {
 
 def _checked(name: str, source: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{source} is '{name}', which is no backend: choose one of {', '.join(BACKENDS)}")
+        raise ValueError(f"{source} is '{name}', which is not a backend: choose one of {', '.join(BACKENDS)}")
     return name
 
 
@@ -158,31 +158,40 @@ if _forced is not None:
     _checked(_forced, "LIIF_FAST_BACKEND")
 
 
-def choose(problem: Problem, backend: str | None = None) -> str:
-    """The backend for `problem`: `backend`, else LIIF_FAST_BACKEND as it was at import, else the first that can run it.
+def choose(request: OpRequest, backend: str | None = None) -> str:
+    """The backend for `request`: `backend`, else LIIF_FAST_BACKEND as it was at import, else the first that can run it.
 
-    Raises ValueError for an unknown name, RuntimeError with the reason where the named backend cannot run the problem.
+    Raises ValueError for an unknown name, RuntimeError with the reason where the named backend cannot run the request.
     """
     name = backend or _forced
     if name is not None:
-        BACKENDS[_checked(name, "backend")](problem, raise_error=True)
+        BACKENDS[_checked(name, "backend")](request, raise_error=True)
         return name
     for candidate, can_run in BACKENDS.items():
-        if can_run(problem):
+        if can_run(request):
             return candidate
-    raise RuntimeError(f"no backend can run {problem}")  # unreachable while the reference is in the table
+    raise RuntimeError(f"no backend can run {request}")  # unreachable while the reference is in the table
 
 
-def choose_fused(problem: Problem, backend: str | None = None) -> tuple[str, bool]:
-    """(backend, whether it runs `problem` in one kernel) for query and render.
+def choose_fused(request: OpRequest, backend: str | None = None) -> tuple[str, bool]:
+    """(backend, whether it runs the decode `request` in one op).
 
-    Where only the reference would run it, but something faster gathers, that one's gather and ensemble around PyTorch's
-    layers take its place. Raises as `choose` does.
+    Where only the reference could decode, a faster backend may still gather. Its gather and ensemble around PyTorch's
+    layers then replace the reference. Raises as `choose` does.
     """
-    name = choose(problem, backend)
+    name = choose(request, backend)
     if name != "reference":
         return name, True
-    return choose(problem._replace(op="gather"), backend), False
+    return choose(request._replace(op="gather"), backend), False
+
+
+def implementation(name: str) -> ModuleType:
+    """The module with one function for every registered op on backend `name`."""
+    if name == "triton":
+        from . import triton  # imported late: it is optional and takes a second to import
+
+        return triton
+    return {"cpu": cpu, "cuda": cuda}[name]
 
 
 def report() -> list[tuple[str, bool, str]]:
@@ -190,9 +199,9 @@ def report() -> list[tuple[str, bool, str]]:
     rows = []
     devices = {"cuda": "cuda", "triton": "xpu" if torch.xpu.is_available() else "cpu" if _INTERPRETED else "cuda"}
     for name, can_run in BACKENDS.items():
-        problem = Problem("gather", devices.get(name, "cpu"), torch.float32)
+        request = OpRequest("gather", devices.get(name, "cpu"), torch.float32)
         try:
-            can_run(problem, raise_error=True)
+            can_run(request, raise_error=True)
             rows.append((name, True, ""))
         except RuntimeError as error:
             rows.append((name, False, str(error)))

@@ -1,28 +1,23 @@
-"""The `cpu` backend: hands tensors to the C++ kernels in the layout and dtype these take.
+"""The `cpu` backend: passes tensors to the C++ kernels of csrc/cpu in the layout and dtype that these take.
 
-The kernels compute in float64 or float32. The hidden layers of `query` and `render` multiply bfloat16, forward and
-backward, where that is the operands' dtype and the processor multiplies it natively; a bfloat16 latent map then stays
-as it is. Every other 16-bit tensor is widened to float32 here. One function for every op of `library.py`.
+The kernels compute in float64 or float32. The hidden layers of `decode` multiply in bfloat16, forward and backward,
+where that is the operands' dtype and the processor has such products; a bfloat16 latent map then stays in bfloat16.
+Every other 16-bit tensor is widened to float32 here. There is one function for every op of registration.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ..registration import compute_dtype
+from ..decode_inputs import DecodeInputs
+from ..dtypes import geometry_dtype
 
 _C = torch.ops.liif_fast_C
 
 
 def _widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
-
-
-def _layers(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [_widen(tensor, dtype) for tensor in tensors]
 
 
 def gather(
@@ -42,7 +37,7 @@ def gather_backward(
     feat_unfold: bool,
     local_ensemble: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(feat)
+    dtype = geometry_dtype(feat)
     height, width = feat.shape[2:]
     grad_feat, grad_coord, grad_cell = _C.gather_backward(
         _widen(grad_x, dtype),
@@ -70,143 +65,53 @@ def ensemble_backward(grad_out: Tensor, pred: Tensor, area_weight: Tensor) -> tu
     return grad_pred, grad_area_weight
 
 
-def _multiplies_bf16(latent_map: Tensor, operands: torch.dtype) -> bool:
-    """Whether products have bfloat16 operands: forward and backward have to agree, or they would open other ReLUs."""
-    if torch.bfloat16 not in (latent_map.dtype, operands) or latent_map.dtype == torch.float64:
+def _multiplies_bf16(inputs: DecodeInputs) -> bool:
+    """Whether products have bfloat16 operands. Forward and backward must agree; otherwise their ReLU masks differ."""
+    if torch.bfloat16 not in (inputs.latent_map.dtype, inputs.matmul_dtype) or inputs.latent_map.dtype == torch.float64:
         return False
     return _C.cpu_has_bf16()
 
 
-def _forward(
-    latent_map: Tensor,
-    coord: Tensor | None,
-    cell: Tensor | None,
-    weight_geometry: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    grid: list[int],
-    grid_cell: list[float],
-    local_ensemble: bool,
-    operands: torch.dtype,
-) -> Tensor:
-    dtype, bf16 = compute_dtype(latent_map), _multiplies_bf16(latent_map, operands)
-    return _C.query(
-        latent_map.contiguous() if bf16 and latent_map.dtype == torch.bfloat16 else _widen(latent_map, dtype),
-        None if coord is None else coord.contiguous(),
-        None if cell is None else cell.contiguous(),
-        _widen(weight_geometry, dtype),
-        _layers(weights, dtype),
-        _layers(biases, dtype),
-        grid,
-        grid_cell,
-        local_ensemble,
+def _arguments(inputs: DecodeInputs, latent_map: Tensor, bf16: bool) -> tuple[object, ...]:
+    """The arguments of the bindings' decode and decode_backward, in the dtype that the kernels compute in."""
+    dtype = geometry_dtype(latent_map)
+    return (
+        latent_map,
+        None if inputs.coord is None else inputs.coord.contiguous(),
+        None if inputs.cell is None else inputs.cell.contiguous(),
+        _widen(inputs.weight_geometry, dtype),
+        [_widen(weight, dtype) for weight in inputs.weights],
+        [_widen(bias, dtype) for bias in inputs.biases],
+        inputs.grid,
+        inputs.grid_cell,
+        inputs.local_ensemble,
         bf16,
     )
 
 
-def _backward(
-    grad_out: Tensor,
-    latent_map: Tensor,
-    coord: Tensor | None,
-    cell: Tensor | None,
-    weight_geometry: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    grid: list[int],
-    grid_cell: list[float],
-    local_ensemble: bool,
-    operands: torch.dtype,
-) -> list[Tensor]:
-    dtype = compute_dtype(latent_map)
-    return _C.query_backward(
-        _widen(grad_out, dtype),
-        _widen(latent_map, dtype),
-        None if coord is None else coord.contiguous(),
-        None if cell is None else cell.contiguous(),
-        _widen(weight_geometry, dtype),
-        _layers(weights, dtype),
-        _layers(biases, dtype),
-        grid,
-        grid_cell,
-        local_ensemble,
-        _multiplies_bf16(latent_map, operands),
-    )
-
-
-def saved_bytes(queries: int, rows: int, widths: Sequence[int], operands: torch.dtype, coord_grad: bool) -> int:
-    """The backward computes activations again, tile by tile: on a CPU memory is slower than that."""
+def saved_bytes(inputs: DecodeInputs, coord_grad: bool) -> int:
+    """Zero: the backward computes activations again, tile by tile, which is faster than reading them from memory."""
     return 0
 
 
-def query(
-    latent_map: Tensor,
-    coord: Tensor,
-    cell: Tensor | None,
-    weight_geometry: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    local_ensemble: bool,
-    operands: torch.dtype,
-    coord_grad: bool,
-    saved: Tensor,
-) -> Tensor:
-    return _forward(latent_map, coord, cell, weight_geometry, weights, biases, [], [], local_ensemble, operands)
+def decode(inputs: DecodeInputs, saved: Tensor, coord_grad: bool) -> Tensor:
+    latent_map, bf16 = inputs.latent_map, _multiplies_bf16(inputs)
+    keeps_dtype = bf16 and latent_map.dtype == torch.bfloat16
+    latent_map = latent_map.contiguous() if keeps_dtype else _widen(latent_map, geometry_dtype(latent_map))
+    return _C.decode(*_arguments(inputs, latent_map, bf16))
 
 
-def query_backward(
-    grad_out: Tensor,
-    saved: Tensor,
-    latent_map: Tensor,
-    coord: Tensor,
-    cell: Tensor | None,
-    weight_geometry: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    local_ensemble: bool,
-    operands: torch.dtype,
-    coord_grad: bool,
-) -> list[Tensor]:
-    grads = _backward(
-        grad_out, latent_map, coord, cell, weight_geometry, weights, biases, [], [], local_ensemble, operands
-    )
-    return grads if coord_grad else grads[: 3 + 2 * len(weights)]
-
-
-def render(
-    latent_map: Tensor,
-    weight_geometry: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    grid: list[int],
-    cell: list[float],
-    local_ensemble: bool,
-    operands: torch.dtype,
-    saved: Tensor,
-) -> Tensor:
-    return _forward(latent_map, None, None, weight_geometry, weights, biases, grid, cell, local_ensemble, operands)
-
-
-def render_backward(
-    grad_out: Tensor,
-    saved: Tensor,
-    latent_map: Tensor,
-    weight_geometry: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    grid: list[int],
-    cell: list[float],
-    local_ensemble: bool,
-    operands: torch.dtype,
-) -> list[Tensor]:
-    return _backward(
-        grad_out, latent_map, None, None, weight_geometry, weights, biases, grid, cell, local_ensemble, operands
-    )
+def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord_grad: bool) -> list[Tensor]:
+    dtype = geometry_dtype(inputs.latent_map)
+    latent_map = _widen(inputs.latent_map, dtype)
+    grads = _C.decode_backward(_widen(grad_out, dtype), *_arguments(inputs, latent_map, _multiplies_bf16(inputs)))
+    return grads[: len(inputs.differentiable(coord_grad))]
 
 
 def metasr_query(
     latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int]
 ) -> Tensor:
-    dtype = compute_dtype(latent_map)
+    dtype = geometry_dtype(latent_map)
     return _C.metasr_query(
         _widen(latent_map, dtype),
         coord.contiguous(),
@@ -220,7 +125,7 @@ def metasr_query(
 def metasr_query_backward(
     grad_out: Tensor, latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int]
 ) -> list[Tensor]:
-    dtype = compute_dtype(latent_map)
+    dtype = geometry_dtype(latent_map)
     return _C.metasr_query_backward(
         _widen(grad_out, dtype),
         _widen(latent_map, dtype),

@@ -71,12 +71,12 @@ class Ops:
         grads = self.kernels.ensemble_backward(_name(pred.dtype), _array(grad_out), _array(pred), _array(area_weight))
         return tuple(torch.from_numpy(grad) for grad in grads)
 
-    def cuda_query(self, *arguments: object) -> Tensor:
+    def cuda_decode(self, *arguments: object) -> Tensor:
         *arguments, with_out = arguments
         out = torch.from_numpy(self.kernels.query_forward(*map(_arrays, arguments)))
         return out if with_out else torch.empty(0)
 
-    def cuda_query_backward(self, *arguments: object) -> tuple[Tensor, ...]:
+    def cuda_decode_backward(self, *arguments: object) -> tuple[Tensor, ...]:
         grad_rows, *others = self.kernels.query_backward(*map(_arrays, arguments))
         dtype = {0: torch.float16, 1: torch.bfloat16}.get(arguments[13], torch.float32)
         return torch.from_numpy(grad_rows).view(dtype), *map(torch.from_numpy, others)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import registration as library
+from ...decode_inputs import DecodeInputs
+from ...dtypes import allows_tf32
 
 _C = torch.ops.liif_fast_C
 
@@ -35,13 +36,17 @@ def _padded_width(widths: Sequence[int]) -> int:
     return 64 if widest <= 64 else 128 if widest <= 128 else 256
 
 
-def saved_bytes(queries: int, rows: int, widths: Sequence[int], operands: torch.dtype, coord_grad: bool) -> int:
+def _saved_bytes(queries: int, rows: int, widths: Sequence[int], operands: torch.dtype, coord_grad: bool) -> int:
     """Bytes that a forward of `rows` rows keeps: activations, blended hidden vectors, ReLU bits."""
     padded, width, hidden = _padded_rows(rows), _padded_width(widths), len(widths) - 2
     row = width * operands.itemsize
     blended = padded if rows == queries else padded // 4
     masks = (hidden + 1) * padded * max(width // 8, 16)  # a thread's bits begin a word of their own
     return (hidden + (1 if coord_grad else 0)) * padded * row + blended * row + _ALIGNMENT + masks
+
+
+def saved_bytes(inputs: DecodeInputs, coord_grad: bool) -> int:
+    return _saved_bytes(inputs.queries, inputs.rows, inputs.widths, inputs.matmul_dtype, coord_grad)
 
 
 class _Problem(NamedTuple):
@@ -63,33 +68,23 @@ def _floats(tensor: Tensor) -> Tensor:
     return tensor.float().contiguous()
 
 
-def _problem(
-    latent_map: Tensor,
-    coord: Tensor | None,
-    cell: Tensor | None,
-    weight_geometry: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    grid: list[int],
-    grid_cell: list[float],
-    local_ensemble: bool,
-    operands: torch.dtype,
-) -> _Problem:
-    latent_map = (latent_map if latent_map.dtype == operands else latent_map.float()).contiguous()
+def _problem(inputs: DecodeInputs) -> _Problem:
+    latent_map, matmul_dtype = inputs.latent_map, inputs.matmul_dtype
+    latent_map = (latent_map if latent_map.dtype == matmul_dtype else latent_map.float()).contiguous()
     if latent_map.data_ptr() % _ALIGNED:  # a view into something larger: kernels read 16 bytes at a time
         latent_map = latent_map.clone()
-    float_products = 2 if library.allows_tf32() else 3
+    float_products = 2 if allows_tf32() else 3
     return _Problem(
         latent_map,
-        None if coord is None else coord.contiguous(),
-        None if cell is None else cell.contiguous(),
-        _floats(weight_geometry),
-        [_floats(weight) for weight in weights],
-        [_floats(bias) for bias in biases],
-        grid,
-        grid_cell,
-        local_ensemble,
-        {torch.float16: 0, torch.bfloat16: 1}.get(operands, float_products),
+        None if inputs.coord is None else inputs.coord.contiguous(),
+        None if inputs.cell is None else inputs.cell.contiguous(),
+        _floats(inputs.weight_geometry),
+        [_floats(weight) for weight in inputs.weights],
+        [_floats(bias) for bias in inputs.biases],
+        inputs.grid,
+        inputs.grid_cell,
+        inputs.local_ensemble,
+        {torch.float16: 0, torch.bfloat16: 1}.get(matmul_dtype, float_products),
     )
 
 
@@ -101,7 +96,7 @@ def _count_rows(problem: _Problem) -> int:
 
 def _forward(problem: _Problem, coord_grad: bool, saved: Tensor) -> Tensor:
     rows = _padded_rows(_count_rows(problem)) if saved.numel() else -1
-    return _C.cuda_query(*problem, saved, coord_grad, 0, rows, True)
+    return _C.cuda_decode(*problem, saved, coord_grad, 0, rows, True)
 
 
 def _product(grad_rows: Tensor, rows: Tensor) -> Tensor:
@@ -137,10 +132,10 @@ def _backward(
         kept, kept_first, kept_rows = saved, 0, padded
         if not saved.numel():
             queries = count // 4 if problem.local_ensemble else count
-            size = saved_bytes(queries, count, widths, operands, coord_grad)
+            size = _saved_bytes(queries, count, widths, operands, coord_grad)
             kept, kept_first, kept_rows = latent_map.new_empty(size, dtype=torch.uint8), first, count
-            _C.cuda_query(*problem, kept, coord_grad, first, count, False)
-        grad_rows, sums, latent_rows, latent_places = _C.cuda_query_backward(
+            _C.cuda_decode(*problem, kept, coord_grad, first, count, False)
+        grad_rows, sums, latent_rows, latent_places = _C.cuda_decode_backward(
             grad_out,
             kept,
             kept_first,
@@ -170,65 +165,9 @@ def _backward(
     return [grad_latent_map, grad_geometry, *grad_weights, *grad_biases, *grad_points]
 
 
-def query(
-    latent_map: Tensor,
-    coord: Tensor,
-    cell: Tensor | None,
-    weight_geometry: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    local_ensemble: bool,
-    operands: torch.dtype,
-    coord_grad: bool,
-    saved: Tensor,
-) -> Tensor:
-    problem = _problem(latent_map, coord, cell, weight_geometry, weights, biases, [], [], local_ensemble, operands)
-    return _forward(problem, coord_grad, saved)
+def decode(inputs: DecodeInputs, saved: Tensor, coord_grad: bool) -> Tensor:
+    return _forward(_problem(inputs), coord_grad, saved)
 
 
-def query_backward(
-    grad_out: Tensor,
-    saved: Tensor,
-    latent_map: Tensor,
-    coord: Tensor,
-    cell: Tensor | None,
-    weight_geometry: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    local_ensemble: bool,
-    operands: torch.dtype,
-    coord_grad: bool,
-) -> list[Tensor]:
-    problem = _problem(latent_map, coord, cell, weight_geometry, weights, biases, [], [], local_ensemble, operands)
-    return _backward(grad_out, saved, problem, operands, coord_grad)
-
-
-def render(
-    latent_map: Tensor,
-    weight_geometry: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    grid: list[int],
-    cell: list[float],
-    local_ensemble: bool,
-    operands: torch.dtype,
-    saved: Tensor,
-) -> Tensor:
-    problem = _problem(latent_map, None, None, weight_geometry, weights, biases, grid, cell, local_ensemble, operands)
-    return _forward(problem, False, saved)
-
-
-def render_backward(
-    grad_out: Tensor,
-    saved: Tensor,
-    latent_map: Tensor,
-    weight_geometry: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    grid: list[int],
-    cell: list[float],
-    local_ensemble: bool,
-    operands: torch.dtype,
-) -> list[Tensor]:
-    problem = _problem(latent_map, None, None, weight_geometry, weights, biases, grid, cell, local_ensemble, operands)
-    return _backward(grad_out, saved, problem, operands, False)
+def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord_grad: bool) -> list[Tensor]:
+    return _backward(grad_out, saved, _problem(inputs), inputs.matmul_dtype, coord_grad)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...registration import compute_dtype
+from ...dtypes import geometry_dtype
 
 _C = torch.ops.liif_fast_C
 
@@ -62,7 +62,7 @@ def ensemble(pred: Tensor, area_weight: Tensor) -> Tensor:
 
 def ensemble_backward(grad_out: Tensor, pred: Tensor, area_weight: Tensor) -> tuple[Tensor, Tensor]:
     grad_pred, grad_area_weight = _C.ensemble_backward(
-        grad_out.to(compute_dtype(pred)).contiguous(), pred.contiguous(), area_weight.contiguous()
+        grad_out.to(geometry_dtype(pred)).contiguous(), pred.contiguous(), area_weight.contiguous()
     )
     return grad_pred, grad_area_weight
 
@@ -70,7 +70,7 @@ def ensemble_backward(grad_out: Tensor, pred: Tensor, area_weight: Tensor) -> tu
 def metasr_query(
     latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int]
 ) -> Tensor:
-    dtype = compute_dtype(latent_map)
+    dtype = geometry_dtype(latent_map)
     return _C.metasr_query(
         latent_map.contiguous(),
         coord.contiguous(),
@@ -84,7 +84,7 @@ def metasr_query(
 def metasr_query_backward(
     grad_out: Tensor, latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int]
 ) -> list[Tensor]:
-    dtype = compute_dtype(latent_map)
+    dtype = geometry_dtype(latent_map)
     coord, cell = coord.contiguous(), cell.contiguous()
     order = starts = None
     if torch.are_deterministic_algorithms_enabled():  # queries of one latent side by side, in their own order

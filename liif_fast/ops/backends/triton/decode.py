@@ -1,4 +1,4 @@
-"""`query` and `render` on Triton's kernels.
+"""`decode` on Triton's kernels.
 
 Imnets of up to 256 channels and eight outputs run in one kernel (fused.py), with operands of 16 bits, in
 float32, or in TF32 where PyTorch is told to take that. Wider ones and float64 run layer by layer (layerwise.py):
@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...registration import compute_dtype
+from ...decode_inputs import DecodeInputs
+from ...dtypes import geometry_dtype
 from .fused import OUTS, chain_backward_kernel, chain_forward_kernel, mask_bytes
 from .launch import (
     CARRIED,
@@ -69,9 +70,10 @@ def _aligned_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return (math.prod(shape) * dtype.itemsize + 255) // 256 * 256
 
 
-def saved_bytes(queries: int, rows: int, widths: Sequence[int], operands: torch.dtype, coord_grad: bool) -> int:
-    """The size of what the forward keeps for the backward; see `library.query`."""
-    return sum(_aligned_bytes(*part) for part in _kept_shapes(queries, rows, widths, operands, coord_grad))
+def saved_bytes(inputs: DecodeInputs, coord_grad: bool) -> int:
+    """The size of what the forward keeps for the backward."""
+    parts = _kept_shapes(inputs.queries, inputs.rows, inputs.widths, inputs.matmul_dtype, coord_grad)
+    return sum(_aligned_bytes(*part) for part in parts)
 
 
 def _views(saved: Tensor, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
@@ -178,7 +180,7 @@ def _backward(
 ) -> None:  # fmt: skip
     if grad_out.numel() == 0:
         return
-    grad_out = grad_out.to(compute_dtype(decode.latent_map)).contiguous()
+    grad_out = grad_out.to(geometry_dtype(decode.latent_map)).contiguous()
     widths = [decode.width, *(weight.shape[0] for weight in weights)]
     with on_device_of(grad_out):
         if is_fused(widths, operands):
@@ -188,81 +190,24 @@ def _backward(
         backward_layers(decode, weights, biases, operands, grad_out, views, grads)
 
 
-def query(
-    latent_map: Tensor,
-    coord: Tensor,
-    cell: Tensor | None,
-    weight_geometry: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    local_ensemble: bool,
-    operands: torch.dtype,
-    coord_grad: bool,
-    saved: Tensor,
-) -> Tensor:
-    """[B, Q, O]; see `library.query`."""
-    decode = decode_points(latent_map, coord, cell, weight_geometry, biases[0], local_ensemble)
-    outs = weights[-1].shape[0] if weights else decode.width
-    out = coord.new_empty(*coord.shape[:2], outs)
-    return _forward(decode, weights, biases, operands, out, coord_grad, saved)
+def _locate(inputs: DecodeInputs) -> Decode:
+    latent_map, coord, cell, weight_geometry, _, biases, grid, grid_cell, ensemble, _ = inputs
+    if coord is None:
+        return decode_grid(latent_map, weight_geometry, biases[0], grid, grid_cell, ensemble)
+    return decode_points(latent_map, coord, cell, weight_geometry, biases[0], ensemble)
 
 
-def query_backward(
-    grad_out: Tensor,
-    saved: Tensor,
-    latent_map: Tensor,
-    coord: Tensor,
-    cell: Tensor | None,
-    weight_geometry: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    local_ensemble: bool,
-    operands: torch.dtype,
-    coord_grad: bool,
-) -> list[Tensor]:
-    """See `library.query_backward`."""
-    decode = decode_points(latent_map, coord, cell, weight_geometry, biases[0], local_ensemble)
+def decode(inputs: DecodeInputs, saved: Tensor, coord_grad: bool) -> Tensor:
+    out = inputs.latent_map.new_empty(inputs.out_shape, dtype=geometry_dtype(inputs.latent_map))
+    return _forward(_locate(inputs), inputs.weights, inputs.biases, inputs.matmul_dtype, out, coord_grad, saved)
+
+
+def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord_grad: bool) -> list[Tensor]:
+    latent_map, coord, cell, weight_geometry, weights, biases = inputs[:6]
     grads = Grads.zeros(latent_map, weight_geometry, weights, biases, coord if coord_grad else None, cell)
-    _backward(decode, weights, biases, operands, grad_out, saved, grads)
+    _backward(_locate(inputs), weights, biases, inputs.matmul_dtype, grad_out, saved, grads)
+    if coord is None and weight_geometry.shape[1] == 4:  # every query has the same cell, which went into the bias
+        for column, rel_cell in zip((2, 3), grid_rel_cell(inputs.grid, inputs.grid_cell)):
+            grads.geometry[:, column] = grads.biases[0] * rel_cell
     points = [grad for grad in (grads.coord, grads.cell) if grad is not None]
     return [grads.latent_map, grads.geometry, *grads.weights, *grads.biases, *points]
-
-
-def render(
-    latent_map: Tensor,
-    weight_geometry: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    grid: list[int],
-    cell: list[float],
-    local_ensemble: bool,
-    operands: torch.dtype,
-    saved: Tensor,
-) -> Tensor:
-    """[B, O, h, w] of the window; see `library.render`."""
-    decode = decode_grid(latent_map, weight_geometry, biases[0], grid, cell, local_ensemble)
-    outs = weights[-1].shape[0] if weights else decode.width
-    out = latent_map.new_empty(latent_map.shape[0], outs, grid[4], grid[5], dtype=compute_dtype(latent_map))
-    return _forward(decode, weights, biases, operands, out, False, saved)
-
-
-def render_backward(
-    grad_out: Tensor,
-    saved: Tensor,
-    latent_map: Tensor,
-    weight_geometry: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    grid: list[int],
-    cell: list[float],
-    local_ensemble: bool,
-    operands: torch.dtype,
-) -> list[Tensor]:
-    """See `library.render_backward`."""
-    decode = decode_grid(latent_map, weight_geometry, biases[0], grid, cell, local_ensemble)
-    grads = Grads.zeros(latent_map, weight_geometry, weights, biases, None, None)
-    _backward(decode, weights, biases, operands, grad_out, saved, grads)
-    if weight_geometry.shape[1] == 4:  # every query has the same cell, which went into the bias
-        for column, rel_cell in zip((2, 3), grid_rel_cell(grid, cell)):
-            grads.geometry[:, column] = grads.biases[0] * rel_cell
-    return [grads.latent_map, grads.geometry, *grads.weights, *grads.biases]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...registration import compute_dtype
+from ...dtypes import geometry_dtype
 from .geometry import Axis, area_weights_backward, find_corner, find_neighbour, make_axis
 from .launch import DTYPES, OPTIONS, on_device_of, power_of_two, segments
 
@@ -312,7 +312,7 @@ def gather_backward(
     local_ensemble: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of feat, coord and cell in the compute dtype; see `library.gather_backward`."""
-    dtype = compute_dtype(feat)
+    dtype = geometry_dtype(feat)
     grad_coord = torch.zeros_like(coord, dtype=dtype, memory_format=torch.contiguous_format)
     grad_cell = coord.new_zeros(0 if cell is None else coord.shape, dtype=dtype)
     if coord.numel() == 0:

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
-from ...registration import allows_tf32
+from ...dtypes import allows_tf32
 
 # No multiply and add may contract to an FMA unasked: a rounding decides which latent is the nearest one.
 OPTIONS = {"enable_fp_fusion": False}

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...registration import compute_dtype
+from ...dtypes import geometry_dtype
 from .ensemble import ensemble, ensemble_backward
 from .gather import QUERIES, gather_backward_geometry_kernel
 from .launch import OPTIONS, power_of_two, segments
@@ -44,7 +44,7 @@ class Grads(NamedTuple):
         coord: Tensor | None,
         cell: Tensor | None,
     ) -> Grads:
-        dtype = compute_dtype(latent_map)
+        dtype = geometry_dtype(latent_map)
 
         def zero(tensor: Tensor) -> Tensor:
             return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...registration import compute_dtype
+from ...dtypes import geometry_dtype
 from .geometry import Axis, find_metasr_neighbour, held_index, make_axis
 from .launch import DTYPES, OPTIONS, on_device_of, power_of_two, segments
 from .rows import relu
@@ -149,7 +149,7 @@ def metasr_query(
     """[B, Q, O]; see `library.metasr_query`."""
     (batch, queries), hidden = coord.shape[:2], weight.shape[0]
     outs = latent_map.shape[-1] // (hidden + 1)
-    dtype = compute_dtype(latent_map)
+    dtype = geometry_dtype(latent_map)
     out = coord.new_empty(batch, queries, outs, dtype=dtype)
     if out.numel() == 0:
         return out
@@ -167,7 +167,7 @@ def metasr_query_backward(
 ) -> list[Tensor]:
     """Gradients of latent_map, coord, cell, weight, bias; see `library.metasr_query_backward`."""
     (batch, queries), hidden = coord.shape[:2], weight.shape[0]
-    dtype = compute_dtype(latent_map)
+    dtype = geometry_dtype(latent_map)
     grad_latent_map, grad_coord, grad_cell = (
         torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) for tensor in (latent_map, coord, cell)
     )

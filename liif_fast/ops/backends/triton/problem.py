@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ...registration import compute_dtype
+from ...dtypes import geometry_dtype
 from .geometry import Axis, make_axis
 from .launch import DTYPES, OPTIONS, tile_width
 from .rows import PATCH, Places, split
@@ -134,7 +134,7 @@ def decode_points(
 ) -> Decode:
     """The decode of `query`: coord and cell [B, Q, 2]."""
     batch, queries = coord.shape[:2]
-    dtype = compute_dtype(latent_map)
+    dtype = geometry_dtype(latent_map)
     rows, cols = make_axis(latent_map.shape[1]), make_axis(latent_map.shape[2])
     return Decode(
         latent_map=latent_map.contiguous(),
@@ -164,7 +164,7 @@ def decode_grid(
     """The decode of `render`; grid as in `library.render`."""
     image_height, image_width, top, left, height, width, region_top, region_left, map_height, map_width = grid
     batch, region_height, region_width = latent_map.shape[:3]
-    dtype = compute_dtype(latent_map)
+    dtype = geometry_dtype(latent_map)
     return Decode(
         latent_map=latent_map.contiguous(),
         coord=None,

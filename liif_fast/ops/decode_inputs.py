@@ -1,0 +1,56 @@
+"""The arguments of one decode: the single place where they are declared in Python."""
+
+# Without `from __future__ import annotations`: registration.py derives the op's schema from these types.
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class DecodeInputs(NamedTuple):
+    """What the registered ops `decode` and `decode_backward` and every backend take.
+
+    With coord this is a decode at coordinates, without it the decode of a window of a regular grid. A field that is
+    added here becomes an argument of both ops.
+    """
+
+    latent_map: Tensor  # [B, H, W, K]; it may be wider than matmul_dtype, see dtypes.latent_dtype
+    coord: Tensor | None  # [B, Q, 2], geometry dtype; None: the grid
+    cell: Tensor | None  # [B, Q, 2], geometry dtype; None for a grid and without cell decoding
+    weight_geometry: Tensor  # [K, 2 or 4]: the first layer's columns for rel_coord (and rel_cell)
+    weights: list[Tensor]  # of the layers after the first, [out, in] each
+    biases: list[Tensor]  # of all layers, [out] each
+    grid: list[int]  # image height, width; window top, left, height, width; region top, left, map height, width; or []
+    grid_cell: list[float]  # row, col size of a pixel of the grid; or []
+    local_ensemble: bool
+    matmul_dtype: torch.dtype  # of the operands of matrix products
+
+    @property
+    def widths(self) -> list[int]:
+        """Outputs of every layer: K, *hidden, O."""
+        return [self.latent_map.shape[-1], *(weight.shape[0] for weight in self.weights)]
+
+    @property
+    def queries(self) -> int:
+        """Of the whole batch."""
+        if self.coord is None:
+            return self.latent_map.shape[0] * self.grid[4] * self.grid[5]
+        return self.coord.shape[0] * self.coord.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the imnet's input: one for each corner of each query."""
+        return self.queries * (4 if self.local_ensemble else 1)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """[B, Q, O] at coordinates, [B, O, h, w] for a grid."""
+        batch, outs = self.latent_map.shape[0], self.widths[-1]
+        if self.coord is None:
+            return batch, outs, self.grid[4], self.grid[5]
+        return batch, self.coord.shape[1], outs
+
+    def differentiable(self, coord_grad: bool) -> list[Tensor]:
+        """The tensors that `decode_backward` returns a gradient for, in its order."""
+        points = [tensor for tensor in (self.coord, self.cell) if tensor is not None] if coord_grad else []
+        return [self.latent_map, self.weight_geometry, *self.weights, *self.biases, *points]

@@ -206,17 +206,11 @@ def _decode_backward(ctx: Any, grad_out: Tensor, _grad_saved: Tensor) -> tuple[A
     first, geometry, *rest = _match(grads, fields.differentiable(ctx.coord_grad))
     points = 2 * ctx.layers + 1
     grad_coord, grad_cell = [*rest[points:], None, None][:2]
-    named = {
-        "latent_map": first,
-        "coord": grad_coord,
-        "cell": grad_cell,
-        "weight_geometry": geometry,
-        "weights": rest[: ctx.layers],
-        "biases": rest[ctx.layers : points],
-    }
-    # PyTorch takes an empty list for a list of tensors, so that an empty `grid` wants a list of gradients.
-    others = {field: [] if value == [] else None for field, value in fields._asdict().items() if field not in named}
-    return *(({**others, **named})[field] for field in DecodeInputs._fields), None, None, None
+    # PyTorch takes an empty list for a list of tensors, so an empty `grid` needs a list of gradients, not None.
+    by_field: dict[str, Any] = {name: [] if value == [] else None for name, value in fields._asdict().items()}
+    by_field.update(latent_map=first, coord=grad_coord, cell=grad_cell, weight_geometry=geometry)
+    by_field.update(weights=rest[: ctx.layers], biases=rest[ctx.layers : points])
+    return *by_field.values(), None, None, None
 
 
 decode.register_autograd(_decode_backward, setup_context=_decode_setup)

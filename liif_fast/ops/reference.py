@@ -1,9 +1,9 @@
 """The paper in plain PyTorch: differentiable, any device, any float dtype, no speed tricks.
 
-This file is the oracle of every other backend, so it imports nothing of ours and repeats the original's formulation
-step by step: unfold, one `grid_sample` per corner, concatenation, MLP, area-weighted sum (Chen et al., "Learning
-Continuous Image Representation with Local Implicit Image Function", CVPR 2021, section 3; the MetaSR baseline is Hu et
-al., CVPR 2019).
+The tests compare every other backend with this file, so it imports nothing of ours. It repeats the original's
+formulation step by step: unfold, one `grid_sample` per corner, concatenation, MLP, area-weighted sum (Chen et al.,
+"Learning Continuous Image Representation with Local Implicit Image Function", CVPR 2021, section 3; the MetaSR baseline
+is Hu et al., CVPR 2019).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 _EPS_SHIFT = 1e-6
 _EPS_AREA = 1e-9
-_RENDER_CHUNK = 16384  # queries a step of `render`: bounds its memory, changes nothing in its result
+_RENDER_CHUNK = 16384  # queries a step of `render`: bounds its memory without changing its result
 
 
 def geometry_dtype(feat: Tensor) -> torch.dtype:
@@ -25,7 +25,7 @@ def geometry_dtype(feat: Tensor) -> torch.dtype:
 
 
 def pixel_centers(size: int, *, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
-    """Centres of `size` pixels that tile [-1, 1]. [size]; the original's `make_coord` along one axis."""
+    """Centers of `size` pixels that tile [-1, 1]. [size]; the original's `make_coord` along one axis."""
     half = 1 / size
     return -1 + half + (2 * half) * torch.arange(size, device=device).to(dtype)
 
@@ -43,7 +43,7 @@ def _nearest(values: Tensor, coord: Tensor) -> Tensor:
 
 
 def _center_map(feat: Tensor, dtype: torch.dtype, shift: tuple[float, float] = (0.0, 0.0)) -> Tensor:
-    """Centres of all latents as a [B,2,H,W] map, moved by `shift`."""
+    """Centers of all latents as a [B,2,H,W] map, moved by `shift`."""
     batch, _, height, width = feat.shape
     rows = pixel_centers(height, dtype=dtype, device=feat.device) - shift[0]
     cols = pixel_centers(width, dtype=dtype, device=feat.device) - shift[1]
@@ -122,7 +122,7 @@ def query(
 def window_coord(
     size: tuple[int, int], window: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device | str | None
 ) -> Tensor:
-    """Pixel centres [h*w, 2] of window (top, left, h, w) of an image of `size`, row by row."""
+    """Pixel centers [h*w, 2] of window (top, left, h, w) of an image of `size`, row by row."""
     top, left, height, width = window
     rows = pixel_centers(size[0], dtype=dtype, device=device)[top : top + height]
     cols = pixel_centers(size[1], dtype=dtype, device=device)[left : left + width]
@@ -151,7 +151,7 @@ def render(
 ) -> Tensor:
     """The whole decode on a window of a regular grid -> [B,O,h,w]; see `liif_fast.ops.render`.
 
-    decode: what answers a chunk of queries in `query`'s place.
+    decode: the function that decodes a chunk of queries, with the arguments of `query`.
     """
     feat = _whole_map(feat, feat_region)
     coord = window_coord(size, window, dtype=geometry_dtype(feat), device=feat.device)

@@ -1,0 +1,1 @@
+"""README and docs: every command and every Python block runs."""

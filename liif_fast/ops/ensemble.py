@@ -34,14 +34,13 @@ def ensemble(pred: Tensor, area_weight: Tensor, *, backend: str | None = None) -
     if area_weight.device != pred.device:
         raise ValueError(f"area_weight is on {area_weight.device} but pred is on {pred.device}: move it there")
     name = choose(OpRequest("ensemble", pred.device.type, pred.dtype), backend)
-    return ensemble_on(name, pred, area_weight)
+    out = ensemble_on(name, pred, area_weight)
+    return out if autocast_dtype(pred) is not None else out.to(pred.dtype)
 
 
 def ensemble_on(backend: str, pred: Tensor, area_weight: Tensor) -> Tensor:
-    """`ensemble` of validated tensors on a chosen backend."""
+    """`ensemble` of validated tensors on a chosen backend, in the geometry dtype."""
     area_weight = area_weight.to(geometry_dtype(pred))
     if backend == "reference":
-        out = reference.ensemble(pred, area_weight)
-    else:
-        out = registration.ensemble(pred, area_weight, backend)
-    return out if autocast_dtype(pred) is not None else out.to(pred.dtype)
+        return reference.ensemble(pred, area_weight)
+    return registration.ensemble(pred, area_weight, backend)

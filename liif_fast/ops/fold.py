@@ -97,9 +97,8 @@ def _convolve(feat: Tensor, kernels: Tensor, tf32: bool) -> Tensor:
     return out.permute(0, 2, 3, 1).contiguous()
 
 
-def fold_for(feat: Tensor, weight: Tensor, feat_unfold: bool, needs_grad: bool) -> Tensor:
-    """`fold` for an op that autograd records or not."""
-    matmul_dtype = autocast_dtype(feat) or feat.dtype
+def fold_for(feat: Tensor, weight: Tensor, feat_unfold: bool, matmul_dtype: torch.dtype, needs_grad: bool) -> Tensor:
+    """`fold` for a decode that multiplies in `matmul_dtype`, and that autograd records or not."""
     dtype = latent_dtype(feat.device, matmul_dtype, needs_grad)
     channels, kernel = feat.shape[1], 3 if feat_unfold else 1
     with torch.autocast(feat.device.type, enabled=False):
@@ -121,7 +120,7 @@ def fold(feat: Tensor, weight: Tensor, *, feat_unfold: bool = True) -> Tensor:
 
     Source: linearity of the first layer in the unfolded latent; exact up to the order of the sum.
     """
-    return fold_for(feat, weight, feat_unfold, needs_grad(feat, weight))
+    return fold_for(feat, weight, feat_unfold, autocast_dtype(feat) or feat.dtype, needs_grad(feat, weight))
 
 
 def metasr_fold(feat: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import reference, registration
@@ -13,7 +14,7 @@ from .backends import OpRequest, choose_fused
 from .decode_inputs import DecodeInputs
 from .dtypes import autocast_dtype, geometry_dtype, needs_grad
 from .ensemble import ensemble_on
-from .fold import fold_for
+from .fold import fold, fold_for
 from .gather import gather_on
 from .validation import (
     check_cell,
@@ -37,6 +38,8 @@ class _Imnet(NamedTuple):
     local_ensemble: bool
     feat_unfold: bool
     cell_decode: bool
+    matmul_dtype: torch.dtype  # autocast's, otherwise feat's
+    out_dtype: torch.dtype  # float32 under autocast, otherwise feat's
 
     @property
     def flags(self) -> dict[str, bool]:
@@ -45,6 +48,21 @@ class _Imnet(NamedTuple):
             "feat_unfold": self.feat_unfold,
             "cell_decode": self.cell_decode,
         }
+
+
+def _checked_imnet(
+    feat: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    latent_map: Tensor | None,
+    switches: tuple[bool, bool, bool],  # local_ensemble, feat_unfold, cell_decode
+) -> _Imnet:
+    autocast = autocast_dtype(feat)
+    check_layers(weights, biases, in_dim(feat, *switches[1:]), feat, autocast=autocast is not None)
+    if latent_map is not None:
+        check_latent_map(latent_map, feat, weights)
+    matmul_dtype, out_dtype = (feat.dtype, feat.dtype) if autocast is None else (autocast, torch.float32)
+    return _Imnet(weights, biases, *switches, matmul_dtype, out_dtype)
 
 
 def _choose(feat: Tensor, weights: Sequence[Tensor], backend: str | None) -> tuple[str, bool]:
@@ -84,26 +102,21 @@ def _decode(
     weights, biases = imnet.weights, imnet.biases
     recorded = needs_grad(feat, *points, *weights, *biases)
     if latent_map is None:
-        latent_map = fold_for(feat, weights[0], imnet.feat_unfold, recorded)
-    check_latent_map(latent_map, feat, weights)
+        latent_map = fold_for(feat, weights[0], imnet.feat_unfold, imnet.matmul_dtype, recorded)
     dtype = geometry_dtype(latent_map)
     coord, cell = (None if tensor is None else tensor.to(dtype) for tensor in points)
     inputs = DecodeInputs(
         latent_map,
         coord,
         cell,
-        weights[0][:, in_dim(feat, imnet.feat_unfold, False) - 2 :],
+        weights[0][:, -(4 if imnet.cell_decode else 2) :],
         list(weights[1:]),
         list(biases),
         *grid,
         imnet.local_ensemble,
-        autocast_dtype(feat) or feat.dtype,
+        imnet.matmul_dtype,
     )
     return registration.decode(*inputs, recorded and keep, needs_grad(*points), backend)[0]
-
-
-def _in_feat_dtype(out: Tensor, feat: Tensor) -> Tensor:
-    return out.to(feat.dtype) if autocast_dtype(feat) is None else out.float()
 
 
 def query(
@@ -150,10 +163,7 @@ def query(
         check_cell(cell, coord, feat)
     else:
         cell = None
-    check_layers(
-        weights, biases, in_dim(feat, feat_unfold, cell_decode), feat, autocast=autocast_dtype(feat) is not None
-    )
-    imnet = _Imnet(weights, biases, local_ensemble, feat_unfold, cell_decode)
+    imnet = _checked_imnet(feat, weights, biases, latent_map, (local_ensemble, feat_unfold, cell_decode))
 
     name, fused = _choose(feat, weights, backend)
     gather_is_cheaper = latent_map is None and 4 * coord.shape[1] < feat.shape[2] * feat.shape[3]  # than folding feat
@@ -163,7 +173,7 @@ def query(
         out = _query_by_layers(feat, coord, cell, weights, biases, backend=name, **imnet.flags)
     else:
         out = _decode(feat, imnet, latent_map, (coord, cell), ([], []), not recompute, name)
-    return _in_feat_dtype(out, feat)
+    return out.to(imnet.out_dtype)
 
 
 def render(
@@ -214,10 +224,7 @@ def render(
     if cell is not None and len(cell) != 2:
         raise ValueError(f"cell must be (row, col), two numbers in [-1, 1] units, got {tuple(cell)}")
     cells = (2 / image[0], 2 / image[1]) if cell is None else (float(cell[0]), float(cell[1]))
-    check_layers(
-        weights, biases, in_dim(feat, feat_unfold, cell_decode), feat, autocast=autocast_dtype(feat) is not None
-    )
-    imnet = _Imnet(weights, biases, local_ensemble, feat_unfold, cell_decode)
+    imnet = _checked_imnet(feat, weights, biases, latent_map, (local_ensemble, feat_unfold, cell_decode))
 
     name, fused = _choose(feat, weights, backend)
     if fused:
@@ -236,7 +243,7 @@ def render(
             decode=decode,
             **imnet.flags,
         )
-    return _in_feat_dtype(out, feat)
+    return out.to(imnet.out_dtype)
 
 
 def latent_map_for(
@@ -258,4 +265,4 @@ def latent_map_for(
     """
     if not _choose(feat, weights, backend)[1]:
         return None
-    return fold_for(feat, weights[0], feat_unfold, needs_grad(feat, *weights))
+    return fold(feat, weights[0], feat_unfold=feat_unfold)

@@ -191,12 +191,3 @@ STABLE_TORCH_LIBRARY_IMPL(liif_fast_C, CompositeExplicitAutograd, m) {
   m.impl("cpu_select_isa", TORCH_BOX(&liif_fast::cpu_select_isa));
   m.impl("cpu_multiply_add_loop", TORCH_BOX(&liif_fast::cpu_multiply_add_loop));
 }
-
-#ifdef LIIF_FAST_PYTHON_MODULE
-// Lets `import liif_fast._C` work too; loading the library is what registers the ops.
-#include <Python.h>
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
-  static PyModuleDef module{PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
-}
-#endif

@@ -1,27 +1,46 @@
 // Which instruction set's kernels run on this processor.
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 
 namespace liif_fast {
 namespace {
 
-#if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-bool has_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-#endif
+// The value of LIIF_FAST_CPU_ISA when the extension was loaded; a later change of the environment has no effect.
+const std::string cap = [] {
+  const char* value = std::getenv("LIIF_FAST_CPU_ISA");
+  return std::string(value && *value ? value : "auto");
+}();
 
-const Kernels* best_kernels() {
+// The kernels that may run here, from the smallest instruction set to the largest: those of this processor, up to cap.
+std::vector<const Kernels*> find_kernels() {
+  std::vector<const Kernels*> found{&portable_kernels()};
 #if defined(__x86_64__)
-  if (has_avx512()) return &avx512_kernels();
-  if (has_avx2()) return &avx2_kernels();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx2) found.push_back(&avx2_kernels());
+  if (avx512) found.push_back(&avx512_kernels());
 #endif
-  return &portable_kernels();
+  if (cap == "auto") return found;
+  std::string names;
+  for (size_t i = 0; i < found.size(); ++i) {
+    if (found[i]->name == cap) return {found.begin(), found.begin() + static_cast<std::ptrdiff_t>(i) + 1};
+    names += std::string(", ") + found[i]->name;
+  }
+  const bool known = cap == "avx2" || cap == "avx512";
+  throw std::runtime_error("LIIF_FAST_CPU_ISA is '" + cap + "'" + (known ? ", which this processor lacks" : "") +
+                           ": set it to one of auto" + (known ? names : ", avx512, avx2, portable"));
+}
+
+const std::vector<const Kernels*>& allowed_kernels() {
+  static const std::vector<const Kernels*> allowed = find_kernels();
+  return allowed;
 }
 
 std::atomic<const Kernels*> selected{nullptr};
@@ -30,33 +49,26 @@ std::atomic<const Kernels*> selected{nullptr};
 
 const Kernels& kernels() {
   const Kernels* chosen = selected.load(std::memory_order_relaxed);
-  static const Kernels* const best = best_kernels();
-  return chosen ? *chosen : *best;
+  return chosen ? *chosen : *allowed_kernels().back();
 }
 
 const Bf16Kernels* bf16_kernels() {
 #if defined(__x86_64__)
-  static const bool runs = has_bf16();
+  static const bool runs = __builtin_cpu_supports("avx512bf16");
   if (runs && std::strcmp(kernels().name, "avx512") == 0) return &avx512_bf16_kernels();
 #endif
   return nullptr;
 }
 
 bool select_kernels(const char* name) {
-  const Kernels* chosen = nullptr;
-  if (std::strcmp(name, "auto") == 0) {
-    chosen = best_kernels();
-  } else if (std::strcmp(name, "portable") == 0) {
-    chosen = &portable_kernels();
-#if defined(__x86_64__)
-  } else if (std::strcmp(name, "avx2") == 0 && has_avx2()) {
-    chosen = &avx2_kernels();
-  } else if (std::strcmp(name, "avx512") == 0 && has_avx512()) {
-    chosen = &avx512_kernels();
-#endif
+  for (const Kernels* candidate : allowed_kernels()) {
+    if (std::strcmp(name, candidate->name) != 0) continue;
+    selected.store(candidate, std::memory_order_relaxed);
+    return true;
   }
-  if (chosen) selected.store(chosen, std::memory_order_relaxed);
-  return chosen != nullptr;
+  if (std::strcmp(name, "auto") != 0) return false;
+  selected.store(nullptr, std::memory_order_relaxed);
+  return true;
 }
 
 }  // namespace liif_fast

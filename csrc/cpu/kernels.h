@@ -57,11 +57,13 @@ const Kernels& avx512_kernels();
 const Bf16Kernels& avx512_bf16_kernels();
 #endif
 
-// The best this processor runs, or what select_kernels chose.
+// The kernels that select_kernels chose, else those of the largest instruction set of this processor that
+// LIIF_FAST_CPU_ISA allows. Throws std::runtime_error where this processor cannot run the value of the variable.
 const Kernels& kernels();
 const Bf16Kernels* bf16_kernels();  // null where the processor cannot
 
-// "auto", "avx512", "avx2" or "portable": for tests and benchmarks. False where this processor cannot run it.
+// "auto", "avx512", "avx2" or "portable": for tests and benchmarks. False where this processor or LIIF_FAST_CPU_ISA does
+// not allow it.
 bool select_kernels(const char* name);
 
 }  // namespace liif_fast

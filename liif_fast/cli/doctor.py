@@ -15,7 +15,7 @@ import liif_fast
 from liif_fast.ops import backends
 from liif_fast.ops.backends import extension
 
-VARIABLES = ("LIIF_FAST_BACKEND", "LIIF_FAST_EXTENSION")
+VARIABLES = ("LIIF_FAST_BACKEND", "LIIF_FAST_CPU_ISA", "LIIF_FAST_EXTENSION")
 
 
 def _installed(name: str) -> str:

@@ -1,6 +1,4 @@
-"""The build and its result: setup.py on a throwaway copy, the extension that is there, and what importing does."""
-
-from __future__ import annotations
+"""The build and its result: setup.py on a copy of the project, the extension that is installed, and the import."""
 
 import importlib.util
 import os
@@ -10,7 +8,6 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -19,268 +16,302 @@ from liif_fast.ops.backends import extension
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "liif_fast" / "_C.abi3.so"
-HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
 needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="the extension is not built in place")
+BUILD = ("setup.py", "-q", "build_ext", "--inplace")
+SOURCES = {
+    "one.h": "inline int one() { return 1; }\n",
+    "cpu/one.cpp": '#include "one.h"\nint two() { return one() + 1; }\n',
+    "bindings/library.cpp": "int two();\nint three() { return two() + 1; }\n",
+}
+# nvcc as far as setup.py calls it: it answers the questions, fails on a source that says broken, else calls c++.
+NVCC = """#!/bin/sh
+case "$*" in
+*-dryrun*) echo "#$ TOP=$(dirname "$0")/.."; exit;;
+*--version*) echo "Cuda compilation tools, release 12.9, V12.9.1"; exit;;
+*--list-gpu-code*) echo sm_80 sm_90; exit;;
+esac
+while [ $# -gt 0 ]; do case "$1" in -c) source=$2;; -o) output=$2;; esac; shift; done
+echo "ptxas info    : Compiling entry function 'four_kernel' for 'sm_90a'"
+grep broken "$source" && exit 1
+exec c++ -fPIC -x c++ -c "$source" -o "$output"
+"""
 
 
-def python(project: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def python(project, *arguments, **variables):
     """Run this Python in the project; the build's own variables come only from the test."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("LIIF_FAST_", "CXX"))}
-    environment.pop("LD_PRELOAD", None)
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=project, env={**environment, **variables}, capture_output=True, text=True)
+    dropped = ("LIIF_FAST_", "CXX", "CUDA_", "MAX_JOBS", "LD_PRELOAD")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(dropped)} | variables
+    return subprocess.run([sys.executable, *arguments], cwd=project, env=environment, capture_output=True, text=True)
 
 
-def build(project: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return python(project, "setup.py", "-q", "build_ext", "--inplace", **variables)
+def build(project, mode="cpu", **variables):
+    return python(project, *BUILD, LIIF_FAST_BUILD=mode, **variables)
 
 
-def compiled(result: subprocess.CompletedProcess[str]) -> set[str]:
+def compiled(result):
     """The objects that a build has made, without the linked library."""
-    assert result.returncode == 0, result.stderr
-    lines = [line.split(": ", 1) for line in result.stdout.splitlines() if ": build/" in line]
-    return {Path(path).name for _, path in lines if not path.endswith(".so")}
+    assert result.returncode == 0, result.stdout + result.stderr
+    return {line.rsplit("/", 1)[1] for line in result.stdout.splitlines() if line.startswith("[") and ".o" in line}
+
+
+def save(file, text):
+    """Write a file that is newer than everything built so far, whatever the resolution of the file system's clock."""
+    file.write_text(text)
+    os.utime(file, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns + 10**10))
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
+def project(tmp_path):
     """A copy of the project with a csrc of three tiny files; cpu/one.cpp alone includes one.h."""
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "Makefile"):
+    shutil.copytree(ROOT / "liif_fast", tmp_path / "liif_fast", ignore=shutil.ignore_patterns("*.so", "_build.json"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "Makefile", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "README.md").write_text("# liif_fast\n")
-    built = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
-    shutil.copytree(ROOT / "liif_fast", tmp_path / "liif_fast", ignore=built)
-    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
-    (tmp_path / "csrc" / "bindings").mkdir()
-    (tmp_path / "csrc" / "one.h").write_text("inline int one() { return 1; }\n")
-    (tmp_path / "csrc" / "bindings" / "library.cpp").write_text("int two();\nint three() { return two() + 1; }\n")
-    (tmp_path / "csrc" / "cpu" / "one.cpp").write_text('#include "one.h"\nint two() { return one() + 1; }\n')
+    for name, text in {**SOURCES, "exports.map": (ROOT / "csrc" / "exports.map").read_text()}.items():
+        (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "csrc" / name).write_text(text)
     return tmp_path
 
 
 @pytest.fixture
-def setup_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """setup.py as a module, with the call of setup() left out."""
+def toolkit(tmp_path_factory):
+    """A CUDA toolkit of NVCC and an empty library."""
+    folder = tmp_path_factory.mktemp("toolkit")
+    for name, text in {"bin/nvcc": NVCC, "lib64/libcudart_static.a": "!<arch>\n"}.items():
+        (folder / name).parent.mkdir()
+        (folder / name).write_text(text)
+    (folder / "bin" / "nvcc").chmod(0o755)
+    return str(folder)
+
+
+@pytest.fixture
+def setup_py(monkeypatch):
+    """setup.py as a module, without the call of setup()."""
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
-    monkeypatch.delenv("LIIF_FAST_BUILD", raising=False)
+    monkeypatch.setenv("LIIF_FAST_BUILD", "cuda")
+    monkeypatch.delenv("LIIF_FAST_SANITIZE", raising=False)
     spec = importlib.util.spec_from_file_location("liif_fast_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "liif_fast_setup", module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
-# ---- LIIF_FAST_BUILD -------------------------------------------------------------------------------------------------
-
-
-def test_none_imports_with_one_warning_and_runs_the_reference(project: Path) -> None:
-    assert build(project, LIIF_FAST_BUILD="none").returncode == 0
-    script = """
-import warnings
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    import liif_fast
-    from liif_fast import ops
-ours = [str(one.message) for one in caught if "liif_fast" in str(one.message)]
-assert len(ours) == 1 and "LIIF_FAST_BUILD=none" in ours[0], ours
-import torch
-x, area_weight = ops.gather(torch.rand(1, 3, 4, 5), torch.zeros(1, 2, 2))
-assert x.shape == (1, 2, 4, 29) and area_weight.shape == (1, 2, 4)
-assert [name for name, runs, _ in ops.backends.report() if runs] == ["reference"]
-"""
-    result = python(project, "-c", script)
-    assert result.returncode == 0, result.stderr
-
-
-def test_unknown_mode_is_one_sentence(project: Path) -> None:
-    result = build(project, LIIF_FAST_BUILD="gpu")
-    assert result.returncode != 0
-    assert result.stderr.strip() == "error: LIIF_FAST_BUILD is 'gpu': set it to one of auto, cuda, cpu, none"
-
-
-def test_without_a_compiler_auto_goes_on_and_cpu_stops(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    empty = str(tmp_path_factory.mktemp("empty"))
-    auto, cpu = build(project, PATH=empty), build(project, PATH=empty, LIIF_FAST_BUILD="cpu")
-    assert auto.returncode == 0
-    assert (
-        "warning: liif_fast: the package is built without its C++ extension: no C++ compiler was found" in auto.stderr
-    )
-    assert cpu.returncode != 0
-    assert cpu.stderr.strip().startswith("error: no C++ compiler was found")
-    assert "Traceback" not in cpu.stderr
+# ---- what a user may ask for, and what a machine may lack ------------------------------------------------------------
 
 
 @needs_compiler
-def test_broken_source_removes_the_old_library_in_auto_and_stops_in_cpu(project: Path) -> None:
-    library = project / "liif_fast" / "_C.abi3.so"
-    assert build(project, LIIF_FAST_BUILD="cpu").returncode == 0
-    assert library.exists()
-    (project / "csrc" / "cpu" / "one.cpp").write_text("int two() { return ; }\n")
-    strict = build(project, LIIF_FAST_BUILD="cpu")
-    assert strict.returncode != 0 and library.exists()
-    assert "could not make cpu-one.cpp.o of csrc/cpu/one.cpp" in strict.stderr.splitlines()[-1]
-    lenient = build(project)
-    assert lenient.returncode == 0 and not library.exists()
-    assert "warning: liif_fast: the package is built without its C++ extension" in lenient.stderr
-
-
-def test_cuda_mode_needs_nvcc_and_auto_does_not(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup_module.shutil, "which", lambda _: None)
-    monkeypatch.setattr(setup_module, "cuda_sources", lambda: [Path("csrc/cuda/decode/decode.cu")])
-    assert setup_module.find_toolkit() == (
-        None,
-        "no nvcc was found (looked in CUDA_HOME, on PATH and in /usr/local/cuda)",
-    )
-    monkeypatch.setattr(setup_module, "MODE", "cuda")
-    with pytest.raises(setup_module.BuildError, match=r"^LIIF_FAST_BUILD=cuda: no nvcc was found"):
-        setup_module.find_toolkit()
-    monkeypatch.setattr(setup_module, "MODE", "cpu")
-    assert setup_module.find_toolkit() == (None, "LIIF_FAST_BUILD=cpu")
-
-
-def test_no_cuda_source_is_as_good_as_no_nvcc(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup_module, "cuda_sources", list)
-    assert setup_module.find_toolkit() == (None, "csrc/cuda holds no .cu file")
-
-
 @pytest.mark.parametrize(
-    ("version", "accepted"), [("2.10.1", False), ("2.11.0+cu130", True), ("3.0.0a0", True), ("1.13.1", False)]
+    ("mode", "variable", "value", "sentence"),
+    [
+        ("gpu", "", "", "LIIF_FAST_BUILD is 'gpu': set it to one of auto, cuda, cpu, none"),
+        ("cpu", "MAX_JOBS", "0", "MAX_JOBS is '0': set it to a whole number above 0"),
+        ("cpu", "CXX", "missing -O2", "CXX is 'missing -O2', which is not a command on PATH"),
+        ("cpu", "PATH", "/nowhere", "no C++ compiler was found (looked for CXX, c++, g++, clang++)"),
+        ("cuda", "LIIF_FAST_CUDA_ARCHS", "x", "LIIF_FAST_CUDA_ARCHS names 'x': write architectures like '80;90a'"),
+        ("cuda", "LIIF_FAST_CUDA_ARCHS", "7", "nvcc 12.9 does not know sm_7 of LIIF_FAST_CUDA_ARCHS"),
+    ],
 )
-def test_torch_must_have_the_stable_abi(
-    version: str, accepted: bool, setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").touch()
-    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '{version}'\n")
-    spec = importlib.util.spec_from_file_location("torch", tmp_path / "torch" / "__init__.py")
-    monkeypatch.setattr(setup_module.importlib.util, "find_spec", lambda _: spec)
-    if accepted:
-        assert setup_module.find_torch() == (tmp_path / "torch", version)
+def test_errors_are_one_sentence(mode, variable, value, sentence, project, toolkit):
+    result = build(project, mode, CUDA_HOME=toolkit, **{variable or "CXX": value})
+    assert (result.returncode, result.stderr) == (1, f"error: {sentence}\n")
+
+
+def test_missing_tools_are_named_with_the_remedy(setup_py, monkeypatch):
+    monkeypatch.setattr(setup_py, "on_path", lambda *_: None)
+    with pytest.raises(setup_py.BuildError, match=r"ninja.* was not found .*`python -m pip install ninja`"):
+        setup_py.find_ninja()
+    with pytest.raises(
+        setup_py.BuildError, match=r"^LIIF_FAST_BUILD=cuda: no nvcc was found \(looked in CUDA_HOME, on"
+    ):
+        setup_py.build()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(setup_py.BuildError, match=r"^torch was not found .*install torch>=2.11"):
+        setup_py.find_torch()
+
+
+def test_ninja_is_found_next_to_a_python_whose_programs_are_not_on_path(setup_py, monkeypatch):
+    pytest.importorskip("ninja")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert subprocess.run([setup_py.find_ninja(), "--version"]).returncode == 0
+
+
+@pytest.mark.parametrize(("version", "fits"), [("2.10.1", False), ("2.11.0+cu130", True), ("3.0.0a0", True)])
+def test_torch_must_have_the_stable_abi(version, fits, setup_py, monkeypatch, tmp_path):
+    (tmp_path / "version.py").write_text(f"__version__ = '{version}'\n")
+    spec = importlib.util.spec_from_file_location("torch", tmp_path / "__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
+    if fits:
+        assert setup_py.find_torch() == (tmp_path, version)
     else:
-        with pytest.raises(setup_module.BuildError, match=rf"^torch {version} is installed, but .* needs torch>=2.11"):
-            setup_module.find_torch()
+        with pytest.raises(setup_py.BuildError, match=rf"^torch {version} is installed, but .* needs torch>=2.11"):
+            setup_py.find_torch()
 
 
 # ---- what is compiled, and when --------------------------------------------------------------------------------------
 
 
 @needs_compiler
-def test_only_what_changed_is_compiled_and_headers_count(project: Path) -> None:
-    assert compiled(build(project, LIIF_FAST_BUILD="cpu")) == {"bindings-library.cpp.o", "cpu-one.cpp.o"}
-    assert compiled(build(project, LIIF_FAST_BUILD="cpu")) == set()
-    (project / "csrc" / "one.h").write_text("inline int one() { return 11; }\n")
-    assert compiled(build(project, LIIF_FAST_BUILD="cpu")) == {"cpu-one.cpp.o"}
+def test_only_what_changed_is_compiled_and_installed_in_one_step(project):
+    library, every = project / "liif_fast" / "_C.abi3.so", {"library.cpp.o", "one.cpp.o"}
+    assert compiled(build(project)) == every
+    before, mapped = library.read_bytes(), library.open("rb")
+    assert compiled(build(project)) == set()
+    save(project / "csrc" / "one.h", "inline int one() { return 11; }\n")
+    assert compiled(build(project)) == {"one.cpp.o"}
+    assert library.read_bytes() != before == mapped.read()  # a process that has mapped the old file keeps it
     (project / "csrc" / "one.h").unlink()
-    (project / "csrc" / "cpu" / "one.cpp").write_text("int two() { return 2; }\n")
-    assert compiled(build(project, LIIF_FAST_BUILD="cpu")) == {"cpu-one.cpp.o"}
+    save(project / "csrc" / "cpu" / "one.cpp", "int two() { return 2; }\n")
+    assert compiled(build(project, CXX="c++ -DANOTHER_FLAG")) == every
+    (project / "setup.py").write_text((project / "setup.py").read_text().replace("# {version}", "# another {version}"))
+    assert compiled(build(project, CXX="c++ -DANOTHER_FLAG")) == every
 
 
 @needs_compiler
-def test_sanitised_build_leaves_the_package_alone(project: Path) -> None:
+def test_two_builds_at_once_take_turns(project):
+    both = [subprocess.Popen([sys.executable, *BUILD], cwd=project, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [one.wait() for one in both] == [0, 0]
+
+
+@needs_compiler
+def test_broken_source_removes_the_old_library_in_auto_and_stops_in_cpu(project):
     library = project / "liif_fast" / "_C.abi3.so"
-    assert build(project, LIIF_FAST_BUILD="cpu").returncode == 0
-    before = library.read_bytes()
-    result = build(project, LIIF_FAST_SANITIZE="1")
-    if "libasan" in result.stderr:
-        pytest.skip("this compiler has no address sanitiser")
-    assert compiled(result) == {"bindings-library.cpp.o", "cpu-one.cpp.o"}
-    assert b"__asan_init" in (project / "build" / "sanitize" / "_C.abi3.so").read_bytes()
-    assert library.read_bytes() == before and b"__asan_init" not in before
-    assert compiled(build(project, LIIF_FAST_BUILD="cpu")) == set()
+    assert build(project).returncode == 0
+    save(project / "csrc" / "cpu" / "one.cpp", "int two() { return ; }\n")
+    strict, there, lenient = build(project), library.exists(), build(project, "auto")
+    assert (strict.returncode, strict.stderr) == (1, "error: ninja could not make build/objects/cpu/one.cpp.o\n")
+    assert "csrc/cpu/one.cpp:1" in strict.stdout and there
+    assert lenient.returncode == 0 and not library.exists()
+    assert "warning: liif_fast: the package is built without its C++ extension: ninja could not" in lenient.stderr
 
 
 @needs_compiler
-def test_cuda_sources_go_through_nvcc_without_a_gpu(project: Path) -> None:
-    if shutil.which("nvcc") is None:
-        pytest.skip("there is no nvcc on PATH")
-    (project / "csrc" / "cuda").mkdir()
-    (project / "csrc" / "cuda" / "four.cu").write_text(
-        "#ifndef __CUDACC__\n#error not nvcc\n#endif\n"
-        "__global__ void four_kernel(int* x) { *x = 4; }\n"
-        "void launch_four(int* x) { four_kernel<<<1, 1>>>(x); }\n"
-    )
-    (project / "csrc" / "bindings" / "library.cpp").write_text(
-        "#ifndef LIIF_FAST_WITH_CUDA\n#error no CUDA\n#endif\n"
-        "int two();\nvoid launch_four(int* x);\nint three(int* x) { launch_four(x); return two(); }\n"
-    )
-    result = build(project, LIIF_FAST_BUILD="cuda", LIIF_FAST_CUDA_ARCHS="90a")
-    assert compiled(result) == {"bindings-library.cpp.o", "cpu-one.cpp.o", "cuda-four.cu.o"}
-    assert '"90a"' in (project / "liif_fast" / "_build.json").read_text()
-    report = project / "build" / "objects" / "cuda-four.cu.ptxas.txt"
-    assert "four_kernel" in report.read_text() and "ptxas" not in result.stdout + result.stderr
+def test_cuda_sources_go_to_nvcc_and_auto_does_without_them(project, toolkit):
+    source, facts = project / "csrc" / "cuda" / "four.cu", project / "liif_fast" / "_build.json"
+    source.parent.mkdir()
+    source.write_text("int four() { return 4; }\n")
+    (project / "csrc/bindings/library.cpp").write_text("#ifndef LIIF_FAST_WITH_CUDA\n#error no CUDA\n#endif\n")
+    report = project / "build" / "objects" / "cuda" / "four.cu.o.ptxas.txt"
+    result = build(project, "cuda", CUDA_HOME=toolkit, LIIF_FAST_CUDA_ARCHS="90a")
+    assert compiled(result) == {"library.cpp.o", "one.cpp.o", "four.cu.o"} and '"90a"' in facts.read_text()
+    assert "ptxas info" in report.read_text() and "ptxas info" not in result.stdout
     report.unlink()  # an object without its report is not current
-    assert compiled(build(project, LIIF_FAST_BUILD="cuda", LIIF_FAST_CUDA_ARCHS="90a")) == {"cuda-four.cu.o"}
-    assert report.exists()
-    assert compiled(build(project, LIIF_FAST_BUILD="cuda", LIIF_FAST_CUDA_ARCHS="90a")) == set()
-    unknown = build(project, LIIF_FAST_BUILD="cuda", LIIF_FAST_CUDA_ARCHS="7")
-    assert unknown.returncode != 0 and "does not know sm_7 of LIIF_FAST_CUDA_ARCHS" in unknown.stderr
+    assert compiled(build(project, "auto", CUDA_HOME=toolkit, LIIF_FAST_CUDA_ARCHS="90a")) == {"four.cu.o"}
+    save(source, "broken\n")
+    save(project / "csrc" / "bindings" / "library.cpp", "")
+    reason = "ninja could not make build/objects/cuda/four.cu.o"
+    failed, result = build(project, "cuda", CUDA_HOME=toolkit), build(project, "auto", CUDA_HOME=toolkit)
+    assert failed.stderr == f"error: LIIF_FAST_BUILD=cuda: {reason}\n" and "\nbroken\n" in failed.stdout
+    assert result.stderr == f"warning: liif_fast: the extension is built without CUDA: {reason}\n"
+    assert f'"why_no_cuda": "{reason}"' in facts.read_text()
 
 
 @needs_compiler
-def test_wheel_serves_every_python_and_carries_the_data(project: Path) -> None:
-    (project / "liif_fast" / "weights").mkdir(exist_ok=True)
-    (project / "liif_fast" / "weights" / "probe.safetensors").write_bytes(b"")
-    result = python(project, "setup.py", "-q", "bdist_wheel", LIIF_FAST_BUILD="cpu")
+def test_sanitized_build_leaves_the_package_alone(project):
+    result = build(project, LIIF_FAST_SANITIZE="1")
+    if "libasan" in result.stdout:
+        pytest.skip("this compiler has no address sanitizer")
+    assert compiled(result) == {"library.cpp.o", "one.cpp.o"}
+    assert b"__asan_init" in (project / "build" / "sanitize" / "_C.abi3.so").read_bytes()
+    assert not (project / "liif_fast" / "_C.abi3.so").exists() and not (project / "build" / "objects").exists()
+
+
+# ---- what is shipped -------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("variables", "tag", "missing"),
+    [
+        ({"LIIF_FAST_BUILD": "cpu"}, "cp310-abi3-linux_", ""),
+        ({"LIIF_FAST_BUILD": "none"}, "py3-none-any", "LIIF_FAST_BUILD=none"),
+        ({"PATH": "/nowhere"}, "py3-none-any", "no C++ compiler was found"),
+    ],
+)
+def test_wheel_carries_the_data_and_the_extension_or_the_reason(variables, tag, missing, project):
+    result = python(project, "setup.py", "-q", "bdist_wheel", **variables)
     assert result.returncode == 0, result.stderr
-    (wheel,) = (project / "dist").glob("*.whl")
-    assert wheel.name.startswith("liif_fast-0.1.0-cp310-abi3-linux_")
-    names = zipfile.ZipFile(wheel).namelist()
-    for name in ("_C.abi3.so", "_build.json", "py.typed", "weights/probe.safetensors", "ops/extension.py"):
-        assert f"liif_fast/{name}" in names
-    assert any(name.startswith("liif_fast/assets/") for name in names)
+    (wheel,) = (project / "dist").glob(f"liif_fast-*-{tag}*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        names, facts = set(opened.namelist()), opened.read("liif_fast/_build.json").decode()
+    assert f'"missing": "{missing}' in facts if missing else "liif_fast/_C.abi3.so" in names
+    assert {f"liif_fast/{name}" for name in ("py.typed", "weights/tiny.safetensors", "assets/demo.png")} <= names
     assert not any(name.startswith(("tests/", "csrc/", "bench/")) for name in names)
 
 
-def test_pure_wheel_where_nothing_is_compiled(project: Path) -> None:
-    result = python(project, "setup.py", "-q", "bdist_wheel", LIIF_FAST_BUILD="none")
-    assert result.returncode == 0, result.stderr
-    (wheel,) = (project / "dist").glob("*.whl")
-    assert wheel.name == "liif_fast-0.1.0-py3-none-any.whl"
-    assert b"LIIF_FAST_BUILD=none" in zipfile.ZipFile(wheel).read("liif_fast/_build.json")
-
-
-def test_source_distribution_can_be_built_from(project: Path) -> None:
+def test_source_distribution_can_be_built_from(project):
     assert python(project, "setup.py", "-q", "sdist").returncode == 0
-    (archive,) = (project / "dist").glob("*.tar.gz")
-    with tarfile.open(archive) as opened:
+    with tarfile.open(*(project / "dist").glob("*.tar.gz")) as opened:
         names = {name.split("/", 1)[-1] for name in opened.getnames()}
-    assert {"setup.py", "pyproject.toml", "csrc/one.h", "csrc/bindings/library.cpp", "csrc/cpu/one.cpp"} <= names
+    assert {"setup.py", "pyproject.toml", "csrc/exports.map", *(f"csrc/{name}" for name in SOURCES)} <= names
 
 
-# ---- the extension that is there -------------------------------------------------------------------------------------
+# ---- the extension that is installed ---------------------------------------------------------------------------------
 
 
 @needs_compiler
 @pytest.mark.skipif(os.environ.get("LIIF_FAST_BUILD") == "none", reason="LIIF_FAST_BUILD=none")
-def test_extension_is_there_where_a_compiler_is() -> None:
+def test_extension_is_there_where_a_compiler_is():
     assert extension.is_available(), extension.reason()
 
 
 @needs_library
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
-def test_extension_needs_no_unstable_symbol() -> None:
+def test_extension_is_small_exports_nothing_and_needs_no_unstable_symbol():
     listing = subprocess.run(["nm", "-D", "-C", LIBRARY], capture_output=True, text=True, check=True).stdout
     undefined = [line.split(" U ", 1)[1] for line in listing.splitlines() if " U " in line]
     assert any(name.startswith(("aoti_torch_", "torch_")) for name in undefined)  # the list is the right one
     assert [name for name in undefined if "c10::" in name or "at::" in name.replace("std::", "")] == []
-    defined = [line.split()[-1] for line in listing.splitlines() if " T " in line]
-    assert all(name.startswith("PyInit_") for name in defined)
+    assert " T " not in listing and LIBRARY.stat().st_size < 8e6
+
+
+def test_none_imports_with_one_warning_and_without_triton_and_runs_the_reference(project):
+    script = """
+import sys, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import liif_fast, torch
+ours = [str(one.message) for one in caught if "liif_fast" in str(one.message)]
+assert len(ours) == 1 and "without its C++ extension" in ours[0] and "LIIF_FAST_BUILD=none" in ours[0], ours
+assert "triton" not in sys.modules and not torch.cuda.is_initialized()
+x, area_weight = liif_fast.ops.gather(torch.rand(1, 3, 4, 5), torch.zeros(1, 2, 2))
+assert x.shape == (1, 2, 4, 29) and area_weight.shape == (1, 2, 4)
+assert [name for name, runs, _ in liif_fast.ops.backends.report() if runs] == ["reference"]
+"""
+    assert build(project, "none").returncode == 0
+    result = python(project, "-c", script)
+    assert result.returncode == 0, result.stderr
 
 
 @needs_library
-def test_extension_is_small() -> None:
-    assert LIBRARY.stat().st_size < 8e6
+def test_a_variable_caps_the_instruction_set():
+    """LIIF_FAST_CPU_ISA is read when the extension is loaded, so every value has a process of its own."""
+    script = """
+import os, torch
+for cap in ("auto", "portable", "avx2", "avx512", "sse9"):
+    if os.fork():
+        os.wait()
+        continue
+    os.environ["LIIF_FAST_CPU_ISA"] = cap
+    try:
+        from liif_fast.cli import doctor
+        ops, (isa,) = torch.ops.liif_fast_C, [x for x in doctor.report().splitlines() if " LIIF_FAST_CPU_ISA" in x]
+        print(ops.cpu_isa(), ops.cpu_has_bf16(), ops.cpu_select_isa("avx512"), *isa.split(), flush=True)
+    except RuntimeError as error:
+        print(error, flush=True)
+    os._exit(0)
+"""
+    auto, portable, avx2, avx512, unknown = python(ROOT, "-W", "ignore", "-c", script).stdout.splitlines()
+    best, lacks = (
+        auto.split()[0],
+        "LIIF_FAST_CPU_ISA is '{}', which this processor lacks: set it to one of auto, portable",
+    )
+    assert portable == "portable False False LIIF_FAST_CPU_ISA portable"
+    assert avx2 == (lacks.format("avx2") if best == "portable" else "avx2 False False LIIF_FAST_CPU_ISA avx2")
+    assert avx512.startswith(f"{best} " if best.startswith("avx512") else lacks.format("avx512"))
+    assert unknown == "LIIF_FAST_CPU_ISA is 'sse9': set it to one of auto, avx512, avx2, portable"
 
 
-def test_import_touches_neither_triton_nor_cuda() -> None:
-    script = "import sys, torch, liif_fast; print('triton' in sys.modules, torch.cuda.is_initialized())"
-    result = python(ROOT, "-W", "ignore", "-c", script)
-    assert result.stdout.split() == ["False", "False"], result.stderr
-
-
-def test_unloadable_files_become_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unloadable_files_become_one_sentence(tmp_path, monkeypatch):
     file = tmp_path / "_C.abi3.so"
     file.write_text("not a library")
     assert "does not load into torch" in extension._load(file) and "\n" not in extension._load(file)

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +36,6 @@ def setup_py() -> ModuleType:
     spec = importlib.util.spec_from_file_location("liif_fast_setup_for_cuda", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["liif_fast_setup_for_cuda"] = module  # dataclasses look their module up
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("setuptools.setup", lambda **_: None)
         for variable in ("LIIF_FAST_BUILD", "LIIF_FAST_CUDA_ARCHS", "LIIF_FAST_SANITIZE"):
@@ -53,22 +51,23 @@ def toolkit():
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("LIIF_FAST_CUDA_ARCHS", raising=False)
-            return module.Toolkit.find(SOURCES[0])
+            return module.Toolkit.find()
     except module.BuildError as error:
         return pytest.skip(str(error))
 
 
 @cache
 def reports() -> dict[Path, str]:
-    """What ptxas said of each source: kept beside the build's objects, or asked here where those are not current."""
+    """ptxas's report on each source: next to the build's objects when these are for every architecture, or made here."""
     module = setup_py()
-    built = module.cuda_steps(module.OBJECTS, toolkit())
-    folder = ROOT / "build" / "cuda_reports"
-    own = module.cuda_steps(folder, toolkit())
-    chosen = [own[i] if step.is_stale() else step for i, step in enumerate(built)]
-    with module.locked(folder):
-        module.run_stale([step for step in chosen if step in own])
-    return {step.inputs[0]: step.report.read_text() for step in chosen}
+    built = extension.build_facts().get("cuda_archs") == toolkit().archs
+    folder = module.OBJECTS if built else Path("build", "cuda_reports")
+    with module.locked(ROOT / folder):
+        module.write_ninja(folder, toolkit())
+        module.run_ninja(folder, "cuda")
+    return {
+        source: (ROOT / folder / f"{source.relative_to(ROOT / 'csrc')}.o.ptxas.txt").read_text() for source in SOURCES
+    }
 
 
 def kernel_name(mangled: str) -> str:
@@ -134,7 +133,7 @@ def test_geometry_never_contracts_to_a_fused_multiply_add(contraction, tmp_path)
     flags = [flag for flag in setup_py().NVCC_FLAGS if not (contraction and flag == "--fmad=false")]
     target = tmp_path / "probe.ptx"
     probe = ROOT / "tests" / "cuda" / "geometry_probe.cu"
-    command = [toolkit().nvcc, *flags, "-arch=compute_80", "-I", ROOT / "csrc", "-ptx", probe, "-o", target]
+    command = [toolkit().command[0], *flags, "-arch=compute_80", "-I", ROOT / "csrc", "-ptx", probe, "-o", target]
     subprocess.run(command, check=True)
     entries = target.read_text().split(".entry ")[1:]
     fused = {kernel_name(entry.split("(")[0]): [] for entry in entries}

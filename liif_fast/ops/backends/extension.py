@@ -1,7 +1,10 @@
-"""The compiled extension ``liif_fast/_C.abi3.so``, or the one sentence why it is missing.
+"""The compiled extension ``liif_fast/_C.abi3.so``, or one sentence with the reason why it is missing.
 
-Loading registers its ops in ``torch.ops.liif_fast_C``. Nothing is compiled here and no GPU is touched.
-LIIF_FAST_EXTENSION names another file to load instead (``make sanitize`` does so).
+Loading registers its ops in ``torch.ops.liif_fast_C``. This module compiles nothing and uses no GPU. Two variables are
+read when the extension is loaded:
+LIIF_FAST_EXTENSION   another file to load instead (``make sanitize`` sets it)
+LIIF_FAST_CPU_ISA     avx512, avx2 or portable: the largest instruction set that the CPU kernels may use; auto (default)
+                      is the largest of the processor. The bfloat16 kernels need avx512.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ PACKAGE = Path(__file__).resolve().parents[2]
 MIN_TORCH = (2, 11)
 _REBUILD = "build it with `python setup.py build_ext --inplace`, or reinstall the package"
 
-_state: dict[str, str] = {}  # {"reason": ...} once load() has run; '' when the extension is there
+_state: dict[str, str] = {}  # {"reason": ...} after load(); '' when the extension is loaded
 
 
 def path() -> Path:
@@ -31,7 +34,7 @@ def path() -> Path:
 
 @cache
 def build_facts() -> dict[str, Any]:
-    """What setup.py noted beside the extension: compiler, torch, cuda, cuda_archs, why_no_cuda; or only missing."""
+    """The contents of _build.json, by setup.py: compiler, torch, cuda, cuda_archs, why_no_cuda; or only missing."""
     try:
         facts = json.loads((path().parent / "_build.json").read_text())
     except (OSError, ValueError):
@@ -40,7 +43,7 @@ def build_facts() -> dict[str, Any]:
 
 
 def _load(file: Path) -> str:
-    """Load the file; returns '' or one sentence why that failed."""
+    """Load the file; returns '' or one sentence why it cannot be loaded. A wrong LIIF_FAST_CPU_ISA is an error."""
     version = torch.__version__
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MIN_TORCH:
         return f"torch {version} is installed, but the extension needs torch>=2.11; upgrade torch"
@@ -55,11 +58,12 @@ def _load(file: Path) -> str:
     except (OSError, RuntimeError) as error:  # wrong platform, a symbol this torch lacks, ops registered twice
         cause = " ".join(str(error).split())[:300]
         return f"{file} does not load into torch {version} ({cause}); {_REBUILD}"
+    torch.ops.liif_fast_C.cpu_isa()  # raises a RuntimeError that names the value of LIIF_FAST_CPU_ISA and the choices
     return ""
 
 
 def load() -> None:
-    """Load the extension, once; where that is impossible warn, once, and name the reason."""
+    """Load the extension once; when that is impossible, warn once with the reason."""
     if _state:
         return
     _state["reason"] = _load(path())
@@ -78,6 +82,6 @@ def is_available() -> bool:
 
 
 def reason() -> str:
-    """One sentence why the extension is missing; '' when it is there."""
+    """One sentence why the extension is missing; '' when it is loaded."""
     load()
     return _state["reason"]

@@ -1,7 +1,7 @@
-"""Makes the development environment: `python3 .ci/environment.py .venv`. Run again, it only adds what is missing.
+"""Makes the development environment: `python3 .ci/environment.py .venv`. A second run only adds what is missing.
 
-A torch >= 2.11 that this Python can already import is reused, since torch is gigabytes; otherwise torch 2.13.0 is
-installed. Then liif_fast itself goes in, editable, with what the tests need.
+A torch >= 2.11 that this Python can import is reused, since torch is gigabytes; otherwise torch 2.13.0 is installed.
+Then the build requirements, liif_fast itself (editable) and the packages of its tests are installed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import venv
 from pathlib import Path
 
 TORCH = "torch==2.13.0"
-# That torch's release of Triton, for builds of torch that come without: the kernels' budgets are for it.
+# The release of Triton for that torch, since some builds of torch come without; the kernels' budgets are for it.
 TRITON = ["triton>=3.7,<3.8"] if sys.platform == "linux" else []
 FIND_TORCH = "import pathlib, torch; print(torch.__version__, pathlib.Path(torch.__file__).parent.parent, sep='\\n')"
 
 
 def importable_torch(python: Path | str) -> Path | None:
-    """The folder that holds this Python's torch, or None where there is none of version 2.11 or later."""
+    """The folder that holds this Python's torch, or None if it has no torch of version 2.11 or later."""
     found = subprocess.run([python, "-c", FIND_TORCH], capture_output=True, text=True, check=False)
     if found.returncode:
         return None
@@ -29,7 +29,7 @@ def importable_torch(python: Path | str) -> Path | None:
 
 
 def main() -> None:
-    if sys.version_info < (3, 10):  # noqa: UP036 - whoever calls this may well be older
+    if sys.version_info < (3, 10):  # noqa: UP036 - the Python that runs this may be older
         sys.exit(
             f"error: Python {sys.version.split()[0]} is too old, liif_fast needs 3.10; say `make PYTHON=python3.12`"
         )
@@ -41,20 +41,20 @@ def main() -> None:
         try:
             venv.create(folder, with_pip=True, symlinks=True, system_site_packages=shared is not None)
         except subprocess.CalledProcessError:
-            shutil.rmtree(folder, ignore_errors=True)  # without pip it would pass for a finished one
+            shutil.rmtree(folder, ignore_errors=True)  # a second run would take it for a finished one
             sys.exit(
                 f"error: {sys.executable} cannot make an environment with pip (on Debian: apt install python3-venv)"
             )
         if shared and not importable_torch(python):
-            # This Python is itself a virtual environment: what it sees, `system_site_packages` does not.
+            # This Python is a virtual environment itself, and `system_site_packages` shows none of its packages.
             packages = Path(next(folder.glob("lib/python*/site-packages")))
             (packages / "reused_torch.pth").write_text(f"{shared}\n")
     pip = [str(python), "-m", "pip", "install", "--quiet"]
     reused = importable_torch(python)
     print(f"reusing the torch in {reused}" if reused else f"installing {TORCH}", flush=True)
-    subprocess.run([*pip, "setuptools>=77", *([] if reused else [TORCH, *TRITON])], check=True)
-    print("installing liif_fast and what its tests need", flush=True)
-    # Without isolation: with it, pip would fetch a second torch just to build.
+    subprocess.run([*pip, "setuptools>=77", "ninja", *([] if reused else [TORCH, *TRITON])], check=True)
+    print("installing liif_fast and the packages of its tests", flush=True)
+    # Without isolation, since pip would download a second torch for an isolated build.
     subprocess.run([*pip, "--no-build-isolation", "--editable", ".[test]"], check=True)
 
 
@@ -62,4 +62,4 @@ if __name__ == "__main__":
     try:
         main()
     except subprocess.CalledProcessError as error:
-        sys.exit(f"error: `{' '.join(map(str, error.cmd))}` failed; its messages stand above")
+        sys.exit(f"error: `{' '.join(map(str, error.cmd))}` failed; its messages are above")

@@ -58,7 +58,7 @@ def toolkit():
 
 @cache
 def reports() -> dict[Path, str]:
-    """ptxas's report on each source: next to the build's objects when these are for every architecture, or made here."""
+    """ptxas's report on each source: next to the build's objects if these are for every architecture, or made here."""
     module = setup_py()
     built = extension.build_facts().get("cuda_archs") == toolkit().archs
     folder = module.OBJECTS if built else Path("build", "cuda_reports")

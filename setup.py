@@ -173,7 +173,7 @@ def quoted(*words: str) -> str:
 
 
 def write_ninja(folder: Path, toolkit: Toolkit | None) -> dict[str, object]:
-    """Write folder/build.ninja, with the targets `library` and `cuda` (nvcc's objects); returns facts for _build.json.
+    """Write folder/build.ninja, with targets for _C.abi3.so and `cuda` (nvcc's objects); returns facts for _build.json.
 
     ninja repeats a command whose text has changed, so every command ends in a comment with its tools' versions.
     """
@@ -203,8 +203,7 @@ def write_ninja(folder: Path, toolkit: Toolkit | None) -> dict[str, object]:
         flags = " -DLIIF_FAST_WITH_CUDA" if toolkit and source.parent.name == "bindings" else ""
         lines.append(f"build {objects[-1]}: cxx {source}\n  flags ={flags}")
     lines += [f"rule link\n  description = link: $out\n  command = {link} $in {quoted(*libraries)} -o $out {tools}"]
-    lines += [f"build {folder}/_C.abi3.so: link {' '.join(cuda + objects)} | csrc/exports.map"]
-    lines += [f"build library: phony {folder}/_C.abi3.so", ""]
+    lines += [f"build {folder}/_C.abi3.so: link {' '.join(cuda + objects)} | csrc/exports.map", ""]
     (ROOT / folder / "build.ninja").write_text("\n".join(lines))
     cuda_facts = {"cuda": toolkit.release, "cuda_archs": toolkit.archs} if toolkit else {"cuda": None, "cuda_archs": []}
     return {"compiler": version, "torch": torch_version, **cuda_facts}
@@ -236,7 +235,7 @@ def build() -> dict[str, object]:
     if MODE != "cpu" and not SANITIZE:
         try:
             facts = write_ninja(OBJECTS, Toolkit.find())
-            run_ninja(OBJECTS, "library")
+            run_ninja(OBJECTS, f"{OBJECTS}/_C.abi3.so")
             return {**facts, "why_no_cuda": ""}
         except BuildError as error:
             if MODE == "cuda":
@@ -244,7 +243,7 @@ def build() -> dict[str, object]:
             why_no_cuda = str(error)
             warn(f"the extension is built without CUDA: {error}")
     facts = write_ninja(OBJECTS, None)
-    run_ninja(OBJECTS, "library")
+    run_ninja(OBJECTS, f"{OBJECTS}/_C.abi3.so")
     return {**facts, "why_no_cuda": why_no_cuda}
 
 

@@ -62,7 +62,7 @@ const Bf16Kernels& avx512_bf16_kernels();
 const Kernels& kernels();
 const Bf16Kernels* bf16_kernels();  // null where the processor cannot
 
-// "auto", "avx512", "avx2" or "portable": for tests and benchmarks. False where this processor or LIIF_FAST_CPU_ISA does
+// "auto", "avx512", "avx2" or "portable": for tests and benchmarks. False where the processor or LIIF_FAST_CPU_ISA does
 // not allow it.
 bool select_kernels(const char* name);
 

@@ -1,4 +1,4 @@
-"""`liif-fast train`: a configuration in the original's format, a run's folder under save/, one process or several."""
+"""`liif-fast train`: train from a configuration in the original's format, in one process or several."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from liif_fast.cli.arguments import whole_number
 from liif_fast.training import config
 
 
@@ -17,12 +18,12 @@ def add(commands: Any) -> None:
         "train",
         help="train a model from a configuration",
         description="Train a model from a YAML configuration in the format of yinboc/liif. The run's folder is "
-        "SAVE/NAME[_TAG]; one that exists is only gone on with, by --resume. On several GPUs or processes: "
+        "SAVE/NAME[_TAG]; an existing folder needs --resume. On several GPUs or in several processes: "
         "torchrun --nproc-per-node N -m liif_fast train --config FILE.",
     )
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML file")
-    parser.add_argument("--name", help="of the run's folder (default: _ and the configuration's name)")
-    parser.add_argument("--tag", help="added to the name, after an underscore")
+    parser.add_argument("--name", help="name of the run's folder (default: _ and the configuration's name)")
+    parser.add_argument("--tag", help="suffix of the name, after an underscore")
     parser.add_argument("--save", type=Path, default=Path("save"), help="folder of all runs (default: %(default)s)")
     parser.add_argument(
         "--set",
@@ -31,29 +32,29 @@ def add(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="change the configuration, such as optimizer.args.lr=1e-3 (several, and more than once)",
+        help="change the configuration, for example optimizer.args.lr=1e-3 (repeatable, with one or more values)",
     )
     parser.add_argument(
-        "--resume", metavar="auto|FILE", help="go on where the run's folder stands, or from a state.pth or epoch-*.pth"
+        "--resume", metavar="auto|FILE", help="resume the run in its folder, or from a state.pth or epoch-*.pth"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=int, help="processor threads (default: as many as cores)")
+    parser.add_argument("--threads", type=whole_number, help="processor threads (default: as many as cores)")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Train; returns the exit code."""
     from liif_fast import training
-    from liif_fast.utils import distributed  # the command line starts faster without torch.distributed and logs
+    from liif_fast.utils import (
+        distributed,
+    )  # imported here, because other commands start faster without torch.distributed
 
     if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads is {options.threads}; it must be at least 1")
         torch.set_num_threads(options.threads)
     overrides = [each for group in options.overrides for each in group]
     content = config.load(options.config, "train", overrides)
     with distributed.setup(options.device) as device:
-        report = _say if distributed.is_main() else _be_quiet
+        report = _print_line if distributed.is_main() else _ignore
         folder = training.train(
             content,
             options.save / _folder_name(options),
@@ -74,9 +75,9 @@ def _folder_name(options: argparse.Namespace) -> str:
     return name
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(line, flush=True)
 
 
-def _be_quiet(line: str) -> None:
+def _ignore(line: str) -> None:
     pass

@@ -1,8 +1,8 @@
-"""Photographs as training and test items: folders of images, wrappers that cut, shrink and sample them, loaders.
+"""Photographs as training and test items: folders of images, wrappers that crop, shrink and sample them, loaders.
 
-Names, arguments and semantics are those of the original's YAML files; what is ours is optional and off by default.
-pictures.py -> folders.py -> wrappers.py -> loader.py; with `loader: device`, resize.py -> device.py instead of workers.
-Images stay 8-bit in memory. Every random decision about an item comes from its number and the seed.
+Names, arguments and semantics are those of the original's YAML files; additional arguments are off by default.
+Reading order: pictures.py, folders.py, wrappers.py, numbering.py, loader.py. Images stay 8-bit in memory. Every random
+decision about an item depends only on the item's number and on the seed.
 """
 
 from liif_fast.data.folders import ImageFolder, PairedImageFolders
@@ -19,11 +19,10 @@ from liif_fast.data.pictures import (
     to_tensor,
 )
 from liif_fast.data.registry import build, dataset_class, make_dataset, register, registered
-from liif_fast.data.wrappers import Crop, SRImplicitDownsampled, SRImplicitPaired, SRImplicitUniformVaried
+from liif_fast.data.wrappers import SRImplicitDownsampled, SRImplicitPaired, SRImplicitUniformVaried
 
 __all__ = [
     "ENERGY_BLOCK",
-    "Crop",
     "ImageFolder",
     "Item",
     "Loader",

@@ -1,4 +1,4 @@
-"""Folders of images as datasets: `image-folder` and `paired-image-folders`, 8-bit in memory and in their caches."""
+"""Folders of images as datasets, `image-folder` and `paired-image-folders`; memory and caches hold 8-bit images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from liif_fast.data.registry import register
 from liif_fast.utils import memory
 from liif_fast.utils.files import write_atomically
 
-MIN_COPY_SIDE = 256  # pixels: a shrunken copy with a shorter side is left out, it would only repeat one crop
+MIN_COPY_SIDE = 256  # pixels: copies shrunk below this are left out, because all their crops would be alike
 CACHES = ("none", "bin", "in_memory")
 
 
@@ -30,14 +30,14 @@ CACHES = ("none", "bin", "in_memory")
 class ImageFolder(Dataset[torch.Tensor]):
     """The images of one folder, as float32 [n_colors, H, W] in [0, 1].
 
-    root_path: the folder; split_file (JSON) and split_key: take the names listed there instead of all images;
-    first_k: only the first so many; repeat: the length is so many times the number of images;
-    cache: 'none' decodes at every access; 'bin' decodes once into `_bin_<folder>` beside the folder and maps those
-    files, which all processes share; 'in_memory' keeps uint8 [H, W, n_colors], a quarter of the original's floats;
-    shrink: also the images shrunk by these whole numbers (1 is the image itself), as extra, sharper data;
-    n_colors: 1 (grey), 3 (RGB) or 4 (RGBA).
+    root_path: the folder. split_file (JSON), split_key: use the names listed there instead of all images.
+    first_k: use only the first k images. repeat: the length is this multiple of the number of images.
+    cache: 'none' decodes at every access; 'bin' decodes once into `_bin_<folder>` next to the folder and maps those
+        files, which all processes share; 'in_memory' keeps uint8 [H, W, n_colors], a quarter of the original's floats.
+    shrink: factors by which copies of the images are shrunk (1 is the image itself), as additional, sharper data.
+    n_colors: 1 (gray), 3 (RGB) or 4 (RGBA).
     Raises ValueError for a missing or empty folder, an unreadable image, a bad split or a bad argument.
-    Source: original datasets/image_folder.py. Its cache 'bin' held pickles, which are never read here.
+    Source: original datasets/image_folder.py. Its cache 'bin' holds pickles, which this class never reads.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class ImageFolder(Dataset[torch.Tensor]):
         n_colors: int = 3,
     ) -> None:
         if cache not in CACHES:
-            raise ValueError(f"cache is {cache!r}; image-folder knows 'none', 'bin' and 'in_memory'")
+            raise ValueError(f"cache is {cache!r}; it must be 'none', 'bin' or 'in_memory'")
         if repeat < 1 or not shrink or any(factor < 1 for factor in shrink):
             raise ValueError(f"repeat ({repeat}) and every shrink factor ({list(shrink)}) must be at least 1")
         if n_colors not in MODES:
-            raise ValueError(f"n_colors is {n_colors!r}; images have 1 (grey), 3 (RGB) or 4 (RGBA)")
+            raise ValueError(f"n_colors is {n_colors!r}; it must be 1 (gray), 3 (RGB) or 4 (RGBA)")
         if cache == "bin" and tuple(shrink) != (1,):
-            raise ValueError("cache 'bin' keeps no shrunken copies; use cache 'in_memory' with shrink")
+            raise ValueError("cache 'bin' cannot hold shrunken copies: use cache 'in_memory' with shrink")
         if first_k is not None and first_k < 1:
             raise ValueError(f"first_k is {first_k}; it must be at least 1, or left out for all images")
         paths = list_images(root_path) if split_file is None else _listed(Path(root_path), split_file, split_key)
@@ -84,7 +84,7 @@ class ImageFolder(Dataset[torch.Tensor]):
 
     @property
     def image_count(self) -> int:
-        """Number of different images, shrunken copies counted, repeats not."""
+        """Number of different images: shrunken copies count, repeats do not."""
         return len(self._sources)
 
     def name(self, index: int) -> str:
@@ -100,23 +100,15 @@ class ImageFolder(Dataset[torch.Tensor]):
             return np.load(self._binaries[index], mmap_mode="r")
         return read_pixels(self._sources[index][0], self.n_colors)
 
-    def size(self, index: int) -> tuple[int, int]:
-        """(H, W) of an item, without decoding it."""
-        index %= len(self._sources)
-        if self._cache is not None or self._binaries is not None:
-            height, width = self.array(index).shape[:2]
-            return height, width
-        return header_size(self._sources[index][0])
-
     def __getitem__(self, index: int) -> torch.Tensor:
         return to_tensor(self.array(index))
 
 
 @register("paired-image-folders")
 class PairedImageFolders(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Pairs of images from two folders in order of name: root_path_1 holds the small ones, root_path_2 the large ones.
+    """Pairs of images from two folders in order of name: root_path_1 holds the small images, root_path_2 the large.
 
-    The other arguments hold for both folders and are those of `ImageFolder`. An item is (small, large).
+    The other arguments are those of `ImageFolder` and apply to both folders. An item is (small, large).
     Raises ValueError as ImageFolder does, and when the folders hold different numbers of images.
     Source: original datasets/image_folder.py, PairedImageFolders.
     """
@@ -165,7 +157,7 @@ class PairedImageFolders(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def decoded(make: Callable[[Any], np.ndarray], sources: Sequence[Any]) -> Iterator[np.ndarray]:
-    """make(source) of every source in order, by a few threads (decoders let others run), with a bar on a terminal."""
+    """make(source) of every source in order, in a few threads (decoders release the GIL), with a progress bar."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         yield from tqdm(
             pool.map(make, sources), "images", len(sources), unit="image", leave=False, disable=not sys.stderr.isatty()
@@ -191,7 +183,7 @@ def _listed(root: Path, split_file: str | Path, split_key: str | None) -> list[P
         raise ValueError(f"split_file {str(split_file)!r} is not JSON ({error})") from error
     names = splits.get(split_key) if isinstance(splits, dict) else None
     if not isinstance(names, list) or not names:
-        known = ", ".join(map(repr, splits)) if isinstance(splits, dict) else "none, as it is no dictionary"
+        known = ", ".join(map(repr, splits)) if isinstance(splits, dict) else "none (it is not a dictionary)"
         raise ValueError(f"split_key is {split_key!r}, but the lists in {str(split_file)!r} are {known}")
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
@@ -203,11 +195,11 @@ def _listed(root: Path, split_file: str | Path, split_key: str | None) -> list[P
 
 
 def _cached_on_disk(root: Path, paths: Sequence[Path], n_colors: int) -> list[Path]:
-    """Decoded copies of the images, made where they are missing or older than the image."""
+    """Decoded copies of the images; a missing copy, or one older than its image, is made first."""
     folder = root.resolve().parent / f"_bin_{root.resolve().name}"
     try:
         folder.mkdir(exist_ok=True)
-        # With the image's suffix: a.png and a.jpg are two images.
+        # Keep the image's suffix, because a.png and a.jpg are different images.
         copies = {path: folder / f"{path.name}.{n_colors}.npy" for path in paths}
         missing = [
             path for path, copy in copies.items() if not copy.exists() or copy.stat().st_mtime < path.stat().st_mtime
@@ -227,5 +219,5 @@ def _shrunk(image: np.ndarray, factor: int) -> np.ndarray:
     if factor == 1:
         return image
     height, width = max(1, image.shape[0] // factor), max(1, image.shape[1] // factor)
-    planes = [Image.fromarray(image[..., colour]) for colour in range(image.shape[2])]
+    planes = [Image.fromarray(image[..., channel]) for channel in range(image.shape[2])]
     return np.stack([np.asarray(plane.resize((width, height), Image.Resampling.LANCZOS)) for plane in planes], axis=-1)

@@ -1,41 +1,21 @@
-"""Names for dataset and wrapper classes, so that a configuration file can ask for them."""
+"""Names of dataset and wrapper classes, for configurations."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-_registry: dict[str, Callable[..., Any]] = {}
-_Class = TypeVar("_Class", bound=Callable[..., Any])
+from liif_fast.utils.registry import Registry
 
-
-def register(name: str) -> Callable[[_Class], _Class]:
-    """Let configurations name a dataset or wrapper class: `@register('my-folder')`. A later one of a name wins."""
-
-    def decorate(cls: _Class) -> _Class:
-        _registry[name] = cls
-        return cls
-
-    return decorate
-
-
-def registered() -> dict[str, Callable[..., Any]]:
-    """What is registered by which name: datasets and wrappers. A copy."""
-    return dict(_registry)
-
-
-def dataset_class(name: object) -> Callable[..., Any]:
-    """The class registered under `name`; raises ValueError, naming those there are, where nobody registered it."""
-    if not isinstance(name, str) or name not in _registry:
-        raise ValueError(f"no dataset is named {name!r}; choose one of {', '.join(sorted(_registry))} or register it")
-    return _registry[name]
+_datasets: Registry[Any] = Registry("dataset")
+register, registered, dataset_class = _datasets.register, _datasets.registered, _datasets.find
 
 
 def make_dataset(spec: Mapping[str, Any], args: Mapping[str, Any] | None = None) -> Any:
     """Build a registered dataset or wrapper from `{'name', 'args'}`; `args` override a deep copy of `spec['args']`.
 
-    Raises ValueError for a name nobody registered and for arguments that its class does not take.
+    Raises ValueError for a name that is not registered and for arguments that its class does not accept.
     Source: original datasets/datasets.py, make.
     """
     name = spec.get("name")

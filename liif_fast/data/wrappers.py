@@ -1,6 +1,6 @@
-"""Wrappers: they turn images into the items that LIIF trains and is tested on.
+"""Wrappers turn images into items for training and testing.
 
-An item is {'inp': [C, h, w], 'coord': [Q, 2], 'cell': [Q, 2], 'gt': [Q, C]} in float32, colours in [0, 1].
+An item is {'inp': [C, h, w], 'coord': [Q, 2], 'cell': [Q, 2], 'gt': [Q, C]} in float32, with colors in [0, 1].
 Source: original datasets/wrappers.py; paper, section 4.
 """
 
@@ -25,16 +25,12 @@ from liif_fast.data.pictures import (
 from liif_fast.data.registry import register
 from liif_fast.models.coordinates import make_coord
 
-FLAT_ENERGY = 0.1  # levels of 255 added to every block, so that flat ones keep a small share
+FLAT_ENERGY = 0.1  # on the scale of 0 to 255; added to every block, so that flat blocks are drawn now and then
 
 
-class Crop(NamedTuple):
-    """A square of an image, and how it is turned: flip the rows, flip the columns, transpose, in this order.
+class _Crop(NamedTuple):
+    """A square of `side` pixels, and its orientation: flip the rows, flip the columns, transpose, in this order."""
 
-    scale: of the large crop to the small one, before rounding; side: of the square in pixels.
-    """
-
-    scale: float
     top: int
     left: int
     side: int
@@ -42,7 +38,7 @@ class Crop(NamedTuple):
 
 
 class _Wrapper(Dataset[Item]):
-    """What the wrappers share: item `number` is a function of the seed and the number alone."""
+    """Base of all wrappers: item `index` depends only on the seed and on the index."""
 
     dataset: Any
     sample_q: int | None
@@ -55,11 +51,11 @@ class _Wrapper(Dataset[Item]):
         return self.item(index, np.random.default_rng((self.seed, index)))
 
     def item(self, index: int, rng: np.random.Generator) -> Item:
-        """One item of image `index`; all its random decisions are drawn from `rng`."""
+        """One item of image `index`, with all random decisions from `rng`."""
         raise NotImplementedError
 
     def _samples(self, low: np.ndarray, high: np.ndarray, rng: np.random.Generator) -> Item:
-        """Input and targets from the small and the large picture, uint8 or float [H, W, C]."""
+        """An item from the small and the large image, uint8 or float [H, W, C]."""
         height, width = high.shape[:2]
         if self.sample_q is None:
             chosen = np.arange(height * width)
@@ -78,10 +74,11 @@ class _Wrapper(Dataset[Item]):
 class SRImplicitPaired(_Wrapper):
     """Items from pairs of a small and a large image whose sizes differ by a whole factor s = H // h.
 
-    dataset: gives pairs, such as PairedImageFolders. inp_size: side of a random crop of the small image; None takes all
-    of it, with the large one cut to h*s x w*s. augment: flip rows, flip columns, transpose, each with probability one
-    half. sample_q: number of pixels sampled without replacement, None takes all. seed: of the random decisions.
-    Raises ValueError for a bad argument, a pair that does not fit or an image smaller than a crop, naming it.
+    dataset: pairs, such as PairedImageFolders.
+    inp_size: side of a random crop of the small image; None uses the whole image, and h*s x w*s of the large image.
+    augment: flip rows, flip columns, transpose, each with probability 1/2.
+    sample_q: number of pixels sampled without replacement; None uses all. seed: seed of all random decisions.
+    Raises ValueError for a bad argument, and, with its name, for a pair that does not fit or a too small image.
     Source: original datasets/wrappers.py, SRImplicitPaired.
     """
 
@@ -99,49 +96,45 @@ class SRImplicitPaired(_Wrapper):
 
     def item(self, index: int, rng: np.random.Generator) -> Item:
         low, high = _pair(self.dataset, index)
-        scale = self.factor(index, low.shape, high.shape)
+        scale = self._factor(index, low.shape, high.shape)
         flips = (False, False, False)
         if self.inp_size is None:
             high = high[: low.shape[0] * scale, : low.shape[1] * scale]
-            if self.augment:
-                flips = _draw_flips(rng)
         else:
-            crop = self.draw_crop(index, low.shape, rng)
-            side, flips = crop.side, crop.flips
-            low = low[crop.top : crop.top + side, crop.left : crop.left + side]
-            top, left, side = crop.top * scale, crop.left * scale, side * scale
+            side = self.inp_size
+            _check_holds(self.dataset, index, low.shape, side, f"inp_size {side}", "inp_size")
+            top, left = int(rng.integers(low.shape[0] - side + 1)), int(rng.integers(low.shape[1] - side + 1))
+            low = low[top : top + side, left : left + side]
+            top, left, side = top * scale, left * scale, side * scale
             high = high[top : top + side, left : left + side]
+        if self.augment:
+            flips = _draw_flips(rng)
         return self._samples(_augmented(low, flips), _augmented(high, flips), rng)
 
-    def factor(self, index: int, low: tuple[int, ...], high: tuple[int, ...]) -> int:
-        """s of a pair of these shapes [h, w, ...] and [H, W, ...]."""
+    def _factor(self, index: int, low: tuple[int, ...], high: tuple[int, ...]) -> int:
+        """The factor s of a pair of these shapes [h, w, ...] and [H, W, ...]."""
         scale = high[0] // low[0]
         if scale < 1 or high[1] // low[1] != scale:
             raise ValueError(
                 f"{_name(self.dataset, index)!r} has {low[0]}x{low[1]} pixels and its large image {high[0]}x{high[1]}: "
-                "these differ by no whole factor; pair each image with its own enlargement"
+                "these sizes differ by no whole factor; pair each image with its own enlargement"
             )
         return scale
-
-    def draw_crop(self, index: int, shape: tuple[int, ...], rng: np.random.Generator) -> Crop:
-        """A crop of the small image, of this shape [h, w, ...]; the large one's is at s times its place."""
-        assert self.inp_size is not None
-        side = self.inp_size
-        _check_holds(self.dataset, index, shape, side, f"inp_size {side}", "inp_size")
-        top, left = int(rng.integers(shape[0] - side + 1)), int(rng.integers(shape[1] - side + 1))
-        return Crop(1.0, top, left, side, _draw_flips(rng) if self.augment else (False, False, False))
 
 
 @register("sr-implicit-downsampled")
 class SRImplicitDownsampled(_Wrapper):
-    """Items from single images: a shrunken image and samples of the image it came from.
+    """Items from single images: a shrunken image and samples of the original image.
 
-    dataset: gives uint8 images (`array`, `name`, `image_count`), such as ImageFolder, or float tensors [C, H, W].
-    inp_size: side of the shrunken crop; None takes the whole image. scale_min..scale_max: s is uniform in between.
-    augment: flip rows, flip columns, transpose, each with probability one half. sample_q: number of pixels sampled
-    without replacement, None takes all. energy: draw crops in proportion to gradient energy to this power (0:
-    uniformly, as in the paper). seed: item i of a dataset object is always the same; call `item` for other draws.
-    Raises ValueError for a bad argument or an image smaller than a crop, naming it.
+    dataset: uint8 images (`array`, `name`, `image_count`), such as ImageFolder, or float tensors [C, H, W].
+    inp_size: side of the shrunken crop; None uses the whole image.
+    scale_min, scale_max: the scale s is uniform between them.
+    augment: flip rows, flip columns, transpose, each with probability 1/2.
+    sample_q: number of pixels sampled without replacement; None uses all.
+    energy: within an image, draw crops in proportion to gradient energy to this power; 0 draws them uniformly, as in
+        the paper.
+    seed: seed of all random decisions; item i of a wrapper is always the same, and `item` makes others.
+    Raises ValueError for a bad argument, and, with its name, for an image that is smaller than a crop.
     Source: original datasets/wrappers.py, SRImplicitDownsampled.
     """
 
@@ -173,37 +166,26 @@ class SRImplicitDownsampled(_Wrapper):
         ]
         self._block_sums = [np.cumsum(weights) for weights in self._block_weights]
 
-    def draw(self, rng: np.random.Generator) -> Item:
-        """An item of an image that is drawn too: uniformly, or by the image's sum of energy."""
-        return self.item(self.draw_image(rng), rng)
-
-    def draw_image(self, rng: np.random.Generator) -> int:
-        """The number of an image: uniformly, or by the image's sum of energy."""
-        if not self.energy:
-            return int(rng.integers(self.dataset.image_count))
-        totals = np.cumsum([sums[-1] for sums in self._block_sums])
-        return int(np.searchsorted(totals, rng.random() * totals[-1], side="right"))
-
     def item(self, index: int, rng: np.random.Generator) -> Item:
         image = _single(self.dataset, index)
         if self.inp_size is None:
             low, high = shrink_whole(image, float(rng.uniform(self.scale_min, self.scale_max)))
             flips = _draw_flips(rng) if self.augment else (False, False, False)
         else:
-            crop = self.draw_crop(index, image.shape, rng)
+            crop = self._draw_crop(index, image.shape, rng)
             high = image[crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
             low, flips = resize_bicubic(to_bytes(high), (self.inp_size, self.inp_size)), crop.flips
         return self._samples(_augmented(low, flips), _augmented(high, flips), rng)
 
-    def draw_crop(self, index: int, shape: tuple[int, ...], rng: np.random.Generator) -> Crop:
-        """A crop of image `index`, of this shape [H, W, ...]."""
+    def _draw_crop(self, index: int, shape: tuple[int, ...], rng: np.random.Generator) -> _Crop:
+        """A crop of image `index` of shape [H, W, ...]."""
         assert self.inp_size is not None
         scale = float(rng.uniform(self.scale_min, self.scale_max))
         side = round(self.inp_size * scale)
         advice = "inp_size or scale_max"
         _check_holds(self.dataset, index, shape, side, f"inp_size {self.inp_size} at this scale", advice)
         top, left = self._corner(index, shape, side, rng)
-        return Crop(scale, top, left, side, _draw_flips(rng) if self.augment else (False, False, False))
+        return _Crop(top, left, side, _draw_flips(rng) if self.augment else (False, False, False))
 
     def _corner(self, index: int, shape: tuple[int, ...], side: int, rng: np.random.Generator) -> tuple[int, int]:
         height, width = shape[:2]
@@ -212,9 +194,9 @@ class SRImplicitDownsampled(_Wrapper):
         sums = self._block_sums[index % self.dataset.image_count]
         weights = self._block_weights[index % self.dataset.image_count]
         block = min(int(np.searchsorted(sums, rng.random() * sums[-1], side="right")), len(sums) - 1)
-        # The crop's centre falls anywhere in the chosen block, as far as the borders allow.
-        centre = (np.array(divmod(block, weights.shape[1])) + rng.random(2)) * ENERGY_BLOCK
-        corner = np.clip(np.rint(centre - side / 2), 0, (height - side, width - side))
+        # The crop's center is uniform in the chosen block, as far as the image's borders allow.
+        center = (np.array(divmod(block, weights.shape[1])) + rng.random(2)) * ENERGY_BLOCK
+        corner = np.clip(np.rint(center - side / 2), 0, (height - side, width - side))
         return int(corner[0]), int(corner[1])
 
 
@@ -222,10 +204,11 @@ class SRImplicitDownsampled(_Wrapper):
 class SRImplicitUniformVaried(_Wrapper):
     """Items from pairs whose large image is resized to a size that grows with the item's number.
 
-    dataset: gives pairs, such as PairedImageFolders. size_min..size_max: shorter side of the large image, from the
-    first item to the last (size_max None: size_min). augment: flip left-right with probability one half. gt_resize:
-    resize the large image to this shorter side afterwards, so that every item has as many pixels. sample_q: number of
-    pixels sampled without replacement, None takes all.
+    dataset: pairs, such as PairedImageFolders.
+    size_min, size_max: shorter side of the large image for the first item and for the last (None: as size_min).
+    augment: flip columns with probability 1/2.
+    gt_resize: resize the large image to this shorter side afterward, so that all items have the same number of pixels.
+    sample_q: number of pixels sampled without replacement; None uses all.
     Raises ValueError for a bad argument. Source: original datasets/wrappers.py, SRImplicitUniformVaried.
     """
 
@@ -249,7 +232,7 @@ class SRImplicitUniformVaried(_Wrapper):
 
     def item(self, index: int, rng: np.random.Generator) -> Item:
         low, high = _pair(self.dataset, index)
-        # The item's place in an epoch decides the size, not the image's, which a `repeat` would bring back.
+        # The size follows the item's position in the epoch, not the image's position, which starts again with `repeat`.
         progress = (index % len(self)) / max(1, len(self) - 1)
         high = _resize_shorter(high, round(self.size_min + (self.size_max - self.size_min) * progress))
         if self.augment and rng.random() < 0.5:
@@ -268,7 +251,7 @@ def _check_holds(dataset: Any, index: int, shape: tuple[int, ...], side: int, ca
     if min(shape[:2]) < side:
         raise ValueError(
             f"{_name(dataset, index)!r} has {shape[0]}x{shape[1]} pixels, less than a crop of {side}x{side} "
-            f"({cause}); remove the image or lower {advice}"
+            f"({cause}): remove the image or lower {advice}"
         )
 
 
@@ -282,7 +265,7 @@ def _name(dataset: Any, index: int) -> str:
 
 
 def _single(dataset: Any, index: int) -> np.ndarray:
-    """Image `index` of a dataset of ours as uint8, of a user's own as float32: [H, W, C]."""
+    """Image `index` as [H, W, C]: uint8 from a dataset of this package, float32 from a user's."""
     return dataset.array(index) if hasattr(dataset, "array") else _as_array(dataset[index % len(dataset)])
 
 
@@ -298,7 +281,7 @@ def _as_array(image: Any) -> np.ndarray:
 
 
 def _resize_shorter(image: np.ndarray, side: int) -> np.ndarray:
-    """Resized so that the shorter side has `side` pixels; the longer one is rounded down, as torchvision's Resize."""
+    """Resize the shorter side to `side` pixels; the longer side is rounded down, as in torchvision's Resize."""
     height, width = image.shape[:2]
     size = (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
     return resize_bicubic(to_bytes(image), size)

@@ -1,36 +1,21 @@
-"""How good models are: the paper's protocols, tables over scales and methods, plots, a visual comparison.
+"""Evaluation: the paper's metrics and protocols, comparisons of models over scales with tables, plots and pictures.
 
-metrics.py: PSNR and SSIM of one picture. protocol.py: a loader's items, as the original's test.py scores them.
-scores.py: one model beside bicubic on a folder. study.py: many methods, scales and images -> tables.py, figures.py.
+metrics.py: PSNR and SSIM of one image. protocol.py: scores of a loader's items, as in the original's test.py.
+comparison.py: many methods, scales and images; tables.py and figures.py present its scores.
 """
 
-from liif_fast.evaluation.metrics import METRICS, parse_protocol, psnr, ssim
+from liif_fast.evaluation.comparison import predict
+from liif_fast.evaluation.metrics import METRICS, check_metrics, parse_protocol, psnr, ssim
 from liif_fast.evaluation.protocol import eval_metrics_sum, eval_psnr, eval_psnr_sum
-from liif_fast.evaluation.scores import (
-    Score,
-    evaluate,
-    markdown_table,
-    mean_scores,
-    predict,
-    read_csv,
-    read_folder,
-    write_csv,
-)
 
 __all__ = [
     "METRICS",
-    "Score",
+    "check_metrics",
     "eval_metrics_sum",
     "eval_psnr",
     "eval_psnr_sum",
-    "evaluate",
-    "markdown_table",
-    "mean_scores",
     "parse_protocol",
     "predict",
     "psnr",
-    "read_csv",
-    "read_folder",
     "ssim",
-    "write_csv",
 ]

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: PSNR against the scale, and the methods side by side at the largest one."""
+"""Pictures of a comparison: plots of PSNR over the scale, and the methods side by side at the largest scale."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from PIL import Image
 
 from liif_fast.cli.demo import side_by_side
 from liif_fast.data import ENERGY_BLOCK, gradient_energy, list_images, read_pixels, shrink_whole
-from liif_fast.evaluation import study, tables
-from liif_fast.evaluation.study import Row, Settings
+from liif_fast.evaluation import comparison, tables
+from liif_fast.evaluation.comparison import ComparisonConfig, ScoreRecord
 from liif_fast.models import checkpoints
 from liif_fast.utils.files import write_atomically
 
-_PANEL = 240  # pixels of the enlarged picture that a panel shows, at least
-_PANELS_A_ROW = 5
+_PANEL = 240  # the largest side of a panel, in pixels
+_PANELS_PER_ROW = 5
 _GAP = 8
 
 
-def plot(rows: Sequence[Row], path: str | Path, *, trained_up_to: float = 4.0) -> None:
-    """Mean PSNR of every method against the scale, and what it is above bicubic, as PNG.
+def write_plot(records: Sequence[ScoreRecord], path: str | Path, *, trained_up_to: float = 4.0) -> None:
+    """Plot the mean PSNR of every method over the scale, and its difference to bicubic, as PNG.
 
     Raises RuntimeError without matplotlib.
     """
@@ -33,16 +33,16 @@ def plot(rows: Sequence[Row], path: str | Path, *, trained_up_to: float = 4.0) -
         from matplotlib.figure import Figure
     except ImportError as error:
         raise RuntimeError(f"plots need matplotlib ({error}): pip install matplotlib") from error
-    means = tables.average(rows)
+    means = tables.average(records)
     gained = tables.gains(means)
     figure = Figure(figsize=(11, 4) if gained else (6, 4))
     axes: Any = figure.subplots(1, 2 if gained else 1, squeeze=False)[0]
-    colours = {label: f"C{place % 10}" for place, label in enumerate(means)}
+    colors = {label: f"C{index % 10}" for index, label in enumerate(means)}
     for axis, values, title in zip(axes, (means, gained), ("PSNR in dB", "dB above bicubic"), strict=False):
         scales = sorted({scale for found in values.values() for scale in found})
         for label, found in values.items():
             known = sorted(found)
-            axis.plot(known, [found[scale] for scale in known], marker="o", label=label, color=colours[label])
+            axis.plot(known, [found[scale] for scale in known], marker="o", label=label, color=colors[label])
         axis.set_xscale("log", base=2)
         axis.set_xticks(scales, [f"x{scale:g}" for scale in scales])
         axis.minorticks_off()
@@ -52,14 +52,14 @@ def plot(rows: Sequence[Row], path: str | Path, *, trained_up_to: float = 4.0) -
         axis.set_xlabel(f"scale (dotted: the largest trained on, x{trained_up_to:g})")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8)
-    figure.suptitle(f"Mean over {len({row.image for row in rows})} images", fontsize=10)
+    figure.suptitle(f"Mean over {len({record.image for record in records})} images", fontsize=10)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     write_atomically(path, data.getvalue())
 
 
 def choose_image(folder: str | Path, name: str | None = None) -> Path:
-    """The image of a folder with this name (or stem), the first one without a name; ValueError where there is none."""
+    """The image of a folder with a name (or stem), or the first image; raises ValueError if there is none."""
     paths = list_images(folder)
     found = [path for path in paths if name in (None, path.name, path.stem)]
     if not found:
@@ -67,17 +67,17 @@ def choose_image(folder: str | Path, name: str | None = None) -> Path:
     return found[0]
 
 
-def comparison(image: Path, settings: Settings, rows: Sequence[Row], path: str | Path) -> None:
-    """The part of an image with most detail, enlarged by every method at the largest scale, as PNG.
+def write_comparison(image: Path, config: ComparisonConfig, records: Sequence[ScoreRecord], path: str | Path) -> None:
+    """Show the most detailed part of an image, enlarged by every method at the largest scale, as PNG.
 
-    Panels: the small image with its pixels as squares, every method and cell (with its PSNR of the whole image, where
-    `rows` has it), the original.
+    Panels: the small image with its pixels as squares, every method and cell (with the PSNR of the whole image, if
+    `records` has it), the original.
     """
-    scale = max(settings.scales)
-    low, high = shrink_whole(read_pixels(image, settings.n_colors), scale)
+    scale = max(config.scales)
+    low, high = shrink_whole(read_pixels(image, config.n_colors), scale)
     size = (high.shape[0], high.shape[1])
     top, left, height, width = busiest_window(high, min(size[0], _PANEL), min(size[1], _PANEL))
-    scores = {row.label: row.psnr for row in rows if row.image == image.name and row.scale == scale}
+    scores = {each.label: each.psnr for each in records if each.image == image.name and each.scale == scale}
 
     def panel(label: str, pixels: np.ndarray) -> tuple[str, Image.Image]:
         score = scores.get(label)
@@ -88,20 +88,20 @@ def comparison(image: Path, settings: Settings, rows: Sequence[Row], path: str |
     rows_of_low, cols_of_low = (np.arange(length) * part // length for length, part in zip(size, low.shape))
     squares = low[rows_of_low][:, cols_of_low]
     panels = [panel(f"input, {low.shape[0]}x{low.shape[1]} pixels", squares)]
-    for method in settings.methods:
+    for method in config.methods:
         file = method.file(scale)
         if method.files and file is None:
             continue
-        model: Any = None if file is None else checkpoints.load(file, device=settings.device)
+        model: Any = None if file is None else checkpoints.load(file, device=config.device)
         if model is not None:
-            model.backend = settings.backend
-        for cell in settings.cells if model is not None else (study.OWN_CELL,):
-            if model is None or study.applies(model, scale, cell):
-                label = Row(method.name, cell, scale, "", math.nan, math.nan, "").label
-                panels.append(panel(label, _pixels(study.enlarge(model, low, size, cell))))
+            model.backend = config.backend
+        for cell in config.cells if model is not None else (comparison.OWN_CELL,):
+            if model is None or comparison.applies(model, scale, cell):
+                label = ScoreRecord(method.name, cell, scale, "", math.nan, math.nan, "").label
+                panels.append(panel(label, _pixels(comparison.enlarge(model, low, size, cell))))
     panels.append(panel(f"original, part of {size[0]}x{size[1]}", high))
     data = io.BytesIO()
-    columns = math.ceil(len(panels) / math.ceil(len(panels) / _PANELS_A_ROW))  # rows of about one length
+    columns = math.ceil(len(panels) / math.ceil(len(panels) / _PANELS_PER_ROW))  # rows of nearly equal length
     sheet([panels[at : at + columns] for at in range(0, len(panels), columns)]).save(data, "PNG")
     write_atomically(path, data.getvalue())
 
@@ -113,19 +113,19 @@ def busiest_window(image: np.ndarray, height: int, width: int) -> tuple[int, int
     """
     energy = gradient_energy(image)
     sums = np.pad(energy, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
-    best, place = -1.0, (0, 0)
+    best, corner = -1.0, (0, 0)
     for row in range((image.shape[0] - height) // ENERGY_BLOCK + 1):
         for col in range((image.shape[1] - width) // ENERGY_BLOCK + 1):
             bottom = min(row + max(1, height // ENERGY_BLOCK), energy.shape[0])
             right = min(col + max(1, width // ENERGY_BLOCK), energy.shape[1])
             found = sums[bottom, right] - sums[row, right] - sums[bottom, col] + sums[row, col]
             if found > best:
-                best, place = found, (row * ENERGY_BLOCK, col * ENERGY_BLOCK)
-    return (*place, height, width)
+                best, corner = found, (row * ENERGY_BLOCK, col * ENERGY_BLOCK)
+    return (*corner, height, width)
 
 
 def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]]) -> Image.Image:
-    """Rows of labelled panels on one picture."""
+    """Rows of labeled panels in one picture."""
     strips = [side_by_side(row) for row in rows]
     height = sum(strip.height for strip in strips) + _GAP * (len(strips) - 1)
     whole = Image.new("RGB", (max(strip.width for strip in strips), height), "white")

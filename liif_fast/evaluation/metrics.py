@@ -1,16 +1,16 @@
-"""PSNR and SSIM of one picture, with the border and the colours that the paper compares."""
+"""PSNR and SSIM of one image, with the borders and the colors that the paper compares."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 LUMA_WEIGHTS = (65.738 / 256, 129.057 / 256, 25.064 / 256)
-LUMA_OFFSET = 16 / 255  # of the luma channel itself; differences do not see it
-DIV2K_BORDER = 6  # pixels that div2k shaves beside the scale
+LUMA_OFFSET = 16 / 255  # added to luma; it cancels in PSNR but not in SSIM
+DIV2K_BORDER = 6  # pixels that div2k removes in addition to the scale
 _SSIM_WINDOW = 11  # pixels
 
 
@@ -25,11 +25,12 @@ def parse_protocol(protocol: str | None) -> tuple[str | None, int]:
 
 
 def psnr(pred: Tensor, target: Tensor, protocol: str | None = None) -> float:
-    """Peak signal-to-noise ratio in dB of one image or a batch taken as one.
+    """Peak signal-to-noise ratio in dB, over all pixels of an image or of a batch.
 
-    pred, target: [..., C, H, W] in [0, 1]; no rounding to 8 bits happens here. protocol: 'div2k-N' shaves N + 6 pixels
-    a side, 'benchmark-N' shaves N and compares luma where there are three colours, None compares everything as it is.
-    Identical images give infinity. Raises ValueError for different shapes or when shaving leaves nothing.
+    pred, target: [..., C, H, W] in [0, 1]; they are not rounded to 8 bits. protocol: 'div2k-N' removes a border of
+    N + 6 pixels on each side; 'benchmark-N' removes N pixels and compares luma if there are three channels; None
+    compares all pixels. Identical images give infinity.
+    Raises ValueError for different shapes, or if the border is larger than the image.
     Source: original utils.py, calc_psnr; paper, section 4.
     """
     pred, target = _compared(pred, target, protocol)
@@ -38,8 +39,8 @@ def psnr(pred: Tensor, target: Tensor, protocol: str | None = None) -> float:
 
 
 def ssim(pred: Tensor, target: Tensor, protocol: str | None = None) -> float:
-    """Structural similarity of one image, by torchmetrics: a Gaussian window of 11 pixels with sigma 1.5, the image
-    mirrored at its border, mean over pixels and colours.
+    """Structural similarity of one image, from torchmetrics: a Gaussian window of 11 pixels with sigma 1.5, reflection
+    at the borders, mean over pixels and channels.
 
     Arguments as for `psnr`. Raises ValueError for different shapes or too small an image, RuntimeError without
     torchmetrics. Source: Wang et al., "Image quality assessment", 2004.
@@ -54,28 +55,37 @@ def ssim(pred: Tensor, target: Tensor, protocol: str | None = None) -> float:
     height, width = pred.shape[-2:]
     if min(height, width) < _SSIM_WINDOW:
         raise ValueError(
-            f"{height}x{width} pixels are left to compare, too few for SSIM's window of {_SSIM_WINDOW}; "
-            "leave ssim out of --metrics or take larger images"
+            f"{height}x{width} pixels are left to compare, fewer than SSIM's window of {_SSIM_WINDOW}: "
+            "leave ssim out of --metrics or use larger images"
         )
-    # In float32: 18 times faster on a CPU, which has no quick convolution in float64, and the same to seven digits.
+    # float32 is 18 times faster on a CPU than float64 and gives the same seven digits.
     pred, target = (part.reshape(-1, *part.shape[-3:]).float() for part in (pred, target))
     score = structural_similarity_index_measure(pred, target, data_range=1.0)
-    assert isinstance(score, Tensor)  # a tuple only where more is asked for
+    assert isinstance(score, Tensor)  # a tuple is returned only with other arguments
     return float(score)
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor, str | None], float]] = {"psnr": psnr, "ssim": ssim}
 
 
+def check_metrics(names: Sequence[str]) -> None:
+    """Raise ValueError for the first name that is not a metric."""
+    if unknown := [name for name in names if name not in METRICS]:
+        raise ValueError(f"no metric is named {unknown[0]!r}; choose from {', '.join(METRICS)}")
+
+
 def _compared(pred: Tensor, target: Tensor, protocol: str | None) -> tuple[Tensor, Tensor]:
-    """What a protocol compares of two pictures, in float64."""
+    """The pixels of two images that a protocol compares, in float64."""
     if pred.shape != target.shape:
         raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} must have the same shape")
     kind, scale = parse_protocol(protocol)
     border = {"div2k": scale + DIV2K_BORDER, "benchmark": scale, None: 0}[kind]
     height, width = pred.shape[-2:]
     if min(height, width) <= 2 * border:
-        raise ValueError(f"an image of {height}x{width} pixels is nothing once {protocol} has shaved {border} a side")
+        raise ValueError(
+            f"the image has {height}x{width} pixels, but {protocol} removes a border of {border} pixels on each side: "
+            "use a larger image or a smaller scale"
+        )
     pred, target = (part[..., border : height - border, border : width - border].double() for part in (pred, target))
     if kind == "benchmark" and pred.shape[-3] == len(LUMA_WEIGHTS):
         pred, target = _luma(pred), _luma(target)

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
-_registry: dict[str, Callable[..., nn.Module]] = {}
-_Factory = TypeVar("_Factory", bound=Callable[..., nn.Module])
+from liif_fast.utils.registry import Registry
 
-
-def register(name: str) -> Callable[[_Factory], _Factory]:
-    """Let specs call a class or function `name`: `@register('my-encoder')`. A later registration of a name wins."""
-
-    def decorate(factory: _Factory) -> _Factory:
-        _registry[name] = factory
-        return factory
-
-    return decorate
-
-
-def registered() -> dict[str, Callable[..., nn.Module]]:
-    """What is registered by which name: models, encoders, imnets. A copy."""
-    return dict(_registry)
+_models: Registry[nn.Module] = Registry("model")
+register, registered = _models.register, _models.registered
 
 
 def make_model(spec: dict[str, Any], args: dict[str, Any] | None = None, load_sd: bool = False) -> nn.Module:
@@ -41,12 +27,11 @@ def make_model(spec: dict[str, Any], args: dict[str, Any] | None = None, load_sd
     if not isinstance(spec, dict) or "name" not in spec:
         raise ValueError(f"a model spec is a dictionary with 'name' and 'args', not {_shorten(spec)}")
     name = spec["name"]
-    if name not in _registry:
-        raise ValueError(f"no model is registered as {name!r}: choose one of {', '.join(sorted(_registry))}")
+    factory = _models.find(name)
     if load_sd and "sd" not in spec:
         raise ValueError(f"the spec of {name!r} has no 'sd' to load: leave load_sd out or add the state_dict")
     merged = {**(spec.get("args") or {}), **(args or {})}
-    module = _registry[name](**merged)
+    module = factory(**merged)
     module.spec = {"name": name, "args": copy.deepcopy(merged)}  # type: ignore[assignment]
     if load_sd:
         module.load_state_dict(spec["sd"])

@@ -1,7 +1,4 @@
-"""Training: `run` for configurations in the original's format (`liif-fast train`), `budget` for a folder of pictures.
-
-run.py -> {step.py, state.py, log.py}; budget.py made the weights that come with the package.
-"""
+"""Training from configurations in the original's format (`liif-fast train`): run.py, over step.py, state.py, log.py."""
 
 from liif_fast.training.run import TrainingError, train
 from liif_fast.training.state import ResumeError

@@ -1,12 +1,10 @@
-"""Configurations of training and evaluation: the original's YAML files as they are, a few keys more, all checked.
+"""Configurations of training and evaluation: the original's YAML files unchanged, with a few more keys, all checked.
 
-Every mistake is one sentence with the file and the key: an unknown or missing key, a wrong type, a folder that is not
-there, an argument that a dataset, wrapper or model does not take.
+Every mistake is one sentence with the file, the key, the value and what the value must be.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import importlib
 import importlib.util
@@ -14,15 +12,16 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
 
 from liif_fast import data
+from liif_fast.data.loader import REMOVED_LOADER_KEY
 from liif_fast.models import registry
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -33,251 +32,187 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one sentence with file and key."""
 
 
-class _Place(NamedTuple):
-    """Where in which file something stands, for messages."""
-
-    source: str
-    key: str = ""
-
-    def below(self, key: str) -> _Place:
-        return _Place(self.source, f"{self.key}.{key}" if self.key else key)
-
-    def error(self, what: str) -> ConfigError:
-        return ConfigError(f"{self.source}: {self.key} {what}" if self.key else f"{self.source} {what}")
+# ------------------------------------------------------------------------------------------------------------- the keys
 
 
-_Check = Callable[[Any, _Place], None]
+class _Rule(NamedTuple):
+    """A condition on a value of the right type, and the words for it in 'it must be ...'."""
+
+    holds: Callable[[Any], Any]
+    words: str
 
 
-# ------------------------------------------------------------------------------------------------------ single values
+class _Spec(NamedTuple):
+    """{'name', 'args'} of a registered factory; the program fills in the `provided` arguments."""
+
+    kind: str
+    registered: Callable[[], Mapping[str, Callable[..., Any]]]
+    provided: Collection[str] = ()
 
 
-def _number(low: float = -float("inf"), *, above: bool = False, whole: bool = False) -> _Check:
-    def check(value: Any, place: _Place) -> None:
-        kind = "a whole number" if whole else "a number"
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            raise place.error(f"is {value!r}; it must be {kind}")
-        if not (value > low if above else value >= low):
-            raise place.error(f"is {value!r}; it must be {'above' if above else 'at least'} {low:g}")
+_Text = Annotated[str, _Rule(bool, "text")]
+_File = Annotated[_Text, _Rule(os.path.isfile, "a file that exists")]
+_Folder = Annotated[_Text, _Rule(os.path.isdir, "a folder that exists")]
+_Count = Annotated[int, _Rule(lambda value: value >= 0, "at least 0")]
+_Whole = Annotated[int, _Rule(lambda value: value >= 1, "at least 1")]
+_Positive = Annotated[float, _Rule(lambda value: value > 0, "above 0")]
+_NotNegative = Annotated[float, _Rule(lambda value: value >= 0, "at least 0")]
+_Numbers = Annotated[list[float], _Rule(bool, "a list of at least one entry")]
+_EVAL_TYPE = _Rule(re.compile(r"(div2k|benchmark)-[1-9]\d*").fullmatch, "div2k-N or benchmark-N with a whole scale N")
+_MODEL = _Spec("model", registry.registered, ["in_dim"])
 
-    return check
-
-
-def _text(value: Any, place: _Place) -> None:
-    if not isinstance(value, str) or not value:
-        raise place.error(f"is {value!r}; it must be text")
-
-
-def _flag(value: Any, place: _Place) -> None:
-    if not isinstance(value, bool):
-        raise place.error(f"is {value!r}; it must be true or false")
-
-
-def _one_of(*choices: str) -> _Check:
-    def check(value: Any, place: _Place) -> None:
-        if value not in choices:
-            raise place.error(f"is {value!r}; it must be one of {', '.join(choices)}")
-
-    return check
-
-
-def _list_of(item: _Check, *, filled: bool = False) -> _Check:
-    def check(value: Any, place: _Place) -> None:
-        if not isinstance(value, list) or (filled and not value):
-            raise place.error(f"is {value!r}; it must be a list{' of at least one entry' if filled else ''}")
-        for index, each in enumerate(value):
-            item(each, place.below(str(index)))
-
-    return check
-
-
-def _file(value: Any, place: _Place) -> None:
-    _text(value, place)
-    if not Path(value).is_file():
-        raise place.error(f"names the file {value!r}, which does not exist")
-
-
-def _eval_type(value: Any, place: _Place) -> None:
-    if not isinstance(value, str) or not re.fullmatch(r"(div2k|benchmark)-[1-9]\d*", value):
-        raise place.error(f"is {value!r}; it must be div2k-N or benchmark-N with a whole scale N, or be left out")
-
-
-# ------------------------------------------------------------------------------------------------ dictionaries of keys
-
-
-@dataclasses.dataclass(frozen=True)
-class _Keys:
-    """A dictionary's keys and the check of each. `required` must be there; all others may be left out or null."""
-
-    checks: Mapping[str, _Check]
-    required: Sequence[str] = ()
-
-    def __call__(self, value: Any, place: _Place) -> None:
-        if not isinstance(value, dict):
-            raise place.error(f"is {value!r}; it must hold the keys {', '.join(self.checks)}")
-        for key in value:
-            if key not in self.checks:
-                raise place.below(str(key)).error(f"is not a known key{_suggestion(key, self.checks)}")
-        for key in self.required:
-            if value.get(key) is None:
-                raise place.below(key).error("is missing")
-        for key, each in value.items():
-            if each is not None:
-                self.checks[key](each, place.below(key))
-
-
-def _suggestion(key: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(str(key), known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known here are {', '.join(known)}"
-
-
-# ----------------------------------------------------------------------------- specs: a registered name and arguments
-
-
-def _spec(kind: str, known: Callable[[], Mapping[str, Callable[..., Any]]], given: Sequence[str] = ()) -> _Check:
-    """{'name', 'args'} of something registered; `given` are arguments that the program fills in."""
-
-    def check(value: Any, place: _Place) -> None:
-        _Keys({"name": _text, "args": _mapping}, ["name"])(value, place)
-        factories = known()
-        if value["name"] not in factories:
-            hint = _suggestion(value["name"], sorted(factories))
-            raise place.below("name").error(f"is {value['name']!r}, but no {kind} is registered by that name{hint}")
-        _arguments(factories[value["name"]], value.get("args") or {}, place, given)
-
-    return check
-
-
-def _mapping(value: Any, place: _Place) -> None:
-    if not isinstance(value, dict):
-        raise place.error(f"is {value!r}; it must hold keys and values")
-
-
-_VARIADIC = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-
-
-def _arguments(factory: Callable[..., Any], args: dict[str, Any], place: _Place, given: Sequence[str]) -> None:
-    """Hold `args` against the factory's signature: names, what may not be left out, and plain types."""
-    signature = inspect.signature(factory).parameters
-    parameters = {name: parameter for name, parameter in signature.items() if name not in given}
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    named = {name: each for name, each in parameters.items() if each.kind not in _VARIADIC}
-    types = _hints(factory)
-    inside = place.below("args")
-    for name, value in args.items():
-        if name not in named and not takes_any:
-            raise inside.below(str(name)).error(f"is not an argument of it{_suggestion(name, named)}")
-        left_out = value is None and (name not in named or named[name].default is None)
-        if name.endswith("_spec") and not left_out:
-            _MODEL(value, inside.below(name))
-        elif name.startswith("root_path"):
-            _text(value, inside.below(name))
-            if not Path(value).is_dir():
-                raise inside.below(name).error(f"names the folder {value!r}, which does not exist")
-        elif name == "split_file" and value is not None:
-            _file(value, inside.below(name))
-        elif name in types and not _fits(value, types[name]):
-            raise inside.below(name).error(f"is {value!r}; it must be {_describe(types[name])}")
-    for name, parameter in named.items():
-        if parameter.default is parameter.empty and name not in args:
-            raise inside.below(name).error("is missing")
-
-
-def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
-    target = factory.__init__ if inspect.isclass(factory) else factory
-    try:
-        return get_type_hints(target)
-    except (NameError, TypeError):  # a user's class with annotations that mean nothing at run time
-        return {}
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from YAML is what an annotation asks for; True where the annotation is beyond plain types."""
-    origin, args = get_origin(hint), get_args(hint)
-    if _is_union(hint):
-        return any(_fits(value, each) for each in args)
-    if origin is Literal:
-        return value in args
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Sequence):
-        return isinstance(value, list | tuple) and all(_fits(each, args[0]) for each in value)
-    if hint is NoneType:
-        return value is None
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    if hint in (bool, str):
-        return isinstance(value, hint)
-    return not isinstance(value, bool) if hint is Path else True
-
-
-def _describe(hint: Any) -> str:
-    """A plain type in words: 'a whole number or null'."""
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
-    each = get_args(hint) if _is_union(hint) else (hint,)
-    return " or ".join(dict.fromkeys("null" if one is NoneType else names.get(one, "a list") for one in each))
-
-
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, UnionType)
-
-
-_MODEL = _spec("model", registry.registered, given=("in_dim",))
-_DATASET = _Keys(
-    {
-        "dataset": _spec("dataset", data.registered),
-        "wrapper": _spec("wrapper", data.registered, given=("dataset",)),
-        "batch_size": _number(1, whole=True),
-        "loader": _one_of("workers", "device"),
-        "num_workers": _number(0, whole=True),
-    },
-    ["dataset", "wrapper", "batch_size"],
-)
-_SIDE = _Keys({part: _list_of(_number(), filled=True) for part in ("sub", "div")}, ["sub", "div"])
-_DATA_NORM = _Keys({"inp": _SIDE, "gt": _SIDE}, ["inp", "gt"])
-_COMMON: dict[str, _Check] = {
-    "data_norm": _DATA_NORM,
-    "eval_type": _eval_type,
-    "eval_bsize": _number(1, whole=True),
-    "imports": _list_of(_text),  # modules or .py files that register models, encoders, datasets
-    "backend": _text,
-    "num_workers": _number(0, whole=True),
+# A dictionary's keys with their types; keys with a question mark may be left out or null.
+_SECTION = {
+    "dataset": _Spec("dataset", data.registered),
+    "wrapper": _Spec("wrapper", data.registered, ["dataset"]),
+    "batch_size": _Whole,
+    "num_workers?": _Count,
 }
-_TRAIN = _Keys(
-    {
-        **_COMMON,
-        "train_dataset": _DATASET,
-        "val_dataset": _DATASET,
-        "model": _MODEL,
-        "optimizer": _spec("optimizer", lambda: OPTIMIZERS, given=("params",)),
-        "multi_step_lr": _Keys(
-            {"milestones": _list_of(_number(1, whole=True)), "gamma": _number(0, above=True)}, ["milestones"]
-        ),
-        "epoch_max": _number(1, whole=True),
-        "epoch_val": _number(1, whole=True),
-        "epoch_save": _number(1, whole=True),
-        "resume": _file,
-        "init": _text,
-        "seed": _number(0, whole=True),
-        "autocast": _one_of("bf16", "fp16"),
-        "channels_last": _flag,
-        "compile_encoder": _flag,
-        "cuda_graphs": _flag,
-        "clip_grad": _number(0, above=True),
-        "accumulate": _number(1, whole=True),
-        "ema": _number(0),
-        "tensorboard": _flag,
-        "plots": _flag,
-    },
-    ["train_dataset", "model", "optimizer", "epoch_max"],
-)
-_TEST = _Keys({**_COMMON, "test_dataset": _DATASET}, ["test_dataset"])
-KINDS = {"train": _TRAIN, "test": _TEST}
+_SIDE = {"sub": _Numbers, "div": _Numbers}
+_COMMON = {
+    "data_norm?": {"inp": _SIDE, "gt": _SIDE},
+    "eval_type?": Annotated[str, _EVAL_TYPE],
+    "eval_bsize?": _Whole,
+    "imports?": list[_Text],  # modules or .py files that register models, encoders, datasets
+    "backend?": _Text,
+    "num_workers?": _Count,
+}
+_TRAIN = {
+    "train_dataset": _SECTION,
+    "model": _MODEL,
+    "optimizer": _Spec("optimizer", lambda: OPTIMIZERS, ["params"]),
+    "epoch_max": _Whole,
+    "val_dataset?": _SECTION,
+    "multi_step_lr?": {"milestones": list[_Whole], "gamma?": _Positive},
+    "cosine_lr?": {"min_lr?": _NotNegative, "warmup?": _Count},
+    "max_minutes?": _Positive,
+    "epoch_val?": _Whole,
+    "epoch_save?": _Whole,
+    "resume?": _File,
+    "init?": _Text,
+    "seed?": _Count,
+    "autocast?": Literal["bf16", "fp16"],
+    "channels_last?": bool,
+    "compile_encoder?": bool,
+    "cuda_graphs?": bool,
+    "clip_grad?": _Positive,
+    "accumulate?": _Whole,
+    "ema?": Annotated[_NotNegative, _Rule(lambda value: value < 1, "below 1")],
+    "tensorboard?": bool,
+    "plots?": bool,
+}
+KINDS: dict[str, dict[str, Any]] = {"train": {**_TRAIN, **_COMMON}, "test": {"test_dataset": _SECTION, **_COMMON}}
+_REMOVED = {"loader": REMOVED_LOADER_KEY}
+
+
+# ------------------------------------------------------------------------------------------------------------ checking
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a dictionary"}
+_WORDS |= {Path: "a path", NoneType: "null"}
+
+
+def _check(value: Any, hint: Any, key: str) -> None:
+    """Check a value against an annotation or one of the tables above; unknown annotations accept every value."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if isinstance(hint, dict):
+        _check_keys(value, hint, key)
+    elif isinstance(hint, _Spec):
+        _check_spec(value, hint, key)
+    elif kind is Annotated:
+        _check(value, parts[0], key)
+        for rule in parts[1:]:
+            if not rule.holds(value):
+                raise ConfigError(f"{key} is {value!r}; it must be {rule.words}")
+    elif kind is Literal:
+        if value not in parts:
+            raise ConfigError(f"{key} is {value!r}; it must be one of {', '.join(map(str, parts))}")
+    elif kind in (Union, UnionType):
+        if not any(_fits(value, each, key) for each in parts):
+            words = dict.fromkeys(_WORDS.get(each, "a list") for each in parts)
+            raise ConfigError(f"{key} is {value!r}; it must be {' or '.join(words)}")
+    elif kind in (list, tuple, Sequence) and parts:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{key} is {value!r}; it must be a list")
+        for index, each in enumerate(value):
+            _check(each, parts[0], f"{key}.{index}")
+    elif kind in _WORDS:
+        types = {float: int | float, Path: str}.get(kind, kind)
+        if not isinstance(value, types) or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"{key} is {value!r}; it must be {_WORDS[kind]}")
+
+
+def _fits(value: Any, hint: Any, key: str) -> bool:
+    try:
+        _check(value, hint, key)
+    except ConfigError:
+        return False
+    return True
+
+
+def _check_keys(value: Any, table: Mapping[str, Any], key: str) -> None:
+    types = {name.rstrip("?"): hint for name, hint in table.items()}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key} is {value!r}; it must hold the keys {', '.join(types)}")
+    prefix = f"{key}." if key else ""
+    for name in value:
+        if name not in types:
+            raise ConfigError(
+                prefix + f"{name} {_REMOVED.get(name) or f'is not a known key; {_suggestion(name, types)}'}"
+            )
+    for name in types:
+        if value.get(name) is not None:
+            _check(value[name], types[name], prefix + name)
+        elif name in table:
+            raise ConfigError(f"{prefix}{name} is missing")
+
+
+def _suggestion(name: Any, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known here are {', '.join(known)}"
+
+
+def _check_spec(value: Any, spec: _Spec, key: str) -> None:
+    """Check a spec's name, and its args against the factory's signature: names, missing ones and plain types."""
+    _check(value, {"name": _Text, "args?": dict}, key)
+    name, args, factories = value["name"], value.get("args") or {}, spec.registered()
+    if name not in factories:
+        problem = f"is {name!r}, but no {spec.kind} is registered by that name"
+        raise ConfigError(f"{key}.name {problem}; {_suggestion(name, sorted(factories))}")
+    factory = factories[name]
+    parameters = {
+        each: found for each, found in inspect.signature(factory).parameters.items() if each not in spec.provided
+    }
+    kinds = {found.kind for found in parameters.values()}
+    named = {
+        each: found for each, found in parameters.items() if found.kind not in (found.VAR_KEYWORD, found.VAR_POSITIONAL)
+    }
+    try:
+        types = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    except (NameError, TypeError):  # a user's class with annotations that do not exist at run time
+        types = {}
+    for each, argument in args.items():
+        if each not in named and inspect.Parameter.VAR_KEYWORD not in kinds:
+            raise ConfigError(f"{key}.args.{each} is not an argument of it; {_suggestion(each, named)}")
+        if argument is not None or (each in named and named[each].default is not None):
+            _check(argument, _by_name(each) or types.get(each, Any), f"{key}.args.{each}")
+    for each, found in named.items():
+        if found.default is found.empty and each not in args:
+            raise ConfigError(f"{key}.args.{each} is missing")
+
+
+def _by_name(argument: str) -> Any:
+    """What an argument's name says about its value, beyond its annotation."""
+    if argument.endswith("_spec"):
+        return _MODEL
+    return _Folder if argument.startswith("root_path") else _File if argument == "split_file" else None
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as in YAML 1.2, and a key that stands twice is a mistake."""
+    """YAML in which 1e-4 is a number, as in YAML 1.2, and a repeated key is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -295,17 +230,17 @@ _Loader.add_implicit_resolver(
 
 
 def load(path: str | os.PathLike[str], kind: str = "train", overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration, apply overrides such as 'optimizer.args.lr=1e-3', import what it names, and check it.
+    """Read a configuration, apply overrides such as 'optimizer.args.lr=1e-3', import its modules, and check it.
 
-    kind: 'train' or 'test'. Returns the dictionary as it stands in the file.
-    Raises ConfigError, FileNotFoundError for a file that is not there.
+    kind: 'train' or 'test'. Returns the dictionary of the file with the overrides.
+    Raises ConfigError, or FileNotFoundError for a missing file.
     """
     source = str(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"the configuration {source} does not exist")
     content = _parse(Path(path).read_text(encoding="utf-8"), source)
     if not isinstance(content, dict):
-        raise ConfigError(f"{source} is no configuration: it must hold keys such as {', '.join(KINDS[kind].required)}")
+        raise ConfigError(f"{source} is no configuration: it must hold keys such as {kind}_dataset")
     for override in overrides:
         _override(content, override)
     check(content, kind, source, folder=Path(path).parent)
@@ -315,26 +250,22 @@ def load(path: str | os.PathLike[str], kind: str = "train", overrides: Sequence[
 def check(content: Config, kind: str = "train", source: str = "the configuration", folder: Path | None = None) -> None:
     """Raise ConfigError, naming `source` and the key, for the first mistake in a configuration of that kind.
 
-    What `imports` names is imported first, files as seen from `folder` (None: the working directory).
+    The modules of `imports` are imported first; paths of files start at `folder` (None: the working directory).
     """
-    place = _Place(source)
-    names = content.get("imports")
-    if names is not None:
-        _list_of(_text)(names, place.below("imports"))
+    try:
+        names = content.get("imports") or []
+        _check(names, list[_Text], "imports")
         for name in names:
-            _import(name, folder or Path(), place.below("imports"))
-    KINDS[kind](content, place)
-    if kind == "train":
-        _check_together(content, place)
-
-
-def _check_together(content: Config, place: _Place) -> None:
-    """What no key can say alone."""
-    if (content.get("ema") or 0) >= 1:
-        raise place.below("ema").error(f"is {content['ema']!r}; it must be below 1")
-    parts, batch = content.get("accumulate") or 1, content["train_dataset"]["batch_size"]
-    if batch % parts:
-        raise place.below("accumulate").error(f"is {parts}, which does not divide the batch_size {batch}")
+            _import(name, folder or Path())
+        _check(content, KINDS[kind], "")
+        if content.get("multi_step_lr") is not None and content.get("cosine_lr") is not None:
+            raise ConfigError("cosine_lr stands next to multi_step_lr; leave one of the two out")
+        parts = content.get("accumulate") or 1
+        if parts > 1 and content["train_dataset"]["batch_size"] % parts:
+            batch = content["train_dataset"]["batch_size"]
+            raise ConfigError(f"accumulate is {parts}, which does not divide the batch_size {batch}")
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def _parse(text: str, source: str) -> Any:
@@ -342,8 +273,8 @@ def _parse(text: str, source: str) -> Any:
         return yaml.load(text, _Loader)  # a SafeLoader: plain containers only
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source}{where} is not YAML: {getattr(error, 'problem', None) or error}") from None
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{source}{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
 
 
 def _override(content: Config, text: str) -> None:
@@ -361,7 +292,7 @@ def _override(content: Config, text: str) -> None:
     target[last] = _parse(value, f"--set {text}")
 
 
-def _import(name: str, folder: Path, place: _Place) -> None:
+def _import(name: str, folder: Path) -> None:
     """Import a module, or a .py file once."""
     try:
         if not name.endswith(".py"):
@@ -372,11 +303,11 @@ def _import(name: str, folder: Path, place: _Place) -> None:
         if module_name in sys.modules:
             return
         if not file.is_file():
-            raise place.error(f"names the file {str(file)!r}, which does not exist")
+            raise ConfigError(f"imports names the file {str(file)!r}, which does not exist")
         found = importlib.util.spec_from_file_location(module_name, file)
         assert found is not None and found.loader is not None
         module = importlib.util.module_from_spec(found)
         sys.modules[module_name] = module  # DataLoader workers and pickles look classes up here
         found.loader.exec_module(module)
     except ImportError as error:
-        raise place.error(f"names {name!r}, which cannot be imported ({error})") from None
+        raise ConfigError(f"imports names {name!r}, which cannot be imported ({error})") from None

@@ -1,14 +1,14 @@
-"""What a run says: log.txt, log.csv, TensorBoard and PNG curves; TensorBoard and matplotlib may be missing."""
+"""The log of a run: log.txt, log.csv, TensorBoard and PNG curves; TensorBoard and matplotlib are optional."""
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from liif_fast.utils import tables
 from liif_fast.utils.files import write_atomically
 
 COLUMNS = ("epoch", "lr", "loss", "psnr", "images_per_second", "seconds")
@@ -17,9 +17,9 @@ COLUMNS = ("epoch", "lr", "loss", "psnr", "images_per_second", "seconds")
 class RunLog:
     """The log of one run's folder.
 
-    tensorboard, plots: None writes them where the library is installed and says so once where it is not; True demands
-    them; False leaves them out. report: where lines go beside log.txt.
-    Raises ValueError for a demanded library that is missing.
+    tensorboard, plots: True requires them, False turns them off, None uses them if the library is installed and
+    otherwise says so once. report: called with every line of log.txt. epoch: the last epoch of a resumed run.
+    Raises ValueError if a required library is missing.
     """
 
     def __init__(
@@ -49,18 +49,15 @@ class RunLog:
             return None
 
     def line(self, text: str) -> None:
-        """Add a line to log.txt and show it."""
+        """Append a line to log.txt and report it."""
         with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
             file.write(text + "\n")
         self._report(text)
 
     def epoch(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Write the table of all epochs anew, and add the last one to TensorBoard."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([_cell(row.get(column)) for column in COLUMNS] for row in history)
-        write_atomically(self.folder / "log.csv", text.getvalue().encode())
+        """Rewrite log.csv with all epochs, and add the last epoch to TensorBoard."""
+        rows = ([None if (cell := row.get(column)) is None else f"{cell:.8g}" for column in COLUMNS] for row in history)
+        tables.write_csv(self.folder / "log.csv", COLUMNS, rows)
         if self._writer is not None:
             last = history[-1]
             for column in COLUMNS[1:-1]:
@@ -69,11 +66,11 @@ class RunLog:
             self._writer.flush()
 
     def draw(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Draw the curves of loss and PSNR anew: loss.png, psnr.png."""
+        """Redraw the curves of loss and PSNR: loss.png, psnr.png."""
         if self._figure is None:
             return
         for column, unit in (("loss", "L1 loss"), ("psnr", "validation PSNR in dB")):
-            points = [(row["epoch"], row[column]) for row in history if _is_finite(row.get(column))]
+            points = [(row["epoch"], row[column]) for row in history if math.isfinite(row.get(column, math.nan))]
             if points:
                 figure = self._figure(figsize=(6, 4), layout="constrained")
                 axes = figure.add_subplot(xlabel="epoch", ylabel=unit)
@@ -97,14 +94,6 @@ def _tensorboard(folder: Path, epoch: int) -> Any:
 
 
 def _matplotlib() -> Any:
-    from matplotlib.figure import Figure  # not pyplot, which keeps figures and wants a display
+    from matplotlib.figure import Figure  # not pyplot, which keeps every figure in memory
 
     return Figure
-
-
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.8g}"

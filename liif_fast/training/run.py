@@ -1,4 +1,4 @@
-"""A training run from a configuration: the original's loop of epochs, resumable, on one process or several."""
+"""A training run from a configuration: the original's loop of epochs, resumable, in one process or several."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from liif_fast import data, evaluation
 from liif_fast.data import Item
 from liif_fast.models import checkpoints, make_model
 from liif_fast.training import state as states
+from liif_fast.training.bilinear import start_as_bilinear
 from liif_fast.training.config import OPTIMIZERS, Config, ConfigError
 from liif_fast.training.log import RunLog
 from liif_fast.training.state import RunState
@@ -29,12 +30,12 @@ from liif_fast.training.step import StepOptions, Stepper
 from liif_fast.utils import distributed
 from liif_fast.utils.files import write_atomically
 
-UNIT_NORM = {side: {"sub": [0.0], "div": [1.0]} for side in ("inp", "gt")}  # where a configuration has no data_norm
+UNIT_NORM = {side: {"sub": [0.0], "div": [1.0]} for side in ("inp", "gt")}  # for configurations without data_norm
 MAX_WORKERS = 8  # as many as the original starts
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; the message is one sentence."""
+    """A run that cannot continue; the message is one sentence."""
 
 
 def train(
@@ -46,106 +47,87 @@ def train(
     source: str = "the configuration",
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Train as a configuration says and return the run's folder, which holds what `training.state` and `.log` name.
+    """Train from a configuration and return the run's folder; `training.state` and `training.log` describe its files.
 
-    config: as `config.load` returns it, checked. folder: of this run; one that exists is only gone on with (resume).
-    resume: 'auto' goes on where the folder stands; a file is a state.pth or a checkpoint of the original's.
-    device: 'cpu', 'cuda', ...; None takes a GPU where there is one. source: the configuration's name for messages.
-    Under torchrun all processes call this; the first one writes.
-    Raises ValueError for a bad configuration, folder or file, TrainingError when the loss is no number any more.
+    config: from `config.load`. folder: of this run; an existing folder needs `resume`.
+    resume: 'auto' uses the newest state in the folder; a file is a state.pth or a checkpoint of the original.
+    device: 'cpu', 'cuda', ...; None uses a GPU if there is one. source: the configuration's name for messages.
+    report: called with every line of the log. Under torchrun all processes call this function; the first one writes.
+    Raises ValueError for a bad configuration, folder or file, TrainingError if the loss is not finite.
     """
-    with distributed.setup(device) as place:
-        run = _Run(config, Path(folder), resume or config.get("resume"), place, source, report)
+    with distributed.setup(device) as own_device:
+        run = _Run(config, Path(folder), resume or config.get("resume"), own_device, source)
         try:
-            run.go()
+            run.go(report)
         finally:
             run.close()
     return Path(folder)
 
 
 class _Run:
-    """One run: what it is made of and where it stands."""
+    """One run: its model, data, optimizer and progress."""
 
     def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        resume: str | Path | None,
-        device: torch.device,
-        source: str,
-        report: Callable[[str], None],
+        self, config: Config, folder: Path, resume: str | Path | None, device: torch.device, source: str
     ) -> None:
-        self.config, self.folder, self.device = config, folder, device
+        self.started = time.monotonic()
+        self.config, self.folder, self.device, self.source = config, folder, device, source
+        self.log: RunLog | None = None
         start = states.starting_point(folder, resume)
-        distributed.barrier()  # every process has looked at the folder before the first one makes it
+        distributed.barrier()  # the first process makes the folder after all processes have looked for it
         self.seed = config.get("seed") or 0
         _seed_everything(self.seed)
         self.model = _build_model(config, source).to(device)
-        _seed_everything(self.seed + distributed.rank())  # the same weights everywhere, but not the same dropout
+        _seed_everything(self.seed + distributed.rank())  # equal weights in all processes, but different dropout
         section = config["optimizer"]
         self.optimizer = OPTIMIZERS[section["name"]](self.model.parameters(), **(section.get("args") or {}))
-        self.scheduler = _scheduler(config, self.optimizer)
-        ddp = distributed.world_size() > 1
-        options = StepOptions.from_config(config)
-        self.train_loader, self.val_loader = self._loaders(source)
+        self.train_loader, self.val_loader = (self._loader(key) for key in ("train_dataset", "val_dataset"))
         self.epoch, self.best, self.seconds = 0, -math.inf, 0.0
         self.history: list[Mapping[str, float]] = []
-        found: RunState | None = None
+        self.resumed: tuple[Path, RunState] | None = None
         if start is not None:
             found = states.load_state(start)
             states.check_same(found, self.model.spec, section, start)
             self.model.load_state_dict(found.model["sd"])
-        # Formats and copies of the weights are made from the weights with which the run goes on.
+            self.resumed = start, found
+        # The stepper changes memory formats and copies the weights, so it follows the loading of weights.
+        ddp = distributed.world_size() > 1
         try:
-            self.stepper = Stepper(self.model, self.optimizer, options, self.model.data_norm, ddp=ddp)
+            self.stepper = Stepper(
+                self.model, self.optimizer, StepOptions.from_config(config), self.model.data_norm, ddp=ddp
+            )
         except ValueError as error:
             raise ConfigError(f"{source}: {error}") from None
-        if found is not None:
-            self._restore(found)
-        self.log = self._open(report)
-        if found is not None:
-            self.line(f"resumed from {start} after epoch {self.epoch}")
-            self._export(found)  # a kill may have come between the state and what follows from it
 
-    def _loaders(self, source: str) -> tuple[Any, Any]:
-        """Loaders of training and validation; the latter None where the configuration has none."""
-        config, rank, world = self.config, distributed.rank(), distributed.world_size()
-        found: list[Any] = []
-        for key in ("train_dataset", "val_dataset"):
-            section = config.get(key)
-            if section is None:
-                found.append(None)
-                continue
-            workers = section.get("num_workers", config.get("num_workers"))
-            if workers is None:
-                workers = min(MAX_WORKERS, os.cpu_count() or 1)
-            kind: dict[str, Any] = {"shuffle": True} if key == "train_dataset" else {"split": "items"}
-            try:
-                loader = data.make_loader(
-                    section, seed=self.seed, rank=rank, world=world, workers=workers, device=self.device, **kind
-                )
-            except ValueError as error:
-                raise ConfigError(f"{source}: {key}: {error}") from None
-            if key == "train_dataset" and len(loader) == 0:
-                raise ConfigError(f"{source}: {key} has no batch of items for {world} processes")
-            found.append(loader)
-        return found[0], found[1]
-
-    def _open(self, report: Callable[[str], None]) -> RunLog | None:
-        """Make the folder, write the configuration, open the log: in the first process."""
-        if not distributed.is_main():
+    def _loader(self, key: str) -> Any:
+        """The loader of a section, None if the configuration has no such section."""
+        config, world = self.config, distributed.world_size()
+        section = config.get(key)
+        if section is None:
             return None
+        options: dict[str, Any] = {"shuffle": True} if key == "train_dataset" else {"split": "items"}
+        workers = section.get("num_workers", config.get("num_workers"))
+        options["workers"] = min(MAX_WORKERS, os.cpu_count() or 1) if workers is None else workers
+        try:
+            loader = data.make_loader(
+                section, seed=self.seed, rank=distributed.rank(), world=world, device=self.device, **options
+            )
+        except ValueError as error:
+            raise ConfigError(f"{self.source}: {key}: {error}") from None
+        if key == "train_dataset" and len(loader) == 0:
+            raise ConfigError(f"{self.source}: {key} has no batch of items for {world} processes")
+        return loader
+
+    def _open(self, report: Callable[[str], None]) -> None:
+        """Create the folder, write the configuration and open the log, in the first process."""
+        if not distributed.is_main():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            left.unlink()
+        for unfinished in self.folder.glob(".*.tmp"):  # from a process that was killed while it wrote
+            unfinished.unlink()
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False).encode())
-        return RunLog(
-            self.folder,
-            tensorboard=self.config.get("tensorboard"),
-            plots=self.config.get("plots"),
-            report=report,
-            epoch=self.epoch,
-        )
+        switches = {key: self.config.get(key) for key in ("tensorboard", "plots")}
+        self.log = RunLog(self.folder, report=report, epoch=self.epoch, **switches)
 
     def line(self, text: str) -> None:
         if self.log is not None:
@@ -155,38 +137,67 @@ class _Run:
         if self.log is not None:
             self.log.close()
 
-    def go(self) -> None:
-        """Epochs until the last one; each of them ends with everything on disk."""
-        config, last = self.config, self.config["epoch_max"]
-        parameters = sum(each.numel() for each in self.model.parameters())
+    def go(self, report: Callable[[str], None]) -> None:
+        """Train to the last epoch, or to the last one that ends within max_minutes. Every epoch writes all files."""
+        if self.resumed is not None:
+            self._restore(self.resumed[1])
+        self._open(report)
+        if self.resumed is not None:
+            self.line(f"resumed from {self.resumed[0]} after epoch {self.epoch}")
+            self._export(self.resumed[1])  # a kill may have come between the state and the files that follow from it
         if not self.epoch:
+            parameters = sum(each.numel() for each in self.model.parameters())
             self.line(f"model: {self.model.spec['name']}, {parameters:,} parameters, on {self.device}")
+        config, last, longest = self.config, self.config["epoch_max"], 0.0
         while self.epoch < last:
             begin = time.monotonic()
             epoch = self.epoch + 1
-            lr = self.optimizer.param_groups[0]["lr"]
-            loss, images = self._train_epoch(epoch)
-            spent = time.monotonic() - begin
-            if self.scheduler is not None:
-                self.scheduler.step()
-            row = {"epoch": epoch, "lr": lr, "loss": loss, "images_per_second": images / spent}
+            self._set_learning_rate(self.epoch)
+            row = {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+            row["loss"], images = self._train_epoch(epoch)
+            row["images_per_second"] = images / (time.monotonic() - begin)
+            self._set_learning_rate(epoch)  # the original's checkpoints hold the learning rate of the next epoch
             validates = self.val_loader is not None and config.get("epoch_val") and epoch % config["epoch_val"] == 0
             if validates:
                 row["psnr"] = self._validate()
             self.epoch, self.best = epoch, max(self.best, row.get("psnr", -math.inf))
+            longest = max(longest, time.monotonic() - begin)
             row["seconds"] = self.seconds = self.seconds + time.monotonic() - begin
             self.history.append(row)
             self._save()
             self.line(self._describe(row))
-            if self.log is not None and (validates or epoch == last):
+            stops = epoch < last and self._exceeds_max_minutes(longest)
+            if self.log is not None and (validates or stops or epoch == last):
                 self.log.draw(self.history)
+            if stops:
+                limit = f"another epoch would exceed max_minutes {config['max_minutes']:g}"
+                self.line(f"stopped after epoch {epoch}/{last}: {limit}; continue with --resume auto")
+                return
+
+    def _exceeds_max_minutes(self, epoch_seconds: float) -> bool:
+        """Whether an epoch of that length would end after the limit, in any of the processes."""
+        limit = self.config.get("max_minutes")
+        if limit is None:
+            return False
+        late = time.monotonic() - self.started + epoch_seconds > 60 * limit
+        return distributed.sum_over_ranks([float(late)])[0] > 0
+
+    def _set_learning_rate(self, epoch: int, batch: int = 0) -> None:
+        """For the batch of that number after `epoch` whole epochs."""
+        each = len(self.train_loader)
+        rate = learning_rate(self.config, self.optimizer.defaults["lr"], epoch * each + batch, each)
+        if rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
 
     def _train_epoch(self, epoch: int) -> tuple[float, int]:
         """One pass over the training items: (mean loss over all processes, images)."""
         self.model.train()
         total, images = 0.0, 0.0
-        pending: tuple[Tensor, Item] | None = None  # a loss is read while the next step runs, so no step waits for it
-        for batch in self._progress(self.train_loader.epoch(epoch), len(self.train_loader), f"epoch {epoch}"):
+        pending: tuple[Tensor, Item] | None = None  # a loss is read during the next step, so that no step waits for it
+        batches = self._progress(self.train_loader.epoch(epoch), len(self.train_loader), f"epoch {epoch}")
+        for number, batch in enumerate(batches):
+            self._set_learning_rate(epoch - 1, number)
             loss = self.stepper.step(batch)
             if pending is not None:
                 total += self._checked(*pending)
@@ -198,15 +209,15 @@ class _Run:
         return total / images, int(images)
 
     def _checked(self, loss: Tensor, batch: Item) -> float:
-        """The loss times the images of its batch; TrainingError, with the batch saved, where it is no number."""
+        """The loss times the images of its batch; saves the batch and raises TrainingError if it is not finite."""
         value = loss.item()
         if math.isfinite(value):
             return value * batch["inp"].shape[0]
         name = f"bad-batch-rank{distributed.rank()}.pth"
         states.save_torch({key: tensor.cpu() for key, tensor in batch.items()}, self.folder / name)
         raise TrainingError(
-            f"the loss is {value} in epoch {self.epoch + 1}: the batch is saved as {self.folder / name}; go on from "
-            "the last epoch with a lower learning rate, clip_grad or without autocast"
+            f"the loss is {value} in epoch {self.epoch + 1}: the batch is saved as {self.folder / name}; resume from "
+            "the last epoch with a lower learning rate, with clip_grad, or without autocast"
         )
 
     def _progress(self, batches: Iterator[Item], count: int, title: str) -> Iterator[Item]:
@@ -214,16 +225,15 @@ class _Run:
         return tqdm(batches, total=count, desc=title, unit="batch", leave=False, disable=quiet)
 
     def _validate(self) -> float:
-        """Mean PSNR over the validation items of all processes; of the averaged weights where the run keeps them."""
-        config = self.config
+        """Mean PSNR over the validation items of all processes; of the averaged weights if the run has them."""
         found = (0.0, 0)
-        if len(self.val_loader):  # with more processes than items some have none
+        if len(self.val_loader):  # a process has no items if there are more processes than items
             found = evaluation.eval_psnr_sum(
                 self.val_loader,
                 self.evaluated,
                 data_norm=self.model.data_norm,
-                eval_type=config.get("eval_type"),
-                eval_bsize=config.get("eval_bsize"),
+                eval_type=self.config.get("eval_type"),
+                eval_bsize=self.config.get("eval_bsize"),
             )
         total, count = distributed.sum_over_ranks(found)
         return total / count
@@ -234,8 +244,8 @@ class _Run:
         return self.stepper.average.model if self.stepper.average is not None else self.model
 
     def _save(self) -> None:
-        """Everything after an epoch, state.pth first."""
-        everyone = distributed.gather(states.random_states())
+        """Write all files of an epoch, state.pth first."""
+        random_states = distributed.gather(states.random_states())
         if self.log is None:
             return
         average = self.stepper.average
@@ -249,13 +259,13 @@ class _Run:
             steps=self.stepper.steps,
             seconds=self.seconds,
             history=self.history,
-            random=everyone,
+            random=random_states,
         )
         states.save_state(state, self.folder)
         self._export(state)
 
     def _export(self, state: RunState) -> None:
-        """The files that follow from the state after an epoch."""
+        """Write the files that follow from the state after an epoch."""
         if self.log is None:
             return
         states.save_checkpoint(state, self.folder / "epoch-last.pth")
@@ -270,7 +280,7 @@ class _Run:
             self.log.epoch(state.history)
 
     def _restore(self, found: RunState) -> None:
-        """Go on from a state; one in the original's dictionary says less, and the rest begins anew."""
+        """Continue from a state; fields that a checkpoint of the original lacks start from their defaults."""
         self.optimizer.load_state_dict(found.optimizer["sd"])
         self.epoch, self.seconds = found.epoch, found.seconds
         self.best = -math.inf if found.best is None else found.best
@@ -280,10 +290,6 @@ class _Run:
             self.stepper.average.model.load_state_dict(found.average)
         if found.scaler:
             self.stepper.scaler.load_state_dict(found.scaler)
-        if self.scheduler is not None:
-            # What the optimizer holds is the rate after the epoch's step; only the count of epochs is missing.
-            self.scheduler.last_epoch = found.epoch
-            self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         if len(found.random) == distributed.world_size():
             states.restore_random_states(found.random[distributed.rank()])
 
@@ -296,6 +302,24 @@ class _Run:
         return ", ".join([*parts, f"{row['images_per_second']:.1f} images/s", spent])
 
 
+def learning_rate(config: Config, base: float, step: int, steps_per_epoch: int) -> float | None:
+    """The learning rate of a step, counted from 0 over all epochs; None without a schedule.
+
+    base: the optimizer's lr. `multi_step_lr` changes the rate between epochs. `cosine_lr` raises it linearly over
+    `warmup` steps, and lowers it on a cosine to `min_lr` after epoch_max epochs.
+    """
+    steps, cosine = config.get("multi_step_lr"), config.get("cosine_lr")
+    if steps is not None:
+        for milestone in steps["milestones"]:
+            base *= (steps.get("gamma") or 0.1) if milestone <= step // steps_per_epoch else 1
+        return base
+    if cosine is None:
+        return None
+    low, warmup = cosine.get("min_lr") or 0.0, cosine.get("warmup") or 1
+    falling = (1 + math.cos(math.pi * step / (config["epoch_max"] * steps_per_epoch))) / 2
+    return min(1.0, (step + 1) / warmup) * (low + (base - low) * falling)
+
+
 def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (users' code may draw from it)
@@ -303,7 +327,7 @@ def _seed_everything(seed: int) -> None:
 
 
 def _build_model(config: Config, source: str) -> Any:
-    """The configuration's model, with its normalisation, backend and, for `init`, weights."""
+    """The configuration's model, with its normalization, backend and, for `init`, its weights."""
     try:
         model: Any = make_model(config["model"])
         inspect.signature(model.forward).bind("inp", "coord", "cell")
@@ -311,20 +335,18 @@ def _build_model(config: Config, source: str) -> Any:
         raise ConfigError(f"{source}: model: {config['model']['name']} cannot be trained: {error}") from None
     model.data_norm = config.get("data_norm") or UNIT_NORM
     model.backend = config.get("backend")
-    if config.get("init"):
+    if config.get("init") == "bilinear":
+        try:
+            start_as_bilinear(model)
+        except ValueError as error:
+            raise ConfigError(f"{source}: {error}") from None
+    elif config.get("init"):
         weights = checkpoints.load(config["init"])
         try:
             model.load_state_dict(weights.state_dict())
         except RuntimeError:
             raise ConfigError(f"{source}: init: the weights of {config['init']} do not fit this model") from None
     return model
-
-
-def _scheduler(config: Config, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.MultiStepLR | None:
-    section = config.get("multi_step_lr")
-    if section is None:
-        return None
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, section["milestones"], section.get("gamma") or 0.1)
 
 
 def _time(seconds: float) -> str:

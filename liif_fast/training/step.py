@@ -1,4 +1,4 @@
-"""One training step: forward, L1, backward, optimiser, averaged weights, with every switch that changes its speed."""
+"""One training step: forward, L1 loss, backward, optimizer and averaged weights, with all switches for its speed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from liif_fast.data import Item
+from liif_fast.utils.normalization import Norm, normalizations
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-Norm = Mapping[str, Mapping[str, list[float]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """The switches of a step, named as in a configuration; all off.
+    """The switches of a step, named as in a configuration; all are off by default.
 
-    autocast: 'bf16' or 'fp16' (with a scaled loss). channels_last: the encoder's memory format. compile_encoder: run
-    the encoder through torch.compile. cuda_graphs: replay the encoder from a CUDA graph. clip_grad: largest norm of the
-    gradient. accumulate: parts in which a batch is computed, one after the other, for less memory. ema: decay of the
-    averaged weights per step.
+    autocast: 'bf16' or 'fp16' (with a scaled loss). channels_last: use that memory format in the encoder.
+    compile_encoder: run the encoder through torch.compile. cuda_graphs: replay the encoder from a CUDA graph.
+    clip_grad: largest norm of the gradient. accumulate: number of chunks in which a batch is computed, to save memory.
+    ema: decay of the averaged weights per step.
     """
 
     autocast: str | None = None
@@ -45,7 +45,7 @@ class StepOptions:
 
 
 class AveragedModel:
-    """A copy of a model whose weights follow the running average of the original's: `model`, in eval mode."""
+    """A copy of a model, `model`, in eval mode, whose weights are the running average of the trained weights."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).eval()
@@ -53,8 +53,8 @@ class AveragedModel:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after step number `step`, counted from 1."""
-        decay = min(self.decay, step / (step + 9))  # follows closely while the start is still in the average
+        """Add the weights after step number `step`, counted from 1."""
+        decay = min(self.decay, step / (step + 9))  # faster at first, to forget the initial weights
         ours, theirs = ([*each.parameters()] for each in (self.model, model))
         torch._foreach_lerp_(ours, theirs, 1 - decay)  # type: ignore[arg-type]
         for mean, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
@@ -62,12 +62,12 @@ class AveragedModel:
 
 
 class Stepper:
-    """Moves a model by one batch at a time.
+    """Trains a model, one batch per step.
 
     model: LIIF, MetaSR or another module with forward(inp, coord, cell), on its device, in train mode.
-    optimizer: of the model's parameters. data_norm: {'inp': {'sub', 'div'}, 'gt': {'sub', 'div'}} for values in [0, 1].
+    optimizer: of the parameters. data_norm: {'inp': {'sub', 'div'}, 'gt': {'sub', 'div'}}, for colors in [0, 1].
     ddp: average gradients over the processes of torch.distributed.
-    Raises ValueError for a switch that this model or device cannot have.
+    Raises ValueError for a switch that does not work with this model or device.
     """
 
     def __init__(
@@ -82,17 +82,14 @@ class Stepper:
         self.model, self.optimizer, self.options = model, optimizer, options
         self.device = next(model.parameters()).device
         self.steps = 0
-        self._norm = {
-            side: [torch.tensor(data_norm[side][part], device=self.device) for part in ("sub", "div")]
-            for side in ("inp", "gt")
-        }
+        self._inp_norm, self._gt_norm = normalizations(data_norm, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.autocast == "fp16")
         self._check_switches(ddp)
         if options.channels_last:
             self._encoder.to(memory_format=torch.channels_last)
         self.average = AveragedModel(model, options.ema) if options.ema is not None else None
         if options.compile_encoder:
-            self._encoder.compile()  # in place: the names in the state_dict stay
+            self._encoder.compile()  # in place, which keeps the names of the state_dict
         self._graphed = False
         self._forward: nn.Module = model
         if ddp:
@@ -108,25 +105,25 @@ class Stepper:
         options = self.options
         for switch in ("channels_last", "compile_encoder", "cuda_graphs"):
             if getattr(options, switch) and not isinstance(self._encoder, nn.Module):
-                raise ValueError(f"{switch} is for models with an encoder, and {type(self.model).__name__} has none")
+                raise ValueError(f"{switch} needs a model with an encoder, and {type(self.model).__name__} has none")
         if options.cuda_graphs and (self.device.type != "cuda" or ddp or options.compile_encoder):
             found = "several processes" if ddp else "compile_encoder" if options.compile_encoder else self.device.type
-            raise ValueError(f"cuda_graphs is for one GPU without compile_encoder, not for {found}: leave it out")
+            raise ValueError(f"cuda_graphs needs one GPU without compile_encoder, not {found}: leave it out")
 
     def step(self, batch: Item) -> Tensor:
-        """One step on a batch {'inp' [B,C,h,w], 'coord' [B,Q,2], 'cell' [B,Q,2], 'gt' [B,Q,C]}, colours in [0, 1].
+        """One step on a batch {'inp' [B,C,h,w], 'coord' [B,Q,2], 'cell' [B,Q,2], 'gt' [B,Q,C]}, colors in [0, 1].
 
-        Returns the loss, detached, on the device: reading it waits for the device, keeping it does not.
+        Returns the detached loss on the device, without waiting for the device.
         """
         batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         self.optimizer.zero_grad(set_to_none=True)
         count = batch["inp"].shape[0]
         slices = _slices(count, self.options.accumulate)
-        parts = [{key: value[each] for key, value in batch.items()} for each in slices]
+        chunks = [{key: value[each] for key, value in batch.items()} for each in slices]
         losses = []
-        for number, part in enumerate(parts, start=1):
-            with self._without_sync(number < len(parts)):
-                loss = self._loss(part) * (part["inp"].shape[0] / count)
+        for number, chunk in enumerate(chunks, start=1):
+            with self._without_sync(number < len(chunks)):
+                loss = self._loss(chunk) * (chunk["inp"].shape[0] / count)
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
         if self.options.clip_grad is not None:
@@ -140,30 +137,26 @@ class Stepper:
         return torch.stack(losses).sum()
 
     def _loss(self, batch: Item) -> Tensor:
-        inp = self._normalized(batch["inp"], "inp", (-1, 1, 1))
+        inp = self._inp_norm.normalize(batch["inp"])
         if self.options.channels_last:
             inp = inp.contiguous(memory_format=torch.channels_last)
         dtype = AUTOCAST_DTYPES.get(self.options.autocast or "")
-        # A recorded graph must not read weights that autocast cast for an earlier step.
+        # With autocast's cache a recorded graph would read weights that were cast in an earlier step.
         keep = not self.options.cuda_graphs
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=keep):
             if self.options.cuda_graphs and not self._graphed:
                 self._graph_encoder(inp)
             pred = self._forward(inp, batch["coord"], batch["cell"])
-        return (pred.float() - self._normalized(batch["gt"], "gt", (-1,))).abs().mean()
+        return (pred.float() - self._gt_norm.normalize(batch["gt"], channel=-1)).abs().mean()
 
-    def _normalized(self, values: Tensor, side: str, shape: tuple[int, ...]) -> Tensor:
-        sub, div = (part.view(shape) for part in self._norm[side])
-        return (values - sub) / div
-
-    def _without_sync(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
-        """Keep DDP from averaging gradients that are not complete yet."""
-        if wanted and isinstance(self._forward, DistributedDataParallel):
+    def _without_sync(self, enabled: bool) -> contextlib.AbstractContextManager[Any]:
+        """Keep DDP from averaging gradients before the last chunk."""
+        if enabled and isinstance(self._forward, DistributedDataParallel):
             return self._forward.no_sync()
         return contextlib.nullcontext()
 
     def _graph_encoder(self, inp: Tensor) -> None:
-        """Record the encoder's forward and backward for batches of this shape; others run as before.
+        """Record the encoder's forward and backward for batches of this shape; other batches run without the graph.
 
         Not yet run on a GPU.
         """
@@ -175,7 +168,7 @@ class Stepper:
         self._graphed = True
 
 
-def _slices(count: int, parts: int) -> list[slice]:
-    """Slices of `count` items in `parts` near-equal parts; fewer where there are fewer items."""
-    edges = [count * part // parts for part in range(parts + 1)]
+def _slices(count: int, chunks: int) -> list[slice]:
+    """Slices of `count` items into `chunks` nearly equal chunks, none of them empty."""
+    edges = [count * chunk // chunks for chunk in range(chunks + 1)]
     return [slice(low, high) for low, high in itertools.pairwise(edges) if high > low]

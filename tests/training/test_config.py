@@ -1,4 +1,4 @@
-"""Configurations in the original's schema load as they are; every mistake is one sentence with file and key."""
+"""Configurations of the original load unchanged; every mistake is one sentence with file and key."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def test_a_test_configuration_loads(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["1.e-4", "1e-4", "1.0E-4", "+1e-04", "0.0001", ".1e-3"])
-def test_numbers_as_people_write_them(text):
+def test_all_usual_forms_of_a_number_are_read(text):
     content = config.load(LIIF, overrides=[f"optimizer.args.lr={text}"])
     assert content["optimizer"]["args"]["lr"] == pytest.approx(1e-4) and content["epoch_max"] == 2
 
@@ -91,12 +91,18 @@ MISTAKES = [
     ("train_dataset.dataset.args.repeat=a lot", "train_dataset.dataset.args.repeat is 'a lot'"),
     ("val_dataset.wrapper.args.sample_q=1.5", "val_dataset.wrapper.args.sample_q is 1.5; it must be a whole number or"),
     ("val_dataset.wrapper.args.inpsize=8", "val_dataset.wrapper.args.inpsize is not an argument of it"),
-    ("train_dataset.loader=device", "train_dataset.loader is no longer a key, because worker processes make all items: delete"),
+    (
+        "train_dataset.loader=device",
+        "train_dataset.loader is no longer a key, because worker processes make all items: delete",
+    ),
     ("eval_type=div2k", "eval_type is 'div2k'; it must be div2k-N or benchmark-N"),
     ("autocast=bfloat", "autocast is 'bfloat'; it must be one of bf16, fp16"),
     ("channels_last=1", "channels_last is 1; it must be true or false"),
     ("clip_grad=-1", "clip_grad is -1; it must be above 0"),
     ("ema=1", "ema is 1; it must be below 1"),
+    ("cosine_lr={}", "cosine_lr stands next to multi_step_lr; leave one of the two out"),
+    ("cosine_lr={warmup: 1.5}", "cosine_lr.warmup is 1.5; it must be a whole number"),
+    ("max_minutes=0", "max_minutes is 0; it must be above 0"),
     ("accumulate=3", "accumulate is 3, which does not divide the batch_size 4"),
     ("resume=run/state.pth", "resume is 'run/state.pth'; it must be a file that exists"),
     ("imports=[no_such_module_at_all]", "imports names 'no_such_module_at_all', which cannot be imported"),

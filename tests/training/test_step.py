@@ -1,4 +1,4 @@
-"""The switches of a training step: what each computes, against the plain step."""
+"""The switches of a training step, each compared with the plain step."""
 
 import copy
 
@@ -43,7 +43,7 @@ def moved(net):
     return weights(net) - weights(model())
 
 
-def test_a_step_is_gradient_descent_on_l1_of_normalised_colours():
+def test_a_step_is_gradient_descent_on_l1_of_normalized_colors():
     net, data = model(), batch()
     inp = (data["inp"] - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / 0.5
     loss = nn.functional.l1_loss(net(inp, data["coord"], data["cell"]), (data["gt"] - 0.5) / 0.25)
@@ -55,10 +55,10 @@ def test_a_step_is_gradient_descent_on_l1_of_normalised_colours():
             assert torch.allclose(mine, theirs - 0.1 * theirs.grad, atol=1e-7)
 
 
-@pytest.mark.parametrize(("parts", "items"), [(2, 6), (3, 6), (6, 6), (4, 3)])
-def test_parts_of_a_batch_add_up_to_the_batch(parts, items):
+@pytest.mark.parametrize(("chunks", "items"), [(2, 6), (3, 6), (6, 6), (4, 3)])
+def test_chunks_of_a_batch_add_up_to_the_batch(chunks, items):
     whole, loss, _ = step(items=items)
-    ours, mine, _ = step(items=items, accumulate=parts)
+    ours, mine, _ = step(items=items, accumulate=chunks)
     assert mine == pytest.approx(loss, rel=1e-5)
     assert torch.allclose(weights(ours), weights(whole), atol=1e-7)
 
@@ -99,7 +99,7 @@ def test_averaged_weights():
     net, _, stepper = step(ema=0.5)
     mean = stepper.average.model
     assert not mean.training
-    # The first step weighs 1 / 10 of the old; afterwards every step halves the distance.
+    # The first step keeps 1/10 of the initial weights; later every step halves the distance.
     assert torch.allclose(weights(mean), weights(model()) + 0.9 * moved(net), atol=1e-6)
     average = AveragedModel(model(), 0.5)
     target = copy.deepcopy(model())
@@ -120,13 +120,13 @@ def test_a_compiled_encoder_gives_the_same_step_and_the_same_names():
 
 
 @pytest.mark.parametrize("options", [{"cuda_graphs": True}, {"cuda_graphs": True, "compile_encoder": True}])
-def test_cuda_graphs_are_refused_elsewhere(options):
-    with pytest.raises(ValueError, match="cuda_graphs is for one GPU without compile_encoder, not for"):
+def test_cuda_graphs_are_refused_without_a_gpu(options):
+    with pytest.raises(ValueError, match="cuda_graphs needs one GPU without compile_encoder, not"):
         step(**options)
 
 
-def test_a_recorded_encoder_serves_training_batches_of_its_shape_only(monkeypatch):
-    """The dispatch alone: recording needs a GPU, and is stood in for by a function that counts."""
+def test_a_recorded_encoder_runs_only_for_training_batches_of_its_shape(monkeypatch):
+    """Only the dispatch: recording needs a GPU, so a function that counts calls replaces it."""
     replayed = []
 
     def record(encoder, sample):
@@ -153,9 +153,9 @@ def test_a_recorded_encoder_serves_training_batches_of_its_shape_only(monkeypatc
 
 
 @pytest.mark.parametrize("switch", ["channels_last", "compile_encoder", "cuda_graphs"])
-def test_a_switch_of_the_encoder_needs_one(switch):
+def test_a_switch_of_the_encoder_needs_an_encoder(switch):
     net = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match=f"{switch} is for models with an encoder, and Linear has none"):
+    with pytest.raises(ValueError, match=f"{switch} needs a model with an encoder, and Linear has none"):
         Stepper(net, torch.optim.SGD(net.parameters()), StepOptions(**{switch: True}), NORM)
 
 

@@ -1,4 +1,4 @@
-"""The folders that tests/configs/*.yaml name, filled with small pictures, and settings that the tests share."""
+"""The folders of tests/configs/*.yaml with small images, and settings that several tests use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ QUICK = ["num_workers=0", "tensorboard=false", "plots=false"]
 
 
 def make_folders(root: Path) -> Path:
-    """`root`/load with photographs' stand-ins: stripes under noise, so that a model has something to learn."""
+    """Fill `root`/load with images of stripes and noise, from which a model can learn."""
     rng = np.random.default_rng(0)
 
     def picture(path: Path, height: int, width: int) -> None:

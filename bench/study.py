@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from bench import results
-from liif_fast.evaluation import study, tables
+from liif_fast.evaluation import comparison, tables
 
 
 def block(_: list[dict[str, Any]]) -> str | None:
     """The README's block: every saved comparison's tables, or None where there is none."""
     parts = []
     for path in sorted((results.FOLDER / "weights").glob("*/study/scores.csv")):
-        rows = study.read_rows(path)
+        rows = comparison.read_records(path)
         metrics = ["psnr"] + (["ssim"] if all(row.ssim == row.ssim for row in rows) else [])
         where = path.relative_to(results.FOLDER).as_posix()
         text = f"**{path.parent.parent.name}.** {tables.markdown(rows, protocol='div2k', metrics=metrics)}"

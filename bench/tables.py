@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from bench import loader, results, study, targets, training_step
 from bench.workloads import WORKLOADS
-from liif_fast.evaluation import markdown_table, mean_scores, read_csv
+from liif_fast.utils import tables
 
 Results = list[dict[str, Any]]
 Column = tuple[str, Callable[[dict[str, Any]], str]]
@@ -193,10 +194,16 @@ def psnr_table(_: Results) -> str | None:
     path = results.FOLDER / "weights" / "tiny" / "tiny-psnr.csv"
     if not path.exists():
         return None
-    scores = read_csv(path)
-    pictures = len({score.image for score in scores})
+    with open(path, newline="", encoding="utf-8") as file:
+        scores = list(csv.DictReader(file))
+    rows = []
+    for score in scores:
+        if score["image"] == "mean":
+            model, bicubic = float(score["model"]), float(score["bicubic"])
+            rows.append(["mean", f"x{score['scale']}", f"{bicubic:.2f}", f"{model:.2f}", f"{model - bicubic:+.2f}"])
+    pictures = len({score["image"] for score in scores}) - 1
     source = f"Mean over {pictures} photographs: [{path.name}](bench/results/weights/tiny/{path.name})."
-    return f"{markdown_table(mean_scores(scores))}\n\n{source}\n"
+    return f"{tables.markdown(('image', 'scale', 'bicubic', 'model', 'gain'), rows, 'lllll')}\n{source}\n"
 
 
 BATCHES = {1: "batch-1", 4: "batch-4", 16: "training-step", 64: "batch-64"}  # by number of maps

@@ -238,7 +238,7 @@ class _Scorer:
             return None
         if model is not None and getattr(model.encoder, "n_colors", 3) != config.n_colors:
             raise ValueError(
-                f"{file} needs images of {model.encoder.n_colors} channels, not {config.n_colors}: set --n-colors"
+                f"{file} is for images of {model.encoder.n_colors} channels, not {config.n_colors}: set --n-colors"
             )
         low, high = shrink_whole(read_pixels(job.path, config.n_colors), job.scale)
         pred = enlarge(model, low, (high.shape[0], high.shape[1]), job.cell)

@@ -4,7 +4,7 @@ import math
 
 from bench import results
 from bench import study as bench_study
-from liif_fast.evaluation.study import Row, write_rows
+from liif_fast.evaluation.comparison import ScoreRecord, write_records
 
 
 def test_saved_comparisons_become_a_block(tmp_path, monkeypatch):
@@ -13,8 +13,11 @@ def test_saved_comparisons_become_a_block(tmp_path, monkeypatch):
     for name, ssim in (("one", 0.9), ("two", math.nan)):
         folder = tmp_path / "weights" / name / "study"
         folder.mkdir(parents=True)
-        write_rows(
-            [Row("bicubic", "1/s", 2.0, "a.png", 30.0, ssim, "x"), Row("liif", "1/s", 2.0, "a.png", 31.0, ssim, "y")],
+        write_records(
+            [
+                ScoreRecord("bicubic", "1/s", 2.0, "a.png", 30.0, ssim, "x"),
+                ScoreRecord("liif", "1/s", 2.0, "a.png", 31.0, ssim, "y"),
+            ],
             folder / "scores.csv",
         )
     text = bench_study.block([])

@@ -1,4 +1,4 @@
-"""Comparisons of methods over scales: scores, tables, resuming, several processes, pictures; and the ablations."""
+"""Comparisons of methods over scales: scores, tables, resuming, several processes, pictures, ablations."""
 
 import math
 import os
@@ -14,8 +14,8 @@ from PIL import Image
 
 from liif_fast import data
 from liif_fast.cli import main as cli
-from liif_fast.evaluation import figures, predict, psnr, study, tables
-from liif_fast.evaluation.study import Row, Settings, resolve_methods
+from liif_fast.evaluation import comparison, figures, predict, psnr, tables
+from liif_fast.evaluation.comparison import ComparisonConfig, ScoreRecord, resolve_methods
 from liif_fast.models import checkpoints, make_model
 
 ENCODER = {"name": "edsr-baseline", "args": {"n_resblocks": 1, "n_feats": 8, "no_upsampling": True}}
@@ -60,9 +60,9 @@ def images(tmp_path):
     return folder
 
 
-def settings(tmp_path, names, **arguments):
+def config(tmp_path, names, **arguments):
     models = [f"{name}={checkpoint(tmp_path, name)}" for name in names if name != "bicubic"]
-    return Settings(methods=resolve_methods(names, models), **{"scales": (2, 3.5), **arguments})
+    return ComparisonConfig(methods=resolve_methods(names, models), **{"scales": (2, 3.5), **arguments})
 
 
 def by_key(rows):
@@ -71,7 +71,7 @@ def by_key(rows):
 
 def test_scores_are_psnr_of_predictions(images, tmp_path):
     names = ["bicubic", "liif", "metasr", "edsr"]
-    rows = by_key(study.run(images, settings(tmp_path, names, metrics=("psnr", "ssim")), tmp_path / "out"))
+    rows = by_key(comparison.run(images, config(tmp_path, names, metrics=("psnr", "ssim")), tmp_path / "out"))
     assert len(rows) == 3 * 2 * 3 + 3  # edsr enlarges by 2 only
     for name in names:
         low, high = data.shrink_whole(data.read_rgb(images / "1.png"), 2)
@@ -83,21 +83,21 @@ def test_scores_are_psnr_of_predictions(images, tmp_path):
         row = rows[name, "1/s", 2, "1.png"]
         assert row.psnr == pytest.approx(psnr(pred, data.to_tensor(high), "div2k-2"), abs=1e-4)
         assert -1 <= row.ssim <= 1
-    saved = study.read_rows(tmp_path / "out" / "scores.csv")
+    saved = comparison.read_records(tmp_path / "out" / "scores.csv")
     assert len(saved) == len(rows) and by_key(saved)["liif", "1/s", 3.5, "0.png"].psnr == pytest.approx(
         rows["liif", "1/s", 3.5, "0.png"].psnr, abs=1e-5
     )
 
 
 def test_rdn_from_the_originals_format(images, tmp_path):
-    (row, *_) = study.run(images, settings(tmp_path, ["rdn-liif"], scales=(4,)), tmp_path / "out")
+    (row, *_) = comparison.run(images, config(tmp_path, ["rdn-liif"], scales=(4,)), tmp_path / "out")
     low, high = data.shrink_whole(data.read_rgb(images / "0.png"), 4)
     pred = predict(checkpoints.load(tmp_path / "rdn-liif.pth"), low, (64, 80))
     assert row.psnr == pytest.approx(psnr(pred, data.to_tensor(high), "div2k-4"), abs=1e-4)
 
 
 def test_edsr_upsamples_by_itself(images, tmp_path):
-    """Without an imnet the encoder's own output is the picture, pixel for pixel."""
+    """Without an imnet the output is the encoder's output, pixel for pixel."""
     model = checkpoints.load(checkpoint(tmp_path, "edsr"))
     low, _ = data.shrink_whole(data.read_rgb(images / "0.png"), 2)
     with torch.no_grad():
@@ -105,10 +105,12 @@ def test_edsr_upsamples_by_itself(images, tmp_path):
     assert torch.allclose(predict(model, low, (64, 80)), own.clamp(0, 1), atol=1e-6)
 
 
-def test_cells_pretend_a_smaller_scale(images, tmp_path):
+def test_a_cell_is_that_of_a_smaller_scale(images, tmp_path):
     names = ["bicubic", "liif", "liif-c", "metasr"]
-    rows = by_key(study.run(images, settings(tmp_path, names, scales=(2, 6), cells=("1/s", "1/3")), tmp_path / "out"))
-    # Only where the scale is beyond the cell's, and only for what decodes with cells.
+    rows = by_key(
+        comparison.run(images, config(tmp_path, names, scales=(2, 6), cells=("1/s", "1/3")), tmp_path / "out")
+    )
+    # Only at scales above the cell's, and only for models that decode with cells.
     assert {key[:3] for key in rows if key[1] == "1/3"} == {("liif", "1/3", 6)}
     low, high = data.shrink_whole(data.read_rgb(images / "2.png"), 6)
     model = checkpoints.load(tmp_path / "liif.pth")
@@ -119,9 +121,9 @@ def test_cells_pretend_a_smaller_scale(images, tmp_path):
 
 
 def count_calls(monkeypatch, fail_after=math.inf):
-    """Have study.enlarge counted, and interrupted."""
+    """Count the calls of comparison.enlarge, and interrupt it after `fail_after` calls."""
     calls = []
-    enlarge = study.enlarge
+    enlarge = comparison.enlarge
 
     def counted(*arguments):
         if len(calls) >= fail_after:
@@ -129,48 +131,50 @@ def count_calls(monkeypatch, fail_after=math.inf):
         calls.append(arguments)
         return enlarge(*arguments)
 
-    monkeypatch.setattr(study, "enlarge", counted)
+    monkeypatch.setattr(comparison, "enlarge", counted)
     return calls
 
 
 def test_a_run_computes_only_what_is_new(images, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    first = study.run(images, settings(tmp_path, ["bicubic", "liif"]), out)
+    first = comparison.run(images, config(tmp_path, ["bicubic", "liif"]), out)
     calls = count_calls(monkeypatch)
-    again = study.run(images, settings(tmp_path, ["bicubic", "liif"]), out)
+    again = comparison.run(images, config(tmp_path, ["bicubic", "liif"]), out)
     assert not calls and [row[:4] for row in again] == [row[:4] for row in first]
-    study.run(images, settings(tmp_path, ["bicubic", "liif"], scales=(2, 3.5, 4)), out)
+    comparison.run(images, config(tmp_path, ["bicubic", "liif"], scales=(2, 3.5, 4)), out)
     assert len(calls) == 2 * 3  # one more scale
     calls.clear()
     changed = data.read_rgb(images / "0.png").copy()
     changed[:4] = 0
     Image.fromarray(changed).save(images / "0.png")
-    study.run(images, settings(tmp_path, ["bicubic", "liif"]), out)
+    comparison.run(images, config(tmp_path, ["bicubic", "liif"]), out)
     assert len(calls) == 2 * 2  # one image, two methods, two scales
     calls.clear()
-    later = settings(tmp_path, ["bicubic", "liif"])
+    later = config(tmp_path, ["bicubic", "liif"])
     model = torch.load(tmp_path / "liif.pth")
     model["model"]["sd"]["imnet.layers.4.bias"] += 0.1
     torch.save(model, tmp_path / "liif.pth")
-    rows = study.run(images, later, out)
+    rows = comparison.run(images, later, out)
     assert len(calls) == 3 * 2  # the model's, not bicubic's
     assert rows[-1].psnr != first[-1].psnr
-    assert len({row[:4] for row in study.read_rows(out / "scores.csv")}) == 2 * 3 * 3  # those of x4 are still there
+    assert (
+        len({row[:4] for row in comparison.read_records(out / "scores.csv")}) == 2 * 3 * 3
+    )  # those of x4 are still there
 
 
 def test_an_interrupted_run_goes_on(images, tmp_path, monkeypatch):
-    expected = study.run(images, settings(tmp_path, ["bicubic", "liif"]), tmp_path / "whole")
+    expected = comparison.run(images, config(tmp_path, ["bicubic", "liif"]), tmp_path / "whole")
     with monkeypatch.context() as patch:
         count_calls(patch, fail_after=7)
         with pytest.raises(KeyboardInterrupt):
-            study.run(images, settings(tmp_path, ["bicubic", "liif"]), tmp_path / "out")
+            comparison.run(images, config(tmp_path, ["bicubic", "liif"]), tmp_path / "out")
     with monkeypatch.context() as patch:  # a second run, of other rows, forgets nothing when it is killed too
         count_calls(patch, fail_after=1)
         with pytest.raises(KeyboardInterrupt):
-            study.run(images, settings(tmp_path, ["liif"], scales=(4,)), tmp_path / "out")
-    assert len(study.read_rows(tmp_path / "out" / "scores.rank0.csv")) == 8
+            comparison.run(images, config(tmp_path, ["liif"], scales=(4,)), tmp_path / "out")
+    assert len(comparison.read_records(tmp_path / "out" / "scores.rank0.csv")) == 8
     calls = count_calls(monkeypatch)
-    rows = study.run(images, settings(tmp_path, ["bicubic", "liif"]), tmp_path / "out")
+    rows = comparison.run(images, config(tmp_path, ["bicubic", "liif"]), tmp_path / "out")
     assert len(calls) == 12 - 7 and [row[:4] for row in rows] == [row[:4] for row in expected]
     assert os.listdir(tmp_path / "out") == ["scores.csv"]
 
@@ -188,20 +192,20 @@ def test_two_processes_write_what_one_writes(images, tmp_path):
         text=True,
         timeout=120,
     )
-    torch.set_num_threads(2)  # --threads above was meant for this process too
+    torch.set_num_threads(2)  # --threads above also changed this process
     assert result.returncode == 0, result.stderr
-    one, two = (by_key(study.read_rows(tmp_path / name / "scores.csv")) for name in ("one", "two"))
+    one, two = (by_key(comparison.read_records(tmp_path / name / "scores.csv")) for name in ("one", "two"))
     assert one.keys() == two.keys() and len(one) == 12
     assert all(one[key].psnr == pytest.approx(two[key].psnr, abs=1e-3) for key in one)
     assert (tmp_path / "one" / "table.md").read_text() == (tmp_path / "two" / "table.md").read_text()
-    assert result.stdout.count("| bicubic |") == 1  # one process speaks
+    assert result.stdout.count("| bicubic |") == 1  # only the first process prints
     assert not list((tmp_path / "two").glob("scores.rank*"))
 
 
 def rows_of(table):
     """Rows of two images from {(label, cell): {scale: (psnr, psnr)}}."""
     return [
-        Row(name, cell, scale, f"{index}.png", value, 0.9, "")
+        ScoreRecord(name, cell, scale, f"{index}.png", value, 0.9, "")
         for (name, cell), found in table.items()
         for scale, values in found.items()
         for index, value in enumerate(values)
@@ -264,7 +268,7 @@ def test_command_writes_tables_plot_and_comparison(images, tmp_path, capsys):
         assert picture.width > 800 and np.asarray(picture.convert("L")).std() > 5
 
 
-def test_without_matplotlib_the_tables_are_written_all_the_same(images, tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_the_tables_are_still_written(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     arguments = ["evaluate", "--images", str(images), "--methods", "bicubic", "--scales", "2", "--out"]
     assert cli.main([*arguments, str(tmp_path / "out")]) == 1
@@ -285,7 +289,7 @@ def test_the_comparison_shows_the_busiest_part():
     [
         (["--methods", "bicubic", "rdn"], "method 'rdn' needs a model: add --model rdn=FILE"),
         (["--model", "some.pth"], "'some.pth' is not NAME=FILE"),
-        (["--model", "edsr@two=some.pth"], "'two', which is no number"),
+        (["--model", "edsr@two=some.pth"], "'two', which is not a number"),
         (["--model", "bicubic=tiny"], "give the model another name"),
         (["--methods", "bicubic", "--model", "liif=tiny"], "--methods does not list"),
         (["--model", "liif=some.pth"], "some.pth does not exist"),
@@ -294,7 +298,7 @@ def test_the_comparison_shows_the_busiest_part():
         (["--metrics", "lpips"], "'lpips'"),
         (["--protocol", "set5"], "'set5'"),
         (["--methods", "bicubic", "--scales", "2", "--compare", "x.png"], "holds no image 'x.png'"),
-        (["--methods", "bicubic", "--scales", "30"], "0.png at x30: an image of 60x60 pixels is nothing"),
+        (["--methods", "bicubic", "--scales", "30"], "0.png at x30: the image has 60x60 pixels, but"),
     ],
 )
 def test_bad_options_get_a_sentence(images, tmp_path, capsys, options, message):
@@ -303,7 +307,7 @@ def test_bad_options_get_a_sentence(images, tmp_path, capsys, options, message):
     assert message in error and error.count("\n") == 1
 
 
-def test_other_peoples_files_are_not_overwritten(images, tmp_path, capsys):
+def test_files_of_other_programs_are_not_overwritten(images, tmp_path, capsys):
     (tmp_path / "scores.csv").write_text("name,score\nme,10\n")
     arguments = ["evaluate", "--images", str(images), "--methods", "bicubic", "--scales", "2"]
     assert cli.main([*arguments, "--out", str(tmp_path)]) == 1
@@ -313,7 +317,7 @@ def test_other_peoples_files_are_not_overwritten(images, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["liif-c", "liif-u", "liif-e", "liif-d", "metasr", "edsr"])
 def test_ablations_train_and_evaluate(images, tmp_path, name):
-    """A few steps bring the loss down, and the weights in the original's format show in a table."""
+    """A few steps lower the loss, and a table shows the improvement of the weights."""
     path = checkpoint(tmp_path, name)
     model = checkpoints.load(path).train()
     scale = {"scale_min": 2, "scale_max": 2 if name == "edsr" else 3}
@@ -336,7 +340,7 @@ def test_ablations_train_and_evaluate(images, tmp_path, name):
     trained = tmp_path / "trained.pth"
     torch.save({"model": {"name": kind, "args": args, "sd": model.state_dict()}, "epoch": 1}, trained)
     methods = resolve_methods(None, [f"{name}={path}", f"trained={trained}"])
-    rows = study.run(images, Settings(methods=methods, scales=(2,)), tmp_path / "out")
+    rows = comparison.run(images, ComparisonConfig(methods=methods, scales=(2,)), tmp_path / "out")
     means = tables.average(rows)
     assert means["trained"][2] > means[name][2]
     assert list(means) == ["bicubic", name, "trained"]

@@ -8,7 +8,7 @@ from PIL import Image
 from liif_fast import data, upscale
 from liif_fast.cli import main as cli
 from liif_fast.evaluation import predict
-from liif_fast.evaluation.study import read_rows
+from liif_fast.evaluation.comparison import read_records
 from liif_fast.models import checkpoints, make_model
 
 ENCODERS = {
@@ -52,15 +52,13 @@ def test_encoders(name, n_colors):
     assert doubling(x).shape == (2, n_colors, 10, 12) and doubling.out_dim == n_colors
 
 
-@pytest.mark.parametrize("loader", ["workers", "device"])
 @pytest.mark.parametrize(("n_colors", "name"), [(1, "liif"), (4, "liif"), (1, "metasr"), (4, "metasr")])
-def test_a_model_learns_and_is_kept(folder, tmp_path, n_colors, name, loader):
+def test_a_model_learns_and_is_kept(folder, tmp_path, n_colors, name):
     model = model_of(n_colors, name).train()
     section = {
         "dataset": {"name": "image-folder", "args": {"root_path": str(folder), "repeat": 8, "n_colors": n_colors}},
         "wrapper": {"name": "sr-implicit-downsampled", "args": {"inp_size": 8, "scale_min": 2, "sample_q": 80}},
         "batch_size": 4,
-        "loader": loader,
     }
     optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=1e-2)
     losses = []
@@ -106,7 +104,7 @@ def test_tables_of_grey_images(folder, tmp_path, capsys):
         str(tmp_path / "out"),
     ]
     assert cli.main([*arguments, "--model", f"grey={tmp_path / '1.safetensors'}"]) == 0
-    assert len(read_rows(tmp_path / "out" / "scores.csv")) == 4
+    assert len(read_records(tmp_path / "out" / "scores.csv")) == 4
     with Image.open(tmp_path / "out" / "comparison-x2.png") as picture:
         pixels = np.asarray(picture)
     assert np.array_equal(pixels[-32:, -40:], np.asarray(Image.open(folder / "0.png").convert("L").convert("RGB")))

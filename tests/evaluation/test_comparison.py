@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from liif_fast import data
@@ -20,7 +19,6 @@ from liif_fast.models import checkpoints, make_model
 
 ENCODER = {"name": "edsr-baseline", "args": {"n_resblocks": 1, "n_feats": 8, "no_upsampling": True}}
 UPSAMPLING = {"name": "edsr-baseline", "args": {"n_resblocks": 1, "n_feats": 8, "scale": 2}}
-RDN = {"name": "rdn", "args": {"G0": 4, "RDNconfig": "A", "no_upsampling": True}}
 
 
 def imnet(*widths):
@@ -34,7 +32,6 @@ SPECS = {
     "liif-e": ("liif", {"encoder_spec": ENCODER, "imnet_spec": imnet(16, 16), "local_ensemble": False}),
     "liif-d": ("liif", {"encoder_spec": ENCODER, "imnet_spec": imnet(16)}),
     "metasr": ("metasr", {"encoder_spec": ENCODER}),
-    "rdn-liif": ("liif", {"encoder_spec": RDN, "imnet_spec": imnet(16)}),
     "edsr": ("liif", {"encoder_spec": UPSAMPLING}),
 }
 
@@ -70,9 +67,10 @@ def by_key(rows):
 
 
 def test_scores_are_psnr_of_predictions(images, tmp_path):
-    names = ["bicubic", "liif", "metasr", "edsr"]
+    """Every model family and ablation, from checkpoints in the original's format."""
+    names = ["bicubic", *SPECS]
     rows = by_key(comparison.run(images, config(tmp_path, names, metrics=("psnr", "ssim")), tmp_path / "out"))
-    assert len(rows) == 3 * 2 * 3 + 3  # edsr enlarges by 2 only
+    assert len(rows) == (len(names) - 1) * 2 * 3 + 3  # edsr enlarges by 2 only
     for name in names:
         low, high = data.shrink_whole(data.read_rgb(images / "1.png"), 2)
         size = (high.shape[0], high.shape[1])
@@ -87,13 +85,6 @@ def test_scores_are_psnr_of_predictions(images, tmp_path):
     assert len(saved) == len(rows) and by_key(saved)["liif", "1/s", 3.5, "0.png"].psnr == pytest.approx(
         rows["liif", "1/s", 3.5, "0.png"].psnr, abs=1e-5
     )
-
-
-def test_rdn_from_the_originals_format(images, tmp_path):
-    (row, *_) = comparison.run(images, config(tmp_path, ["rdn-liif"], scales=(4,)), tmp_path / "out")
-    low, high = data.shrink_whole(data.read_rgb(images / "0.png"), 4)
-    pred = predict(checkpoints.load(tmp_path / "rdn-liif.pth"), low, (64, 80))
-    assert row.psnr == pytest.approx(psnr(pred, data.to_tensor(high), "div2k-4"), abs=1e-4)
 
 
 def test_edsr_upsamples_by_itself(images, tmp_path):
@@ -157,18 +148,17 @@ def test_a_run_computes_only_what_is_new(images, tmp_path, monkeypatch):
     rows = comparison.run(images, later, out)
     assert len(calls) == 3 * 2  # the model's, not bicubic's
     assert rows[-1].psnr != first[-1].psnr
-    assert (
-        len({row[:4] for row in comparison.read_records(out / "scores.csv")}) == 2 * 3 * 3
-    )  # those of x4 are still there
+    saved = {row[:4] for row in comparison.read_records(out / "scores.csv")}
+    assert len(saved) == 2 * 3 * 3  # the scores at x4 are still there
 
 
-def test_an_interrupted_run_goes_on(images, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues(images, tmp_path, monkeypatch):
     expected = comparison.run(images, config(tmp_path, ["bicubic", "liif"]), tmp_path / "whole")
     with monkeypatch.context() as patch:
         count_calls(patch, fail_after=7)
         with pytest.raises(KeyboardInterrupt):
             comparison.run(images, config(tmp_path, ["bicubic", "liif"]), tmp_path / "out")
-    with monkeypatch.context() as patch:  # a second run, of other rows, forgets nothing when it is killed too
+    with monkeypatch.context() as patch:  # an interrupted second run of other scores keeps those of the first
         count_calls(patch, fail_after=1)
         with pytest.raises(KeyboardInterrupt):
             comparison.run(images, config(tmp_path, ["liif"], scales=(4,)), tmp_path / "out")
@@ -203,7 +193,7 @@ def test_two_processes_write_what_one_writes(images, tmp_path):
 
 
 def rows_of(table):
-    """Rows of two images from {(label, cell): {scale: (psnr, psnr)}}."""
+    """Scores of two images from {(label, cell): {scale: (psnr, psnr)}}."""
     return [
         ScoreRecord(name, cell, scale, f"{index}.png", value, 0.9, "")
         for (name, cell), found in table.items()
@@ -313,34 +303,3 @@ def test_files_of_other_programs_are_not_overwritten(images, tmp_path, capsys):
     assert cli.main([*arguments, "--out", str(tmp_path)]) == 1
     assert "is not a table of scores" in capsys.readouterr().err
     assert (tmp_path / "scores.csv").read_text() == "name,score\nme,10\n"
-
-
-@pytest.mark.parametrize("name", ["liif-c", "liif-u", "liif-e", "liif-d", "metasr", "edsr"])
-def test_ablations_train_and_evaluate(images, tmp_path, name):
-    """A few steps lower the loss, and a table shows the improvement of the weights."""
-    path = checkpoint(tmp_path, name)
-    model = checkpoints.load(path).train()
-    scale = {"scale_min": 2, "scale_max": 2 if name == "edsr" else 3}
-    section = {
-        "dataset": {"name": "image-folder", "args": {"root_path": str(images), "repeat": 8, "cache": "in_memory"}},
-        "wrapper": {"name": "sr-implicit-downsampled", "args": {"inp_size": 12, "sample_q": 200, **scale}},
-        "batch_size": 2,
-    }
-    optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=3e-3)
-    losses = []
-    for batch in data.make_loader(section, shuffle=True).epoch():
-        pred = model((batch["inp"] - 0.5) / 0.5, batch["coord"], batch["cell"])
-        loss = F.l1_loss(pred, (batch["gt"] - 0.5) / 0.5)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert np.mean(losses[-4:]) < np.mean(losses[:4])
-    kind, args = SPECS[name]
-    trained = tmp_path / "trained.pth"
-    torch.save({"model": {"name": kind, "args": args, "sd": model.state_dict()}, "epoch": 1}, trained)
-    methods = resolve_methods(None, [f"{name}={path}", f"trained={trained}"])
-    rows = comparison.run(images, ComparisonConfig(methods=methods, scales=(2,)), tmp_path / "out")
-    means = tables.average(rows)
-    assert means["trained"][2] > means[name][2]
-    assert list(means) == ["bicubic", name, "trained"]

@@ -1,4 +1,4 @@
-"""Two processes under torchrun do what one does: training, validation, upscaling a folder."""
+"""Two processes under torchrun give the results of one: training, validation, upscaling a folder."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ def numbers(folder):
 
 def test_two_processes_train_as_one(tmp_path, folders, monkeypatch):
     """The same global batches, gradients averaged: the same losses, PSNR and weights up to rounding; then a resume."""
-    # Gradient descent, not Adam, which makes a full step out of a gradient that is nothing but rounding.
+    # Gradient descent, because Adam makes a full step even from a gradient of rounding errors only.
     plain = ["optimizer={name: sgd, args: {lr: 0.1}}", "epoch_max=3", "accumulate=2", "ema=0.9", "clip_grad=0.5"]
     settings = [*QUICK, *plain]
     monkeypatch.chdir(folders)
@@ -97,10 +97,7 @@ def test_a_single_process_needs_no_launcher(monkeypatch):
         distributed.barrier()
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+def test_a_missing_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with (
-        pytest.raises(RuntimeError, match="cuda:3 was asked for, but PyTorch sees 0 GPUs"),
-        distributed.setup("cuda:3"),
-    ):
+    with pytest.raises(RuntimeError, match=r"cuda:3 was .*, but PyTorch .* 0 GPUs"), distributed.setup("cuda:3"):
         pass

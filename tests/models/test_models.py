@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from liif_fast import models
-from liif_fast.models import LIIF, MLP, linear_layers, make_model, register
+from liif_fast.models import LIIF, MLP, base, linear_layers, make_model, register
 from liif_fast.models.coordinates import make_cell, make_coord
 from liif_fast.ops import backends, reference
 from tests.helpers import reason_against
@@ -295,7 +294,7 @@ MAKERS = [liif, metasr, any_imnet, no_imnet]
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_render_is_query_on_a_grid(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_RENDER_CHUNK", 40)  # several steps
+    monkeypatch.setattr(base, "_RENDER_CHUNK", 40)  # several steps
     model = make()
     model.gen_feat(image())
     coord = make_coord([13, 17], dtype=torch.float64).repeat(2, 1, 1)

@@ -149,8 +149,8 @@ def _from_pth(file: Path) -> nn.Module:
 def _why_unread(file: Path, error: Exception) -> str:
     if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return (
-            f"{file} contains {foreign.group(1)}, but only tensors and plain containers are unpickled: save the model's "
-            "spec and state_dict alone"
+            f"{file} contains {foreign.group(1)}, but only tensors and plain containers are unpickled: save only the "
+            "model's spec and state_dict"
         )
     if "weights_only" in str(error):  # PyTorch's long advice does not apply here
         return f"{file} is a broken pickle, or has another protocol than torch.save's default"

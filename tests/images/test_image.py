@@ -17,7 +17,7 @@ from liif_fast.utils import memory
 
 H, W = 23, 37
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-GREY_PROFILE = SRGB[:16] + b"GRAY" + SRGB[20:]  # enough of one: only the colour space in the header is looked at
+GREY_PROFILE = SRGB[:16] + b"GRAY" + SRGB[20:]  # enough of one: only the color space in the header is looked at
 
 
 def samples(channels, dtype, seed=0):
@@ -44,7 +44,7 @@ def test_lossless_formats_return_what_was_written(tmp_path, suffix, channels, dt
     image.write(original, path)
     back = image.read(path)
     stored = np.uint16 if suffix == ".png" and dtype == np.float32 else dtype
-    np.testing.assert_array_equal(back.colour, image.to_depth(original.colour, stored))
+    np.testing.assert_array_equal(back.color, image.to_depth(original.color, stored))
     if channels in (2, 4):
         np.testing.assert_array_equal(back.alpha, image.to_depth(original.alpha, stored))
     else:
@@ -64,9 +64,9 @@ def test_lossy_formats_stay_close(tmp_path, suffix, channels, quality, dtype):
     path = tmp_path / f"a{suffix}"
     image.write(original, path, quality=quality)
     back = image.read(path)
-    expected = image.to_depth(original.colour, np.uint8).astype(int)
-    assert back.colour.shape[2] == (1 if suffix == ".jpg" else 3)
-    assert np.abs(back.colour.astype(int) - expected).max() <= (0 if quality == 100 else 12)
+    expected = image.to_depth(original.color, np.uint8).astype(int)
+    assert back.color.shape[2] == (1 if suffix == ".jpg" else 3)
+    assert np.abs(back.color.astype(int) - expected).max() <= (0 if quality == 100 else 12)
     if channels in (2, 4):
         np.testing.assert_array_equal(back.alpha, image.to_depth(original.alpha, np.uint8))
     assert back.icc_profile == original.icc_profile
@@ -96,8 +96,8 @@ def test_exif_orientation_is_applied_and_dropped(tmp_path, suffix, orientation):
     read = image.read(tmp_path / f"a{suffix}")
     with Image.open(tmp_path / f"a{suffix}") as stored:
         expected = np.asarray(ImageOps.exif_transpose(stored))
-    np.testing.assert_array_equal(read.colour, expected)
-    assert read.colour.shape[:2] == ((W, H) if orientation > 4 else (H, W))
+    np.testing.assert_array_equal(read.color, expected)
+    assert read.color.shape[:2] == ((W, H) if orientation > 4 else (H, W))
 
     for target in ("b.jpg", "b.png", "b.webp", "b.tif"):
         image.write(read, tmp_path / target)
@@ -119,7 +119,7 @@ def test_orientation_of_deep_files(tmp_path):
         png16.encode(file, values, exif=exif.tobytes())
     tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", extratags=[(274, 3, 1, 6, True)])
     for name in ("a.png", "a.tif"):
-        np.testing.assert_array_equal(image.read(tmp_path / name).colour, np.rot90(values, -1))
+        np.testing.assert_array_equal(image.read(tmp_path / name).color, np.rot90(values, -1))
 
 
 def saved(tmp_path, pil, suffix=".png", **options):
@@ -131,18 +131,18 @@ def test_palette_images_become_rgb(tmp_path):
     rgb = Image.fromarray(samples(3, np.uint8))
     palette = rgb.quantize(16)
     read = saved(tmp_path, palette)
-    np.testing.assert_array_equal(read.colour, np.asarray(palette.convert("RGB")))
+    np.testing.assert_array_equal(read.color, np.asarray(palette.convert("RGB")))
     assert read.alpha is None
     read = saved(tmp_path, palette, transparency=3)
     np.testing.assert_array_equal(read.alpha == 0, np.asarray(palette) == 3)
     assert set(np.unique(read.alpha)) <= {0, 255}
-    assert saved(tmp_path, palette, ".gif").colour.shape == (H, W, 3)
+    assert saved(tmp_path, palette, ".gif").color.shape == (H, W, 3)
 
 
-def test_one_bit_and_transparent_colours(tmp_path):
+def test_one_bit_and_transparent_colors(tmp_path):
     black_white = np.asarray(samples(1, np.uint8)[..., 0] > 100)
     read = saved(tmp_path, Image.fromarray(black_white))
-    np.testing.assert_array_equal(read.colour[..., 0], black_white * np.uint8(255))
+    np.testing.assert_array_equal(read.color[..., 0], black_white * np.uint8(255))
     grey = samples(1, np.uint8)[..., 0]
     read = saved(tmp_path, Image.fromarray(grey), transparency=int(grey[3, 4]))
     np.testing.assert_array_equal(read.alpha == 0, grey == grey[3, 4])
@@ -154,10 +154,10 @@ def test_one_bit_and_transparent_colours(tmp_path):
 def test_cmyk_uses_its_profile_and_drops_it(tmp_path):
     cmyk = Image.fromarray(samples(3, np.uint8)).convert("CMYK")
     read = saved(tmp_path, cmyk, ".tif")
-    np.testing.assert_array_equal(read.colour, np.asarray(cmyk.convert("RGB")))
+    np.testing.assert_array_equal(read.color, np.asarray(cmyk.convert("RGB")))
     unusable = SRGB[:16] + b"CMYK" + SRGB[20:]
     read = saved(tmp_path, cmyk, ".tif", icc_profile=unusable)
-    assert read.colour.shape == (H, W, 3)
+    assert read.color.shape == (H, W, 3)
     assert read.icc_profile is None
 
 
@@ -166,11 +166,11 @@ def test_lab_profile_is_converted(tmp_path):
     rgb = Image.fromarray(samples(3, np.uint8))
     lab = ImageCms.profileToProfile(rgb, ImageCms.createProfile("sRGB"), lab_profile, outputMode="LAB")
     read = saved(tmp_path, lab, ".tif", icc_profile=ImageCms.ImageCmsProfile(lab_profile).tobytes())
-    assert np.abs(read.colour.astype(int) - np.asarray(rgb)).max() <= 8
+    assert np.abs(read.color.astype(int) - np.asarray(rgb)).max() <= 8
     assert read.icc_profile is None
 
 
-def test_profile_of_another_colour_space_is_dropped(tmp_path):
+def test_profile_of_another_color_space_is_dropped(tmp_path):
     assert saved(tmp_path, Image.fromarray(samples(1, np.uint8)[..., 0]), ".jpg", icc_profile=SRGB).icc_profile is None
     assert saved(tmp_path, Image.fromarray(samples(3, np.uint8)), ".jpg", icc_profile=SRGB).icc_profile == SRGB
 
@@ -183,7 +183,7 @@ def test_pillow_modes_round_trip():
     deep = Image.fromarray(samples(1, np.uint16)[..., 0])
     assert image.to_pil(image.from_pil(deep)).mode == deep.mode == "I;16"
     wide = deep.convert("I")
-    np.testing.assert_array_equal(image.from_pil(wide).colour, samples(1, np.uint16))
+    np.testing.assert_array_equal(image.from_pil(wide).color, samples(1, np.uint16))
     floating = Image.fromarray(samples(1, np.float32)[..., 0])
     assert image.to_pil(image.from_pil(floating)).mode == "F"
     premultiplied = image.to_pil(picture(4, np.uint8)).convert("RGBa")
@@ -228,10 +228,10 @@ def test_png16_undoes_every_row_filter(kind):
     np.testing.assert_array_equal(png16.decode(io.BytesIO(png_of(raw, 6, 11, 2))), values)
 
 
-def png_of(raw, width, height, colour_type, interlaced=0, extra=()):
+def png_of(raw, width, height, color_type, interlaced=0, extra=()):
     file = io.BytesIO()
     file.write(png16.SIGNATURE)
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, colour_type, 0, 0, interlaced])
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, color_type, 0, 0, interlaced])
     for name, data in ((b"IHDR", header), *extra, (b"IDAT", zlib.compress(raw)), (b"IEND", b"")):
         file.write(len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big"))
     return file.getvalue()
@@ -261,7 +261,7 @@ def test_png16_interlaced(size):
         np.testing.assert_array_equal(np.asarray(pil), values)
 
 
-def test_png16_transparent_colour():
+def test_png16_transparent_color():
     values = samples(1, np.uint16)
     raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     key = int(values[2, 3, 0])
@@ -281,17 +281,17 @@ def test_tiff_variants(tmp_path):
     rgb = samples(3, np.uint16)
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, np.moveaxis(rgb, -1, 0), photometric="rgb", planarconfig="separate")
-    np.testing.assert_array_equal(image.read(path).colour, rgb)
+    np.testing.assert_array_equal(image.read(path).color, rgb)
     tifffile.imwrite(path, rgb, photometric="rgb", byteorder=">", bigtiff=True, compression="zlib", predictor=True)
-    np.testing.assert_array_equal(image.read(path).colour, rgb)
+    np.testing.assert_array_equal(image.read(path).color, rgb)
     tifffile.imwrite(path, rgb[..., 0], photometric="miniswhite")
-    np.testing.assert_array_equal(image.read(path).colour[..., 0], 65535 - rgb[..., 0])
+    np.testing.assert_array_equal(image.read(path).color[..., 0], 65535 - rgb[..., 0])
     tifffile.imwrite(path, samples(3, np.float16), photometric="rgb")
-    np.testing.assert_array_equal(image.read(path).colour, samples(3, np.float16).astype(np.float32))
+    np.testing.assert_array_equal(image.read(path).color, samples(3, np.float16).astype(np.float32))
     four = samples(4, np.float32)
     premultiplied = np.concatenate([four[..., :3] * four[..., 3:], four[..., 3:]], -1)
     tifffile.imwrite(path, premultiplied, photometric="rgb", extrasamples=["assocalpha"])
-    np.testing.assert_allclose(image.read(path).colour, four[..., :3], atol=1e-6)
+    np.testing.assert_allclose(image.read(path).color, four[..., :3], atol=1e-6)
 
 
 def test_tiff_kinds_that_are_refused(tmp_path):
@@ -313,7 +313,7 @@ def test_only_the_first_page_is_read(tmp_path):
     for suffix in (".tif", ".webp", ".gif"):
         first.save(tmp_path / f"a{suffix}", save_all=True, append_images=[second])
         with pytest.warns(UserWarning, match="has 2 frames or pages; only the first is used"):
-            assert image.read(tmp_path / f"a{suffix}").colour.mean() > 50
+            assert image.read(tmp_path / f"a{suffix}").color.mean() > 50
 
 
 def broken_files(folder: Path) -> dict[str, Path]:

@@ -211,12 +211,12 @@ def test_arrays_keep_type_and_channels(channels, dtype):
     assert result.shape == (23, 17, *values.shape[2:])
     assert result.dtype == np.dtype(dtype).newbyteorder("=") or result.dtype == np.dtype(dtype)
 
-    colour = values.astype(np.float32) / largest
-    colour = colour[..., None] if channels is None else colour[..., : 3 if channels > 2 else 1]
-    tensor = torch.from_numpy(np.ascontiguousarray(colour)).permute(2, 0, 1)[None].expand(-1, 3, -1, -1)
+    color = values.astype(np.float32) / largest
+    color = color[..., None] if channels is None else color[..., : 3 if channels > 2 else 1]
+    tensor = torch.from_numpy(np.ascontiguousarray(color)).permute(2, 0, 1)[None].expand(-1, 3, -1, -1)
     expected = unbanded(model, tensor, (23, 17))[0]
-    expected = expected if colour.shape[2] == 3 else expected.mean(0, keepdim=True)
-    found = result[..., None] if channels is None else result[..., : colour.shape[2]]
+    expected = expected if color.shape[2] == 3 else expected.mean(0, keepdim=True)
+    found = result[..., None] if channels is None else result[..., : color.shape[2]]
     error = np.abs(found.astype(np.float64) / largest - expected.permute(1, 2, 0).numpy())
     assert error.max() <= {"uint8": 0.501 / 255, "float16": 5e-4}.get(dtype, 1e-5)
     if channels in (2, 4):
@@ -266,9 +266,9 @@ def test_other_pillow_modes_become_rgb_or_grey():
 
 
 def test_pictures_keep_profile_and_exif():
-    colour = np.zeros((4, 5, 3), np.uint8)
-    result = upscale(Picture(colour, colour[..., 0], b"profile", b"exif"), scale=3, model=liif())
-    assert (result.icc_profile, result.exif, result.colour.shape, result.alpha.shape) == (
+    color = np.zeros((4, 5, 3), np.uint8)
+    result = upscale(Picture(color, color[..., 0], b"profile", b"exif"), scale=3, model=liif())
+    assert (result.icc_profile, result.exif, result.color.shape, result.alpha.shape) == (
         b"profile",
         b"exif",
         (12, 15, 3),

@@ -73,7 +73,7 @@ def test_rdn_configurations(config: str, shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("name", ["edsr-baseline", "edsr", "rcan"])
-def test_mean_colours_are_there_but_never_applied(name: str) -> None:
+def test_mean_colors_are_there_but_never_applied(name: str) -> None:
     encoder = small(name, no_upsampling=True, rgb_range=255)
     mean = torch.tensor([0.4488, 0.4371, 0.4040]).double() * 255
     torch.testing.assert_close(encoder.sub_mean.bias, -mean)

@@ -101,19 +101,20 @@ class LIIF(ImplicitModel):
     def _decoder(self, feat: Tensor, layers: Sequence[nn.Linear]) -> dict[str, Any]:
         """The arguments that `ops.query` and `ops.render` have in common."""
         weights = [layer.weight for layer in layers]
+
+        def make_latent_map() -> Tensor | None:
+            return latent_map_for(feat, weights, feat_unfold=self.feat_unfold, backend=self.backend)
+
         return {
             "weights": weights,
             "biases": [layer.bias for layer in layers],
             "local_ensemble": self.local_ensemble,
             "feat_unfold": self.feat_unfold,
             "cell_decode": self.cell_decode,
-            "latent_map": self._latent_map(weights[:1], lambda: self._fold(feat, weights)),
+            "latent_map": self._latent_map(weights[:1], make_latent_map),
             "recompute": self.recompute,
             "backend": self.backend,
         }
-
-    def _fold(self, feat: Tensor, weights: Sequence[Tensor]) -> Tensor | None:
-        return latent_map_for(feat, weights, feat_unfold=self.feat_unfold, backend=self.backend)
 
     def _reach(self) -> int:
         return 1 if self.feat_unfold and self.imnet is not None else 0

@@ -15,7 +15,8 @@ from liif_fast.images import tiles
 from liif_fast.images.picture import ImageError, Picture
 from liif_fast.images.tiles import Window
 from liif_fast.images.upscaling import output_size, upscale
-from liif_fast.models import LIIF, checkpoints, make_model
+from liif_fast.models import checkpoints, make_model
+from liif_fast.models import liif as liif_module
 from liif_fast.utils import memory
 from tests.helpers import psnr, reason_against
 
@@ -352,8 +353,10 @@ def test_inside_inference_mode():
 
 @NEEDS_CPU
 def test_the_first_layer_is_folded_once_per_tile(monkeypatch):
-    folds, fold = [], LIIF._fold
-    monkeypatch.setattr(LIIF, "_fold", lambda *args: folds.append(1) or fold(*args))
+    folds, fold = [], liif_module.latent_map_for
+    monkeypatch.setattr(
+        liif_module, "latent_map_for", lambda *args, **options: folds.append(1) or fold(*args, **options)
+    )
     model = liif()
     with torch.inference_mode():
         count = steps(photo(1, 20, 200), scale=(8, 1), model=model, working_memory=SMALL, backend="cpu")

@@ -162,18 +162,23 @@ def test_files_that_cannot_be_read(run, photo, tmp_path):
         assert not (tmp_path / "out.png").exists()
 
 
-@pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf", "two", "", "2x", "2x3x4", "2x0", "1e999"])
-def test_scales_that_are_refused(run, photo, tmp_path, scale):
-    code, said, complained = run(photo, "-o", tmp_path / "out.png", f"--scale={scale}")
+NO_SCALE, NO_SIZE = (
+    "is not a positive number such as 3.7, nor two such as 2x3",
+    "is not rows x columns such as 1080x1920",
+)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        *(("scale", v, NO_SCALE) for v in ("0", "-1", "nan", "inf", "two", "", "2x", "2x3x4", "2x0", "1e999")),
+        *(("size", v, NO_SIZE) for v in ("0x5", "5", "-5x5", "5x5x5", "5.5x5", "axb")),
+    ],
+)
+def test_scales_and_sizes_that_are_refused(run, photo, tmp_path, option, value, message):
+    code, said, complained = run(photo, "-o", tmp_path / "out.png", f"--{option}={value}")
     assert (code, said) == (2, "")
-    assert f"'{scale}' is not a positive number such as 3.7, nor two such as 2x3" in sentence(complained)
-
-
-@pytest.mark.parametrize("size", ["0x5", "5", "-5x5", "5x5x5", "5.5x5", "axb"])
-def test_sizes_that_are_refused(run, photo, tmp_path, size):
-    code, _, complained = run(photo, "-o", tmp_path / "out.png", f"--size={size}")
-    assert code == 2
-    assert f"'{size}' is not rows x columns such as 1080x1920" in sentence(complained)
+    assert f"'{value}' {message}" in sentence(complained)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +194,7 @@ def test_sizes_that_are_refused(run, photo, tmp_path, size):
         (["--scale", "2", "--device", "abacus"], 1, "device 'abacus' cannot be used here"),
         (["--scale", "2", "--device", "cuda:99"], 1, "device 'cuda:99' cannot be used here"),
         (["--scale", "2", "--model", "nothere.pth"], 1, "nothere.pth does not exist"),
+        (["--scale", "2", "--model", demo.PHOTO], 1, "demo.png is not a model"),
         (["--scale", "1e17"], 1, "out.png cannot be"),
     ],
 )
@@ -198,12 +204,6 @@ def test_options_that_are_refused(run, photo, tmp_path, monkeypatch, options, co
     assert (found, said) == (code, "")
     assert message in sentence(complained)
     assert os.listdir(tmp_path) == ["photo.png"]
-
-
-def test_a_model_that_is_none(run, photo, tmp_path):
-    code, _, complained = run(photo, "-o", tmp_path / "out.png", "--scale", "2", "--model", photo)
-    assert code == 1
-    assert "photo.png is not a model" in sentence(complained)
 
 
 def test_results_beyond_memory_are_refused(run, photo, tmp_path):

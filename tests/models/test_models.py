@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -219,7 +220,7 @@ def test_copies_and_pickles_have_no_features(make: Any) -> None:
     assert model.feat is not None and list(model.state_dict()) == keys
 
 
-# --- an imnet that is not ours
+# --- other imnets
 
 
 class Doubled(MLP):
@@ -227,59 +228,31 @@ class Doubled(MLP):
         return 2 * super().forward(x)
 
 
-def _gelu(model: LIIF) -> None:
-    model.imnet.layers[1] = nn.GELU()
-
-
-def _no_bias(model: LIIF) -> None:
-    model.imnet.layers[2].bias = None
-
-
-def _own_forward(model: LIIF) -> None:
-    imnet = Doubled(40, 3, [12, 8]).double()
-    imnet.load_state_dict(model.imnet.state_dict())
-    model.imnet = imnet
-
-
-def _hook(model: LIIF) -> None:
-    model.imnet.layers[0].register_forward_hook(lambda _module, _args, out: out + 1)
-
-
-def _pre_hook(model: LIIF) -> None:
-    model.imnet.register_forward_pre_hook(lambda _module, args: (args[0] * 2,))
-
-
-def _parametrized(model: LIIF) -> None:
-    parametrizations.weight_norm(model.imnet.layers[2])
-
-
-def _patched(model: LIIF) -> None:
-    plain = model.imnet.forward
-    model.imnet.forward = lambda x: plain(x) + 1
-
-
-CHANGED_IMNETS = [_gelu, _no_bias, _own_forward, _hook, _pre_hook, _parametrized, _patched]
+CHANGED_IMNETS: dict[str, Callable[[Any], object]] = {
+    "gelu": lambda model: model.imnet.layers.__setitem__(1, nn.GELU()),
+    "no bias": lambda model: setattr(model.imnet.layers[2], "bias", None),
+    "own forward": lambda model: setattr(model.imnet, "__class__", Doubled),
+    "hook": lambda model: model.imnet.layers[0].register_forward_hook(lambda _module, _args, out: out + 1),
+    "pre-hook": lambda model: model.imnet.register_forward_pre_hook(lambda _module, args: (args[0] * 2,)),
+    "parametrized": lambda model: parametrizations.weight_norm(model.imnet.layers[2]),
+    "patched": lambda model: setattr(model.imnet, "forward", lambda x, plain=model.imnet.forward: plain(x) + 1),
+}
 OTHER_FLAGS = [{"local_ensemble": False}, {"feat_unfold": False, "cell_decode": False}]
 
 
 @pytest.mark.parametrize(
-    ("change", "flags"), [*((change, {}) for change in CHANGED_IMNETS), *((_gelu, flags) for flags in OTHER_FLAGS)]
+    ("change", "flags"), [*((change, {}) for change in CHANGED_IMNETS), *(("gelu", flags) for flags in OTHER_FLAGS)]
 )
-def test_a_changed_imnet_is_run_as_it_is(change: Any, flags: dict[str, bool]) -> None:
+def test_a_changed_imnet_is_run_as_it_is(change: str, flags: dict[str, bool]) -> None:
     model = liif(**flags)
     assert linear_layers(model.imnet) is not None
-    change(model)
+    CHANGED_IMNETS[change](model)
     assert linear_layers(model.imnet) is None
     coord, cell = queries()
     out = model(image(), coord, cell)
 
-    x, area_weight = reference.gather(
-        model.encoder(image()),
-        coord,
-        cell if model.cell_decode else None,
-        feat_unfold=model.feat_unfold,
-        local_ensemble=model.local_ensemble,
-    )
+    switches = {name: getattr(model, name) for name in ("feat_unfold", "local_ensemble")}
+    x, area_weight = reference.gather(model.encoder(image()), coord, cell if model.cell_decode else None, **switches)
     torch.testing.assert_close(out, (model.imnet(x) * area_weight.unsqueeze(-1)).sum(2), rtol=1e-10, atol=1e-12)
     out.sum().backward()
     assert model.encoder.head[0].weight.grad.abs().sum() > 0
@@ -298,7 +271,7 @@ def test_a_plain_sequential_is_as_good_as_ours() -> None:
 
 def any_imnet() -> LIIF:
     model = liif()
-    _gelu(model)
+    CHANGED_IMNETS["gelu"](model)
     return model
 
 

@@ -357,12 +357,12 @@ def test_demo(tmp_path, capsys):
     assert demo.main(["--output", str(tmp_path / "demo")]) == 0
     said = capsys.readouterr().out
     for scale, size in ((4, (640, 480)), (2.7, (432, 324))):
-        photo, beside = (tmp_path / "demo" / f"{kind}-x{scale}.png" for kind in ("photo", "comparison"))
-        assert str(photo) in said and str(beside) in said
+        photo, sheet = (tmp_path / "demo" / f"{kind}-x{scale}.png" for kind in ("photo", "comparison"))
+        assert str(photo) in said and str(sheet) in said
         assert Image.open(photo).size == size
-        assert Image.open(beside).size == (2 * size[0] + 8, size[1] + 20)
+        assert Image.open(sheet).size == (2 * size[0] + 8, size[1] + 20)
         bicubic = Image.open(demo.PHOTO).resize(size, Image.Resampling.BICUBIC)
-        shown = np.asarray(Image.open(beside))
+        shown = np.asarray(Image.open(sheet))
         np.testing.assert_array_equal(shown[20:, : size[0]], np.asarray(bicubic))
         np.testing.assert_array_equal(shown[20:, size[0] + 8 :], np.asarray(Image.open(photo)))
     assert re.search(r"x2\.7: 324x432 pixels in \d+\.\d\d s", said)

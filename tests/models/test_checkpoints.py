@@ -77,7 +77,7 @@ def test_metasr_and_the_flags_of_an_originals_checkpoint(tmp_path: Path) -> None
         assert_same(load(str(tmp_path / "model.pth")), model)
 
 
-def test_a_checkpoint_may_say_its_normalisation(tmp_path: Path) -> None:
+def test_a_checkpoint_may_have_a_normalization(tmp_path: Path) -> None:
     norm = {"inp": {"sub": [0], "div": [1]}, "gt": {"sub": [0.1, 0.2, 0.3], "div": [1, 1, 1]}}
     torch.save(original(liif(), data_norm=norm), tmp_path / "model.pth")
     assert load(tmp_path / "model.pth").data_norm == norm

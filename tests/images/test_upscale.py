@@ -473,7 +473,7 @@ def test_results_beyond_memory_are_refused(monkeypatch):
     ("side", "scale", "working_memory", "limit", "counts_python"),
     [
         (384, 1, 32 << 20, 100e6, False),  # 211 MB without tiles
-        pytest.param(1024, 4, tiles.DEFAULT_MEMORY, 1.5e9, True, marks=pytest.mark.prove),  # the README's promise
+        pytest.param(1024, 4, tiles.DEFAULT_MEMORY, 1.5e9, True, marks=pytest.mark.prove),  # a megapixel enlarged by 4
     ],
 )
 def test_memory_is_bounded(side, scale, working_memory, limit, counts_python):

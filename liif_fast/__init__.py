@@ -1,4 +1,4 @@
-"""liif_fast: fused kernels for LIIF, arbitrary-scale super-resolution, behind a thin PyTorch model.
+"""liif_fast: fused kernels for LIIF, arbitrary-scale super-resolution, and a thin PyTorch model that uses them.
 
 import liif_fast
 large = liif_fast.upscale(image, scale=3.7)      # Pillow image, numpy array or tensor in, the same out

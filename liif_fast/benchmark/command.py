@@ -23,10 +23,10 @@ from liif_fast.benchmark import original
 from liif_fast.benchmark.cuda_timing import CudaClock
 from liif_fast.benchmark.problem import Problem, random_problem
 from liif_fast.benchmark.timing import Clock, Contender, CpuClock, failure, interleave, make_ready, pair_ratios, summary
-from liif_fast.cli import doctor
 from liif_fast.images.upscaling import upscale
 from liif_fast.models import checkpoints
 from liif_fast.ops import backends
+from liif_fast.utils import hardware
 from liif_fast.utils.files import write_atomically
 
 SECONDS = 120.0
@@ -130,7 +130,7 @@ def _measure_row(row: Row, clock: Clock, deadline: float) -> dict[tuple[str, tor
 def header(device: torch.device) -> list[str]:
     """What was measured, on what."""
     backend = backends.choose(backends.OpRequest("decode", device.type, torch.float32))
-    where = doctor.cpu_model() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    where = hardware.cpu_model() if device.type == "cpu" else torch.cuda.get_device_name(device)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     return [
         f"liif_fast {liif_fast.__version__}, backend {backend}; torch {torch.__version__}; {where}{threads}",

@@ -1,4 +1,4 @@
-"""`liif-fast doctor`: what is installed, which devices there are, and which backends can run here or why not."""
+"""`liif-fast doctor`: the installed versions, the devices, and the backends that can run or the reason why not."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import platform
 import sys
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
+from typing import Any
 
 import torch
 
 import liif_fast
 from liif_fast.ops import backends
 from liif_fast.ops.backends import extension
+from liif_fast.utils.hardware import cpu_model
 
 VARIABLES = ("LIIF_FAST_BACKEND", "LIIF_FAST_CPU_ISA", "LIIF_FAST_EXTENSION")
 
@@ -24,16 +25,6 @@ def _installed(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def cpu_model() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _versions() -> Iterator[tuple[str, str]]:
@@ -51,7 +42,7 @@ def _extension() -> Iterator[tuple[str, str]]:
     facts = extension.build_facts()
     yield "file", str(extension.path())
     if "compiler" not in facts:
-        yield "built with", "unknown: no _build.json beside it says so"
+        yield "built with", "unknown: there is no _build.json next to the file"
         return
     yield "built with", f"{facts['compiler']}, torch {facts['torch']}"
     if facts["cuda"]:
@@ -84,7 +75,7 @@ def _environment() -> Iterator[tuple[str, str]]:
 
 
 def report() -> str:
-    """The whole report as text, one `name  value` a line under five headings; looks, changes nothing."""
+    """The report as text, one `name  value` per line under five headings."""
     sections = {
         "Versions": _versions(),
         "Extension": _extension(),
@@ -99,7 +90,13 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def add(commands: Any) -> None:
+    """Add the subcommand to argparse's."""
+    parser = commands.add_parser("doctor", help="show what is installed and which backends can run here, or why not")
+    parser.set_defaults(run=lambda _: main())
+
+
 def main() -> int:
-    """Print the report; returns 0, since a missing backend is an answer and not an error."""
+    """Print the report; returns 0, because a missing backend is not an error."""
     sys.stdout.write(report() + "\n")
     return 0

@@ -41,7 +41,7 @@ def read_pixels(path: str | Path, n_colors: int = 3) -> np.ndarray:
                 samples = np.asarray(image.convert(MODES[n_colors]))
                 return samples[..., None] if samples.ndim == 2 else samples
         deep = picture_files.to_pil(picture_files.read(path))
-        eight = picture_files.to_depth(picture_files.from_pil(deep).colour, np.uint8)
+        eight = picture_files.to_depth(picture_files.from_pil(deep).color, np.uint8)
         samples = np.asarray(Image.fromarray(eight[..., 0]).convert(MODES[n_colors]))
         return samples[..., None] if samples.ndim == 2 else samples
     except (OSError, UnidentifiedImageError, picture_files.ImageError) as error:

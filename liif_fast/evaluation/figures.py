@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from liif_fast.cli.demo import side_by_side
 from liif_fast.data import ENERGY_BLOCK, gradient_energy, list_images, read_pixels, shrink_whole
 from liif_fast.evaluation import comparison, tables
 from liif_fast.evaluation.comparison import ComparisonConfig, ScoreRecord
+from liif_fast.images.sheet import side_by_side
 from liif_fast.models import checkpoints
 from liif_fast.utils.files import write_atomically
 

@@ -1,7 +1,7 @@
-"""Loading and saving models: the original's and MMagic's .pth files, and .safetensors of our own.
+"""Loading and saving models: .pth files of yinboc/liif and MMagic, and .safetensors files of liif_fast.
 
-A .pth file is read with `torch.load(weights_only=True)`: tensors and plain containers, nothing else is ever unpickled.
-Every refusal is one sentence that names the file.
+A .pth file is read with `torch.load(weights_only=True)`, which unpickles only tensors and plain containers. Every error
+is one sentence that names the file.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from torch import Tensor, nn
 from liif_fast.models import default_data_norm, make_model, mmagic
 from liif_fast.utils.files import write_atomically
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # the models that come with the package
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # the models in the package
 DEFAULT = "tiny"
 _FORMAT = "liif_fast"
 
 
 class CheckpointError(ValueError):
-    """A file that holds no model we can read; the message is one sentence with the path."""
+    """A file without a model that can be read; the message is one sentence with the path."""
 
 
 def load(path: str | os.PathLike[str] | None = None, *, device: torch.device | str = "cpu") -> nn.Module:
     """A model with its weights, in eval mode on `device`.
 
     path: a .safetensors file written by `save`, a .pth file of yinboc/liif ({'model': {'name', 'args', 'sd'}, ...}) or
-        of MMagic ({'state_dict', ...}), or the name of a model that comes with the package; None = 'tiny'.
-    The model's `data_norm` comes from the file where it says one; otherwise it is the paper's, or that of MMagic's
-    configs. Parameters are float32, or float64 where all of the file's are.
-    Raises FileNotFoundError, or CheckpointError for a file that is none of these or whose weights do not fit its spec.
+        of MMagic ({'state_dict', ...}), or the name of a model in the package; None = 'tiny'.
+    The model's `data_norm` is that of the file. A file without one means the paper's, or that of MMagic's configs.
+    Parameters are float32, or float64 if all of the file's are.
+    Raises FileNotFoundError, or CheckpointError for any other file, or weights that do not fit the file's spec.
     """
     file = find(path)
     with open(file, "rb") as handle:
         start = handle.read(9)
-    with torch.random.fork_rng(devices=[]):  # initial weights, about to be replaced, use up no random numbers
+    with torch.random.fork_rng(devices=[]):  # the initial weights are replaced, so they take no random numbers
         if start[8:] == b"{":
             model = _from_safetensors(file)
         elif start[:2] == b"PK" or start[:1] == b"\x80":
@@ -59,13 +59,13 @@ def save(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a model as .safetensors, with its spec and normalisation in the metadata.
+    """Write a model as .safetensors, with its spec and normalization in the metadata.
 
-    model: made by `make_model`, or a LIIF or MetaSR whose parts are still those of its spec.
-    dtype: the floating-point dtype to store; None = as they are. `load` widens 16-bit weights to float32.
-    metadata: more strings to store; the names 'format', 'spec' and 'data_norm' are taken.
-    The file appears under its name only when it is complete; what stood there before is replaced.
-    Raises ValueError for a model that its spec does not describe, another suffix, or metadata that is not strings.
+    model: made by `make_model`, or a LIIF or MetaSR whose parts still match its spec.
+    dtype: the floating-point dtype to store; None = the weights' own. `load` widens 16-bit weights to float32.
+    metadata: more strings to store, under names other than 'format', 'spec' and 'data_norm'.
+    An existing file is replaced only after the new one is complete.
+    Raises ValueError for a model that its spec does not describe, another suffix, or metadata other than strings.
     """
     file = Path(path)
     if file.suffix != ".safetensors":
@@ -90,13 +90,13 @@ def save(
     tensors = {}
     for key, tensor in model.state_dict().items():
         stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        # A copy of its own for every key: the format takes no two keys with one memory.
+        # One copy per key, because the format does not allow two keys that share memory.
         tensors[key] = tensor.detach().to("cpu", stored, copy=True).contiguous()
     write_atomically(file, safetensors.torch.save(tensors, header))
 
 
 def find(path: str | os.PathLike[str] | None) -> Path:
-    """The file that `load` would read; raises as `load` does where there is none."""
+    """The file that `load` would read; raises like `load` if there is none."""
     file = Path(DEFAULT if path is None else path)
     if file.is_file():
         return file
@@ -104,9 +104,9 @@ def find(path: str | os.PathLike[str] | None) -> Path:
     if file.name == str(file) and shipped.is_file():
         return shipped
     if file.exists():
-        raise CheckpointError(f"{file} is a folder, not a model: name the file in it")
+        raise CheckpointError(f"{file} is a folder, not a model: give the path of the file in it")
     names = sorted(weights.stem for weights in WEIGHTS.glob("*.safetensors"))
-    hint = f", and no model of that name comes with the package (there is {', '.join(names)})" if names else ""
+    hint = f", and the package has no model of that name: choose one of {', '.join(names)}" if names else ""
     raise FileNotFoundError(f"{file} does not exist{hint}")
 
 
@@ -118,7 +118,7 @@ def _from_safetensors(file: Path) -> nn.Module:
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{file} is a broken .safetensors file: {_one_line(error)}") from None
     if header.get("format") != _FORMAT or "spec" not in header:
-        raise CheckpointError(f"{file} holds tensors but no model: its metadata has no liif_fast spec")
+        raise CheckpointError(f"{file} has tensors but no model: its metadata has no liif_fast spec")
     try:
         spec, data_norm = json.loads(header["spec"]), json.loads(header.get("data_norm", "null"))
     except json.JSONDecodeError as error:
@@ -149,11 +149,11 @@ def _from_pth(file: Path) -> nn.Module:
 def _why_unread(file: Path, error: Exception) -> str:
     if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return (
-            f"{file} holds {foreign.group(1)} beside tensors and plain containers, which is never unpickled: where the "
-            "file comes from, save its spec and state_dict alone"
+            f"{file} contains {foreign.group(1)}, but only tensors and plain containers are unpickled: save only the "
+            "model's spec and state_dict"
         )
-    if "weights_only" in str(error):  # a page of advice that does not apply
-        return f"{file} is a broken pickle, or not one of torch.save's usual protocol"
+    if "weights_only" in str(error):  # PyTorch's long advice does not apply here
+        return f"{file} is a broken pickle, or has another protocol than torch.save's default"
     return f"{file} is a broken .pth file: {_one_line(error)}"
 
 
@@ -171,7 +171,7 @@ def _build(spec: dict[str, Any], weights: Mapping[str, Tensor], data_norm: objec
     weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): tensor for key, tensor in weights.items()}
     if all(tensor.dtype == torch.float64 for tensor in weights.values() if tensor.is_floating_point()):
         model.double()
-    # Some files leave out the mean colours, which are never applied.
+    # Some files omit the mean colors, which are never applied.
     colors = {key: tensor for key, tensor in model.state_dict().items() if re.search(r"\b(sub|add)_mean\.", key)}
     weights = {**colors, **weights}
     problem = _misfit(model.state_dict(), weights)
@@ -192,12 +192,12 @@ def _checked_norm(data_norm: Any, file: Path) -> dict[str, dict[str, list[float]
         }
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(
-            f"{file} has a normalisation that is not {{'inp': {{'sub', 'div'}}, 'gt': {{'sub', 'div'}}}}: {data_norm!r}"
+            f"{file} has a normalization other than {{'inp': {{'sub', 'div'}}, 'gt': {{'sub', 'div'}}}}: {data_norm!r}"
         ) from None
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself where torch.compile or a data-parallel wrapper holds it."""
+    """The model without wrappers of torch.compile and data parallelism."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -208,15 +208,15 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _check_fits(model: nn.Module, spec: dict[str, Any], file: Path) -> None:
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # only shapes are needed
         expected = make_model(spec).state_dict()
     problem = _misfit(expected, model.state_dict())
     if problem:
-        raise ValueError(f"{file} was not written because the model is no longer what its spec says: {problem}")
+        raise ValueError(f"{file} was not written because the model no longer matches its spec: {problem}")
 
 
 def _misfit(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """Why `found` cannot be loaded where `expected` is; '' where it can."""
+    """Why a module with the weights `expected` cannot load `found`; '' if it can."""
     problems = []
     if missing := [key for key in expected if key not in found]:
         problems.append(f"missing {_some(missing)}")

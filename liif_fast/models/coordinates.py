@@ -1,6 +1,6 @@
-"""Pixel grids as coordinates: the centres and the sizes of pixels that tile [-1, 1], rows first.
+"""Pixel grids as coordinates: the centers and the sizes of pixels that tile [-1, 1], rows first.
 
-A leaf: it shares no code with the ops. Every function computes in the original's order of operations, so that float32
+This module shares no code with the ops. Every function follows the original's order of operations, so that float32
 results agree with it to the last bit.
 """
 
@@ -20,15 +20,15 @@ def make_coord(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Centres of a grid of pixels: [prod(shape), len(shape)], or [*shape, len(shape)] where `flatten` is False.
+    """Centers of a grid of pixels: [prod(shape), len(shape)], or [*shape, len(shape)] if `flatten` is False.
 
     shape: pixels along each axis, (rows, cols) for an image.
-    ranges: (low, high) of each axis, in coordinates; None = (-1, 1) everywhere.
-    Raises ValueError where shape and ranges do not fit or a size is negative.
+    ranges: (low, high) of each axis, in coordinates; None = (-1, 1) for every axis.
+    Raises ValueError if shape and ranges differ in length or a size is negative.
     Source: `make_coord` in utils.py of yinboc/liif.
     """
     if ranges is not None and len(ranges) != len(shape):
-        raise ValueError(f"ranges has {len(ranges)} entries for a shape of {len(shape)} axes: give one pair an axis")
+        raise ValueError(f"ranges has {len(ranges)} entries for a shape of {len(shape)} axes: give one pair per axis")
     axes = []
     for axis, size in enumerate(shape):
         low, high = (-1.0, 1.0) if ranges is None else ranges[axis]
@@ -38,7 +38,7 @@ def make_coord(
 
 
 def make_cell(coord: Tensor, size: tuple[int, int]) -> Tensor:
-    """The size (2/h, 2/w) of a pixel of an image of `size` (h, w), once for every coordinate: [..., 2] like coord."""
+    """The pixel size (2/h, 2/w) of an image of `size` (h, w), repeated for every coordinate: [..., 2] like coord."""
     height, width = size
     if height < 1 or width < 1:
         raise ValueError(f"size must be at least (1, 1), not ({height}, {width})")
@@ -52,9 +52,9 @@ def window_coord(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Centres of the pixels in `window` (top, left, height, width) of an image of `size` (h, w): [height*width, 2].
+    """Centers of the pixels in `window` (top, left, height, width) of an image of `size` (h, w): [height*width, 2].
 
-    Bit for bit the rows of `make_coord(size)` that the window covers, without the rest of the grid.
+    Equal bit for bit to the rows of `make_coord(size)` in the window; the rest of the grid is not computed.
     """
     top, left, height, width = window
     rows = _centers(size[0], dtype=dtype, device=device)[top : top + height]
@@ -63,7 +63,7 @@ def window_coord(
 
 
 def to_pixel_samples(img: Tensor) -> tuple[Tensor, Tensor]:
-    """An image [C,H,W] as (coord [H*W,2], rgb [H*W,C]). Source: `to_pixel_samples` in utils.py of yinboc/liif."""
+    """(coord [H*W,2], rgb [H*W,C]) of an image [C,H,W]. Source: `to_pixel_samples` in utils.py of yinboc/liif."""
     if img.dim() != 3:
         raise ValueError(f"img must be [C,H,W], not of shape {list(img.shape)}")
     coord = make_coord(img.shape[-2:], device=img.device)

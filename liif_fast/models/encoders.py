@@ -1,18 +1,19 @@
 """The encoders of the LIIF paper: EDSR, RDN, RCAN. An image [B,n_colors,H,W] becomes features [B,out_dim,H,W].
 
-Attribute names give the state_dict keys of the public implementations, parameters are created in their order (an
-optimizer's saved state counts on it), and sizes are theirs; beside `forward`, every encoder says
+Attribute names give the state_dict keys of the public implementations. Sizes and the order in which parameters are
+created are theirs too; the saved state of an optimizer depends on that order. Next to `forward`, every encoder has
   out_dim   channels of its output,
-  n_colors  channels of its input: 3 (RGB, the default), 1 (grey), 4, ...
-  scale     its own upsampling (1 with no_upsampling; otherwise its output is an image of n_colors channels),
-  halo      the radius of its receptive field in input pixels, or None where every output sees the whole image.
-Given `halo` pixels of surroundings, a part of an image is encoded exactly as inside the whole.
+  n_colors  channels of its input: 3 (RGB, the default), 1 (gray), 4, ...
+  scale     its own upsampling: 1 with no_upsampling, otherwise its output is an image of n_colors channels,
+  halo      the radius of its receptive field in input pixels, or None if every output depends on the whole image.
+A part of an image with `halo` more pixels on each side is encoded exactly as inside the whole image.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +29,20 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int = 3) -> nn.Conv2
 
 
 def _tail_radius(scale: int, radius: int) -> int:
-    """Input pixels seen by upsampling convolutions: one before every shuffle, one after the last, on finer grids."""
+    """The receptive field of the upsampling convolutions, in input pixels.
+
+    There is one convolution before each shuffle and one after the last. Each shuffle makes the grid finer.
+    """
     steps = [2] * int(math.log2(scale)) if scale & (scale - 1) == 0 else [scale]
-    fineness, reach = 1, 0.0
+    grid_scale, reach = 1, 0.0
     for step in steps:
-        reach += radius / fineness
-        fineness *= step
-    return math.ceil(reach + radius / fineness)
+        reach += radius / grid_scale
+        grid_scale *= step
+    return math.ceil(reach + radius / grid_scale)
 
 
 class _MeanShift(nn.Conv2d):
-    """Adds `sign` times the mean RGB. Never run, as LIIF normalises its input itself: only its keys are needed."""
+    """Adds `sign` times the mean RGB. It is never run, because LIIF normalizes its input; only its keys are needed."""
 
     def __init__(self, rgb_range: float, sign: int) -> None:
         super().__init__(_RGB, _RGB, kernel_size=1)
@@ -76,7 +80,7 @@ class _ResBlock(nn.Module):
 
 
 class _ResidualEncoder(nn.Module):
-    """head -> body with a skip connection -> optional upsampling tail: what EDSR and RCAN have in common."""
+    """The structure of EDSR and RCAN: head -> body with a skip connection -> optional upsampling tail."""
 
     def __init__(
         self,
@@ -108,11 +112,11 @@ class _ResidualEncoder(nn.Module):
 
 @register("edsr-baseline")
 class EDSR(_ResidualEncoder):
-    """Residual blocks without batch normalisation (Lim et al., "Enhanced Deep Residual Networks", 2017).
+    """Residual blocks without batch normalization (Lim et al., "Enhanced Deep Residual Networks", 2017).
 
     n_resblocks: residual blocks; n_feats: channels; res_scale: factor on every block's residual.
     scale: upsampling by 3 or a power of 2, unless no_upsampling.
-    rgb_range: highest pixel value, only for the initial values of sub_mean and add_mean. n_colors: channels of images.
+    rgb_range: highest pixel value, only for the initial values of sub_mean and add_mean. n_colors: image channels.
     """
 
     def __init__(
@@ -136,18 +140,7 @@ class EDSR(_ResidualEncoder):
         self.halo = 2 + 2 * n_resblocks + (0 if no_upsampling else _tail_radius(scale, 1))
 
 
-@register("edsr")
-def edsr(
-    n_resblocks: int = 32,
-    n_feats: int = 256,
-    res_scale: float = 0.1,
-    scale: int = 2,
-    no_upsampling: bool = False,
-    rgb_range: float = 1,
-    n_colors: int = 3,
-) -> EDSR:
-    """EDSR in its full size; arguments as for `EDSR`."""
-    return EDSR(n_resblocks, n_feats, res_scale, scale, no_upsampling, rgb_range, n_colors)
+register("edsr")(partial(EDSR, n_resblocks=32, n_feats=256, res_scale=0.1))  # the paper's full size
 
 
 class _DenseLayer(nn.Module):
@@ -162,7 +155,7 @@ class _DenseLayer(nn.Module):
 
 
 class _ResidualDenseBlock(nn.Module):
-    """Dense layers, fused back to the input's width by a 1x1 convolution, plus the input."""
+    """Dense layers, then a 1x1 convolution back to the input's width, plus the input."""
 
     def __init__(self, width: int, growth: int, n_layers: int, kernel_size: int) -> None:
         super().__init__()
@@ -182,9 +175,9 @@ RDN_CONFIGS = {"A": (20, 6, 32), "B": (16, 8, 64)}  # blocks, layers of a block,
 class RDN(nn.Module):
     """Residual dense network (Zhang et al., "Residual Dense Network for Image Super-Resolution", 2018).
 
-    G0: channels between blocks; RDNkSize: odd kernel size; RDNconfig: 'A' (20 blocks of 6 layers, growth 32) or
-    'B' (16 blocks of 8 layers, growth 64). scale: upsampling by 2, 3 or 4, unless no_upsampling. n_colors: channels of
-    images.
+    G0: channels between blocks; RDNkSize: odd kernel size.
+    RDNconfig: 'A' (20 blocks of 6 layers, growth 32) or 'B' (16 blocks of 8 layers, growth 64).
+    scale: upsampling by 2, 3 or 4, unless no_upsampling. n_colors: image channels.
     """
 
     def __init__(
@@ -238,7 +231,7 @@ class RDN(nn.Module):
 
 
 class _ChannelAttention(nn.Module):
-    """Every channel times a factor in (0, 1) that depends on all channels' means over the whole image."""
+    """Each channel times a factor in (0, 1), computed from the means of all channels over the whole image."""
 
     def __init__(self, n_feats: int, reduction: int) -> None:
         super().__init__()
@@ -284,9 +277,9 @@ class _ResidualGroup(nn.Module):
 class RCAN(_ResidualEncoder):
     """Residual groups with channel attention (Zhang et al., "Very Deep Residual Channel Attention Networks", 2018).
 
-    n_resgroups groups of n_resblocks blocks; n_feats: channels; reduction: channels / hidden channels of the attention;
-    n_colors: channels of images.
-    The attention averages over the whole image, so there is no halo with which a part could be encoded exactly.
+    n_resgroups: groups; n_resblocks: blocks in a group; n_feats: channels; n_colors: image channels.
+    reduction: channels / hidden channels of the attention.
+    The attention averages over the whole image, so no halo lets a part be encoded exactly.
     """
 
     halo = None

@@ -1,4 +1,4 @@
-"""MMagic's LIIF checkpoints: their keys in the original's terms, and the spec their shapes imply."""
+"""LIIF checkpoints of MMagic: their keys as the original names them, and the spec that follows from their shapes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _RENAMED = [
     (r"gff\.([01])\.", r"encoder.GFF.\1."),
     (r"imnet\.layers\.", r"imnet.layers."),
 ]
-# The configs' data_preprocessor: EDSR subtracts DIV2K's mean colour, RDN maps [0, 1] to [-1, 1].
+# data_preprocessor in MMagic's configs: EDSR subtracts the mean color of DIV2K, RDN maps [0, 1] to [-1, 1].
 _EDSR_NORM = {"sub": [0.4488, 0.4371, 0.4040], "div": [1.0, 1.0, 1.0]}
 _RDN_NORM = {"sub": [0.5, 0.5, 0.5], "div": [0.5, 0.5, 0.5]}
 
 
 class NotLIIFError(ValueError):
-    """A state_dict that is no LIIFEDSRNet or LIIFRDNNet; the message does not name the file."""
+    """A state_dict of neither LIIFEDSRNet nor LIIFRDNNet; the message does not name the file."""
 
 
 def convert(
@@ -36,10 +36,10 @@ def convert(
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, dict[str, list[float]]]]:
     """(spec, weights, data_norm) of a LIIFEDSRNet or LIIFRDNNet.
 
-    state_dict: with or without the prefix 'generator.' (and 'module.' before it); a moving average (generator_ema),
+    state_dict: with or without the prefix 'generator.', or 'module.' before it. A moving average (generator_ema),
         losses and preprocessors in it are ignored.
-    Shapes do not tell local_ensemble nor EDSR's res_scale: the first is taken as on, the second as 0.1 for the
-    full-size EDSR (32 blocks of 256 channels), otherwise 1, as in the paper.
+    Shapes do not show local_ensemble and the res_scale of EDSR. The first is assumed to be on. The second is assumed to
+    be 0.1 for the full-size EDSR (32 blocks of 256 channels) and 1 otherwise, as in the paper.
     Raises NotLIIFError for weights of another network.
     """
     weights = _renamed(state_dict)

@@ -16,12 +16,12 @@ register, registered = _models.register, _models.registered
 def make_model(spec: dict[str, Any], args: dict[str, Any] | None = None, load_sd: bool = False) -> nn.Module:
     """Build the module that a spec describes.
 
-    spec: {'name': registered name, 'args': keyword arguments (may be left out), 'sd': state_dict (only for load_sd)};
-        never changed.
+    spec: {'name': registered name, 'args': keyword arguments (optional), 'sd': state_dict (only for load_sd)}. It is
+        not changed.
     args: override or extend spec['args'].
     load_sd: load spec['sd'] into the new module.
-    The module remembers {'name', 'args'} as `.spec`, which is what `liif_fast.save` stores.
-    Raises ValueError for a spec without a known name, TypeError for arguments the named class does not take.
+    The module keeps {'name', 'args'} as `.spec`; `liif_fast.save` stores it.
+    Raises ValueError for a spec without a known name, TypeError for arguments that the named class does not take.
     Source: `models.make` of yinboc/liif.
     """
     if not isinstance(spec, dict) or "name" not in spec:

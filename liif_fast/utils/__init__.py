@@ -1,1 +1,1 @@
-"""Helpers without a subject of their own: files, memory, processes."""
+"""Helpers that any package may use: files, memory, hardware, processes."""

@@ -1,7 +1,7 @@
-"""Several processes as one: what torchrun started, or a single process where nothing did.
+"""Work shared by several processes that torchrun started, or done by a single one.
 
-`torchrun --nproc-per-node N -m liif_fast train ...` starts N of them; inside `setup()` they know of each other, and
-every function here has the obvious answer for a single process.
+`torchrun --nproc-per-node N -m liif_fast train ...` starts N processes; `setup()` connects them. Every function here
+also works in a single process, without torchrun.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _Item = TypeVar("_Item")
 
 @contextlib.contextmanager
 def setup(device: str | torch.device | None = None) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, and leave them in the end; yields this process' device.
+    """Connect the processes that torchrun started until the block ends; yields this process's device.
 
-    device: 'cpu', 'cuda', 'cuda:1', ...; None takes a GPU where there is one. Under torchrun every process of a machine
-    takes the GPU of its own number, and 'cuda' means that too. NCCL connects GPUs, gloo processors.
-    Raises RuntimeError where a GPU is asked for that PyTorch does not see.
+    device: 'cpu', 'cuda', 'cuda:1', ...; None means a GPU if there is one. Under torchrun, None and 'cuda' mean the GPU
+        whose number is the local rank. NCCL connects GPUs, gloo processors.
+    Raises RuntimeError for a GPU that PyTorch does not find.
     """
     chosen = _device(device)
     if not is_launched() or dist.is_initialized():
@@ -39,55 +39,55 @@ def setup(device: str | torch.device | None = None) -> Iterator[torch.device]:
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or something that sets the same variables, started this process."""
+    """Whether torchrun, or a launcher that sets the same variables, started this process."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def share(items: Sequence[_Item]) -> list[_Item]:
-    """Every world-th item, from this process' number on: independent work, split without a word between processes."""
+    """Splits independent work by rank; no communication."""
     if not is_launched():
         return list(items)
     return list(items[int(os.environ["RANK"]) :: int(os.environ["WORLD_SIZE"])])
 
 
 def own_device(device: str | None = None) -> str:
-    """The name of the device for this process: torchrun's processes take the GPU of their own number."""
+    """The name of this process's device: under torchrun, 'cuda' is the GPU whose number is the local rank."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def rank() -> int:
-    """This process' number, from 0."""
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and speaks."""
+    """Whether this process writes files and messages."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
-    """Sums of the processes' values, in float64, the same in every process."""
+    """Sums over all processes, in float64, equal in every process."""
     if not dist.is_initialized():
         return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device=_wire_device())
+    total = torch.tensor(values, dtype=torch.float64, device=_transfer_device())
     dist.all_reduce(total)
     return total.tolist()
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process' value, in order of rank, in every process. value: tensors and plain containers."""
+    """The values of all processes in order of rank, in every process. value: tensors and plain containers."""
     if not dist.is_initialized():
         return [value]
     found: list[Any] = [None] * world_size()
@@ -95,7 +95,7 @@ def gather(value: Any) -> list[Any]:
     return found
 
 
-def _wire_device() -> torch.device:
+def _transfer_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 

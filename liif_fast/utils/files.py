@@ -1,23 +1,34 @@
-"""Files that are either whole or not there: written under a temporary name, then renamed."""
+"""Files that are either complete or absent: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path`: a kill at any moment leaves the old file or the new one, never half of one.
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A temporary file that takes the name `path` when the block ends, and is removed if the block raises.
 
-    The temporary file stands in the same folder, which must exist. Raises OSError where it cannot be written.
+    A process killed at any moment leaves the old file or the complete new one. The temporary file is in the same
+    folder, which must exist. Raises OSError if the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
-            os.fsync(file.fileno())  # otherwise a power cut could keep the new name and lose the contents
+            os.fsync(file.fileno())  # otherwise a power failure could keep the new name and lose the contents
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path` as `replacing` does."""
+    with replacing(path) as file:
+        file.write(data)

@@ -1,4 +1,4 @@
-"""How much memory there is, asked before it is needed: a sentence is better than the kernel's out-of-memory killer."""
+"""How much memory is available, checked in advance: an error message is better than an out-of-memory kill."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 class NotEnoughMemory(MemoryError):
-    """Something asked for more memory than there is; the message is one sentence with both numbers."""
+    """More memory is needed than is available; the message is one sentence with both numbers."""
 
 
 def available() -> int | None:
-    """Bytes of main memory this process may still take, or None where the system does not say.
+    """Bytes of main memory that this process may still allocate, or None if the system does not report them.
 
-    The smaller of Linux's MemAvailable and what the control group leaves (containers).
+    The smaller of Linux's MemAvailable and the rest of the control group's limit (containers).
     """
     amounts = []
     try:
@@ -29,28 +29,28 @@ def available() -> int | None:
     ):
         try:
             amounts.append(max(0, int(limit.read_text()) - int(used.read_text())))
-        except (OSError, ValueError):  # no such control group, or the limit is the word "max"
+        except (OSError, ValueError):  # there is no such control group, or the limit is the word "max"
             continue
     return min(amounts, default=None)
 
 
 def require(needed: float, what: str, advice: str) -> None:
-    """Raise NotEnoughMemory when `needed` bytes are more than there are.
+    """Raise NotEnoughMemory if more than the available memory is needed.
 
     Args:
         needed: bytes, an estimate.
-        what: the subject of the sentence, such as "A result of 10x20 pixels".
-        advice: what to do about it, the end of the sentence.
+        what: the subject of the message, such as "A result of 10x20 pixels".
+        advice: the remedy, at the end of the message.
     """
-    there = available()
-    if there is not None and needed > there:
+    free = available()
+    if free is not None and needed > free:
         raise NotEnoughMemory(
-            f"{what} needs about {readable(needed)} of memory, but {readable(there)} are available: {advice}."
+            f"{what} needs about {readable(needed)} of memory, but {readable(free)} are available: {advice}."
         )
 
 
 def readable(amount: float) -> str:
-    """A number of bytes for a person: 1.5 GB, 300 MB."""
+    """A number of bytes as text: 1.5 GB, 300 MB."""
     for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if amount >= size:
             return f"{amount / size:.3g} {unit}" if amount < 1e18 else f"{amount / size:.1e} {unit}"

@@ -1,4 +1,4 @@
-"""`liif-fast doctor`: it names everything, gives reasons, and never fails."""
+"""`liif-fast doctor`: it reports everything, gives reasons, and never fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def rows(text: str) -> dict[str, str]:
-    """The report's `name  value` lines; of the two `cpu`, device and backend, the latter."""
+    """The report's `name  value` lines. `cpu` is both a device and a backend; the backend's line replaces the first."""
     lines = [line.strip() for line in text.splitlines() if line.startswith("  ")]
     return {line[:20].strip(): line[20:].strip() for line in lines}
 
@@ -67,7 +67,13 @@ def test_build_facts_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_the_extension_the_reason_is_given_and_the_exit_code_is_zero() -> None:
-    command = [sys.executable, "-W", "ignore", "-c", "from liif_fast import doctor; raise SystemExit(doctor.main())"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        "from liif_fast.cli import doctor; raise SystemExit(doctor.main())",
+    ]
     environment = {**os.environ, "LIIF_FAST_EXTENSION": "/nowhere/_C.abi3.so"}
     environment.pop("LIIF_FAST_BACKEND", None)
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

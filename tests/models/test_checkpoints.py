@@ -1,4 +1,4 @@
-"""Loading other people's checkpoints, saving and loading our own, and refusing everything else in one sentence."""
+"""Loading other projects' checkpoints, saving and loading ours, and one sentence for any other file."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from liif_fast.models import LIIF, checkpoints, make_model, register
 from liif_fast.models.checkpoints import CheckpointError, load, save
 from liif_fast.models.coordinates import make_cell, make_coord
+from liif_fast.models.mmagic import convert as convert_from_mmagic
 
 EDSR = {"name": "edsr-baseline", "args": {"n_resblocks": 2, "n_feats": 8, "no_upsampling": True}}
 RDN = {"name": "rdn", "args": {"G0": 8, "RDNconfig": "A", "no_upsampling": True}}
@@ -35,6 +37,11 @@ def original(model: nn.Module, prefix: str = "", **more: Any) -> dict[str, Any]:
     return {"model": {**model.spec, "sd": weights}, "optimizer": state, "epoch": 3, **more}
 
 
+@pytest.fixture(scope="module")
+def rdn() -> nn.Module:
+    return liif(RDN)
+
+
 def assert_same(loaded: nn.Module, model: nn.Module) -> None:
     assert type(loaded) is type(model)
     assert not loaded.training
@@ -50,8 +57,7 @@ def assert_same(loaded: nn.Module, model: nn.Module) -> None:
         assert torch.equal(loaded(inp, coord, cell), model(inp, coord, cell))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(("prefix", "zipped"), [("", True), ("module.", False), ("_orig_mod.module.", True)])
 def test_the_originals_checkpoints(tmp_path: Path, prefix: str, zipped: bool) -> None:
     model = liif()
     torch.save(original(model, prefix), tmp_path / "epoch-last.pth", _use_new_zipfile_serialization=zipped)
@@ -71,7 +77,7 @@ def test_metasr_and_the_flags_of_an_originals_checkpoint(tmp_path: Path) -> None
         assert_same(load(str(tmp_path / "model.pth")), model)
 
 
-def test_a_checkpoint_may_say_its_normalisation(tmp_path: Path) -> None:
+def test_a_checkpoint_may_have_a_normalization(tmp_path: Path) -> None:
     norm = {"inp": {"sub": [0], "div": [1]}, "gt": {"sub": [0.1, 0.2, 0.3], "div": [1, 1, 1]}}
     torch.save(original(liif(), data_norm=norm), tmp_path / "model.pth")
     assert load(tmp_path / "model.pth").data_norm == norm
@@ -112,9 +118,15 @@ def mmagic(model: nn.Module, names: list[tuple[str, str]], prefix: str = "genera
     return {"meta": {"epoch": 1, "cfg": "..."}, "state_dict": weights}
 
 
-@pytest.mark.parametrize("prefix", ["generator.", "module.generator.", ""])
-@pytest.mark.parametrize("unfold", [True, False])
-@pytest.mark.parametrize("cell", [True, False])
+@pytest.mark.parametrize(
+    ("prefix", "unfold", "cell"),
+    [
+        ("generator.", True, True),
+        ("module.generator.", True, False),
+        ("", False, True),
+        ("generator.", False, False),
+    ],
+)
 def test_mmagics_edsr(tmp_path: Path, prefix: str, unfold: bool, cell: bool) -> None:
     model = liif(feat_unfold=unfold, cell_decode=cell)
     torch.save(mmagic(model, MMAGIC_EDSR, prefix), tmp_path / "liif_edsr_norm.pth")
@@ -125,23 +137,20 @@ def test_mmagics_edsr(tmp_path: Path, prefix: str, unfold: bool, cell: bool) -> 
     assert loaded.data_norm == {"inp": mean, "gt": mean}
 
 
-def test_mmagics_rdn(tmp_path: Path) -> None:
-    model = liif(RDN)
-    torch.save(mmagic(model, MMAGIC_RDN), tmp_path / "liif_rdn_norm.pth")
+def test_mmagics_rdn(tmp_path: Path, rdn: nn.Module) -> None:
+    torch.save(mmagic(rdn, MMAGIC_RDN), tmp_path / "liif_rdn_norm.pth")
     loaded = load(tmp_path / "liif_rdn_norm.pth")
-    assert_same(loaded, model)
+    assert_same(loaded, rdn)
     assert loaded.data_norm["inp"] == {"sub": [0.5] * 3, "div": [0.5] * 3}
 
 
 def test_mmagics_full_size_edsr_scales_its_residuals() -> None:
-    from liif_fast.models.mmagic import convert
-
     weights = {
         "generator.conv_first.weight": torch.empty(256, 3, 3, 3),
         "generator.imnet.layers.0.weight": torch.empty(3, 2308),
     }
     weights |= {f"generator.body.{block}.conv1.weight": torch.empty(256, 256, 3, 3) for block in range(32)}
-    spec, _, _ = convert(weights)
+    spec, _, _ = convert_from_mmagic(weights)
     assert spec["args"]["encoder_spec"]["name"] == "edsr"
     assert spec["args"]["encoder_spec"]["args"]["res_scale"] == 0.1
     assert spec["args"]["imnet_spec"]["args"] == {"out_dim": 3, "hidden_list": []}
@@ -156,9 +165,7 @@ def test_save_and_load(tmp_path: Path, make: Any) -> None:
     assert_same(loaded, model)
     assert loaded.data_norm == model.data_norm
     assert loaded.spec == model.spec
-    from safetensors import safe_open
-
-    with safe_open(tmp_path / "model.safetensors", "pt") as handle:
+    with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as handle:
         assert handle.metadata()["trained_on"] == "photos"
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
@@ -226,7 +233,7 @@ def test_shipped_models_are_found_by_name(tmp_path: Path, monkeypatch: pytest.Mo
     save(model, tmp_path / "tiny.safetensors")
     assert_same(load(), model)
     assert_same(load("tiny"), model)
-    with pytest.raises(FileNotFoundError, match=r"huge does not exist.*there is tiny"):
+    with pytest.raises(FileNotFoundError, match=r"huge does not exist.*choose one of tiny"):
         load("huge")
 
 
@@ -246,11 +253,11 @@ def test_nothing_but_tensors_is_unpickled(tmp_path: Path, zipped: bool) -> None:
     file = tmp_path / "model.pth"
     torch.save({**original(liif()), "extra": Bomb(target)}, file, _use_new_zipfile_serialization=zipped)
     assert refusal(file) == (
-        f"{file} holds posix.system beside tensors and plain containers, which is never unpickled: "
-        "where the file comes from, save its spec and state_dict alone"
+        f"{file} contains posix.system, but only tensors and plain containers are unpickled: "
+        "save only the model's spec and state_dict"
     )
     file.write_bytes(pickle.dumps(Bomb(target)))
-    assert refusal(file) == f"{file} is a broken pickle, or not one of torch.save's usual protocol"
+    assert refusal(file) == f"{file} is a broken pickle, or has another protocol than torch.save's default"
     assert not target.exists()
 
 
@@ -264,7 +271,7 @@ def refusal(file: Path) -> str:
 
 def test_a_whole_pickled_model_is_refused_by_its_class(tmp_path: Path) -> None:
     torch.save(liif(), tmp_path / "model.pth")
-    assert "holds liif_fast.models.liif.LIIF beside tensors" in refusal(tmp_path / "model.pth")
+    assert "contains liif_fast.models.liif.LIIF, but only tensors" in refusal(tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize(
@@ -301,7 +308,7 @@ def test_truncated_files(tmp_path: Path) -> None:
         (lambda c: {"model": {**c["model"], "sd": {"a": 1}}}, "it has neither 'model'"),
         (lambda c: {"model": {**c["model"], "name": "lte"}}, "no model is registered as 'lte'"),
         (lambda c: {"model": {**c["model"], "args": {"depth": 3}}}, "unexpected keyword argument 'depth'"),
-        (lambda c: {**c, "data_norm": {"inp": 3}}, "has a normalisation that is not"),
+        (lambda c: {**c, "data_norm": {"inp": 3}}, "has a normalization other than"),
     ],
 )
 def test_pth_files_without_a_model(tmp_path: Path, change: Any, words: str) -> None:
@@ -345,16 +352,15 @@ def test_other_networks_of_mmagic(tmp_path: Path, change: Any, words: str) -> No
     assert words in refusal(tmp_path / "model.pth")
 
 
-def test_an_rdn_of_another_size_is_refused(tmp_path: Path) -> None:
-    content = mmagic(liif(RDN), MMAGIC_RDN)
+def test_an_rdn_of_another_size_is_refused(tmp_path: Path, rdn: nn.Module) -> None:
+    content = mmagic(rdn, MMAGIC_RDN)
     weights = {key: tensor for key, tensor in content["state_dict"].items() if ".rdbs.19." not in key}
     torch.save({"state_dict": weights}, tmp_path / "model.pth")
     assert "(blocks, layers, growth) = (19, 6, 32)" in refusal(tmp_path / "model.pth")
 
 
 def test_safetensors_of_others(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
+    save_file = safetensors.torch.save_file
     file = tmp_path / "model.safetensors"
     save_file(dict(liif().state_dict()), file)
     assert "its metadata has no liif_fast spec" in refusal(file)
@@ -382,7 +388,7 @@ def test_what_save_refuses(tmp_path: Path) -> None:
         save(liif(), tmp_path / "model.safetensors", metadata={"steps": 7})  # type: ignore[dict-item]
     changed = liif()
     changed.imnet = make_model({"name": "mlp", "args": {"in_dim": 76, "out_dim": 3, "hidden_list": [16]}})
-    with pytest.raises(ValueError, match=r"no longer what its spec says: missing 'imnet\.layers\.4\.weight'"):
+    with pytest.raises(ValueError, match=r"no longer matches its spec: missing 'imnet\.layers\.4\.weight'"):
         save(changed, tmp_path / "model.safetensors")
 
     @register("test-unwritable")

@@ -1,0 +1,57 @@
+"""Errors, warnings and SIGTERM as users see them: one sentence on stderr, and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+# Errors about files, numbers and memory, unlike errors in this program.
+EXPECTED_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that prints one sentence for an error, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}; see {self.prog} --help.\n")
+
+
+def print_error(error: object) -> None:
+    """Print the first line of an error to stderr as a sentence."""
+    text = str(error).strip() or type(error).__name__
+    print(f"liif-fast: {text.splitlines()[0].rstrip('.')}.", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def format_warnings() -> Iterator[None]:
+    """Print warnings in the form of errors."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print_error(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit, so that temporary files are removed as after Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,4 +1,4 @@
-"""Plots of the saved results, as PNG and SVG. The only file that needs matplotlib."""
+"""Plots of the saved results, as PNG. The only module that needs matplotlib."""
 
 from __future__ import annotations
 
@@ -6,25 +6,23 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from bench import pieces, results
-from bench.tables import BATCHES, SCALES, SIZES, Results
+from bench import results
+from bench.blocks import BATCHES, DECODE, SCALES, SIZES
+from bench.results import Results
 from bench.workloads import WORKLOADS
+from liif_fast.benchmark.timing import in_words
 
-_COLOURS = {"float32": "#3b6ea5", "tf32": "#4f9d8f", "bfloat16": "#c8762b", "float16": "#8a4f9d"}
+_COLORS = {"float32": "#3b6ea5", "tf32": "#4f9d8f", "bfloat16": "#c8762b", "float16": "#8a4f9d"}
 _LINES = {"original": "--", "folded": ":"}  # backends: solid
 _MARKERS = {"cuda": "s", "triton": "^"}
 _SCALE = dict(zip(SCALES, (2.0, 3.7, 8.0, 30.0)))
-_LADDER = {"cpu": "decode-64-to-256", "cuda": "decode-256-to-1024"}
-_PARTS = {"cpu": "parts", "cuda": "gpu-parts"}
-_SHADES = ("#9aa7b1", "#3b6ea5", "#4f9d8f", "#c8762b", "#8a4f9d")
 
 
 def draw(found: Results, folder: Path) -> list[Path]:
-    """Every plot that the results have the numbers for, a GPU's with `gpu-` before it; returns the files written."""
+    """Every plot that the results have the numbers for, with the prefix `gpu-` for a GPU; returns the files written."""
     written = []
     folder.mkdir(parents=True, exist_ok=True)
     makers: dict[str, Callable[[Results, str], Figure | None]] = {
@@ -32,41 +30,37 @@ def draw(found: Results, folder: Path) -> list[Path]:
         "sizes": sizes,
         "sweep": sweep,
         "batches": batches,
-        "parts": parts,
     }
     for device, prefix in (("cpu", ""), ("cuda", "gpu-")):
         for name, make in makers.items():
             figure = make(found, device)
-            if figure is None:
-                continue
-            for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-                path = folder / f"{prefix}{name}.{suffix}"
-                with rc_context({"svg.hashsalt": "liif_fast"}):  # the same numbers give the same file
-                    figure.savefig(path, dpi=150, bbox_inches="tight", metadata=metadata)
+            if figure is not None:
+                path = folder / f"{prefix}{name}.png"
+                figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Software": None})
                 written.append(path)
     return written
 
 
 def ladder(found: Results, device: str) -> Figure | None:
-    """One decode: every method's time, slowest last, with its fraction of what the machine can multiply."""
-    workload = _LADDER[device]
-    result = results.newest_with(found, workload, device)
+    """One decode: the time of every method, slowest last, with its fraction of the machine's peak rate."""
+    workload = DECODE[device]
+    result = results.newest_with(found, [workload], device)
     if result is None:
         return None
     record = result["workloads"][workload]
     entries = [entry for entry in record["methods"].values() if "seconds" in entry]
     entries.sort(key=lambda entry: entry["seconds"]["median"])
-    of, peak = ("loop", "a register-only multiply-add loop") if device == "cpu" else ("gemm", "cuBLAS")
+    of, peak = ("fma_peak", "an FMA loop in registers") if device == "cpu" else ("gemm", "cuBLAS")
     figure = Figure(figsize=(8, 0.42 * len(entries) + 1.2))
     axes = figure.subplots()
     for place, entry in enumerate(entries):
         seconds = entry["seconds"]
         spread = [[seconds["median"] - seconds["p20"]], [seconds["p80"] - seconds["median"]]]
-        axes.barh(place, seconds["median"], xerr=spread, color=_COLOURS[entry["dtype"]], ecolor="#333333")
-        key = f"fraction_of_{of}"
-        fraction = f", {entry[key]['median']:.0%} of peak" if key in entry else ""
+        axes.barh(place, seconds["median"], xerr=spread, color=_COLORS[entry["dtype"]], ecolor="#333333")
+        fractions = entry.get("fraction_of", {})
+        fraction = f", {fractions[of]['median']:.0%} of peak" if of in fractions else ""
         axes.annotate(
-            f"{_in_words(seconds['median'])}{fraction}",
+            f"{in_words(seconds['median'])}{fraction}",
             (seconds["p80"], place),
             xytext=(6, 0),
             textcoords="offset points",
@@ -80,7 +74,7 @@ def ladder(found: Results, device: str) -> Figure | None:
 
 
 def sizes(found: Results, device: str) -> Figure | None:
-    """Latency and peak memory of a decode by x4 against the output's side; a cross where a method runs out."""
+    """Latency and peak memory of a decode by x4 against the output's side; a cross where memory runs out."""
     names = [name for name in SIZES if not WORKLOADS[name].refusal(device)]
     held = _newest_series(found, names, device)
     if held is None:
@@ -89,7 +83,10 @@ def sizes(found: Results, device: str) -> Figure | None:
     sides = {name: int(name.removeprefix("size-")) for name in records}
     figure = Figure(figsize=(10, 4))
     for axes, key, unit, title in zip(
-        figure.subplots(1, 2), ("seconds", "peak_bytes"), (1.0, 1e-6), ("seconds", "peak beside the inputs, MB")
+        figure.subplots(1, 2),
+        ("seconds", "peak_bytes"),
+        (1.0, 1e-6),
+        ("seconds", "peak memory without the inputs, MB"),
     ):
         for name, entry in _methods(records.values()).items():
             points = []
@@ -101,7 +98,7 @@ def sizes(found: Results, device: str) -> Figure | None:
                 axes.plot(*zip(*points), label=_label(entry), **_style(name, entry))
                 ends = [side for at, side in sides.items() if _ran_out(records[at], name)]
                 if ends:
-                    axes.plot(min(ends), points[-1][1], "x", markersize=10, color=_COLOURS[entry["dtype"]])
+                    axes.plot(min(ends), points[-1][1], "x", markersize=10, color=_COLORS[entry["dtype"]])
                     axes.annotate("out of memory", (min(ends), points[-1][1]), fontsize=8, ha="right", va="bottom")
         _log_axes(axes, {side: str(side) for side in sides.values()}, "output side, pixels (x4)", title)
         _finish(axes, "Decoder alone; the original's time from its first chunks", result)
@@ -111,7 +108,7 @@ def sizes(found: Results, device: str) -> Figure | None:
 
 
 def sweep(found: Results, device: str) -> Figure | None:
-    """Pixels a second against scale, a line a method."""
+    """Pixels per second against the scale, one line per method."""
     held = _newest_series(found, SCALES, device)
     if held is None:
         return None
@@ -127,14 +124,14 @@ def sweep(found: Results, device: str) -> Figure | None:
         if points:
             axes.plot(*zip(*points), label=_label(entry), **_style(name, entry))
     ticks = {scale: f"x{scale:g}" for scale in _SCALE.values()}
-    _log_axes(axes, ticks, "scale, from a 96x96 map", "megapixels a second")
+    _log_axes(axes, ticks, "scale, from a 96x96 map", "megapixels per second")
     axes.legend(fontsize=8)
     _finish(axes, "Decoder alone", result)
     return figure
 
 
 def batches(found: Results, device: str) -> Figure | None:
-    """Forward and backward against the number of maps, a line a method of the short comparison."""
+    """Forward and backward against the number of maps, one line per method of the short comparison."""
     by_size = {size: name for size, name in BATCHES.items() if not WORKLOADS[name].refusal(device)}
     held = _newest_series(found, list(by_size.values()), device)
     if held is None:
@@ -151,44 +148,9 @@ def batches(found: Results, device: str) -> Figure | None:
         if points:
             axes.plot(*zip(*points), label=_label(entry), **_style(name, entry))
     ticks = {size: str(size) for size in by_size}
-    _log_axes(axes, ticks, "maps of 48x48, 2304 queries each", "milliseconds a map")
+    _log_axes(axes, ticks, "maps of 48x48, 2304 queries each", "milliseconds per map")
     axes.legend(fontsize=8)
     _finish(axes, "Decoder, forward and backward", result)
-    return figure
-
-
-def parts(found: Results, device: str) -> Figure | None:
-    """Where the time goes: the original's parts, and the two of each fused backend, behind the same encoder."""
-    workload = _PARTS[device]
-    result = results.newest_with(found, workload, device)
-    if result is None:
-        return None
-    methods = {
-        name: entry["seconds"]["median"]
-        for name, entry in result["workloads"][workload]["methods"].items()
-        if "seconds" in entry
-    }
-    encoder = ("encoder", methods.get("encoder", 0.0))
-    bars = [("original, float32", [encoder, *((part, methods.get(f"original/{part}", 0.0)) for part in pieces.PARTS)])]
-    for name, seconds in methods.items():
-        backend, _, dtype = name.rpartition("-")
-        if backend and backend != "fold":
-            fold = ("first layer as a convolution", methods.get(f"fold-{dtype}", 0.0))
-            bars.append((name, [encoder, fold, ("fused kernel", seconds)]))
-    figure = Figure(figsize=(8, 0.6 * len(bars) + 1.6))
-    axes = figure.subplots()
-    longest = max(sum(seconds for _, seconds in bar) for _, bar in bars)
-    for place, (_, bar) in enumerate(reversed(bars)):
-        start = 0.0
-        for shade, (part, seconds) in zip(_SHADES, bar):
-            axes.barh(place, seconds, left=start, color=shade)
-            if seconds > 0.06 * longest:
-                words = {"inputs": "nearest latents", "first layer as a convolution": "fold"}.get(part, part)
-                axes.annotate(words, (start + seconds / 2, place), ha="center", va="center", color="white", fontsize=8)
-            start += seconds
-    axes.set_yticks(range(len(bars)), [name for name, _ in reversed(bars)])
-    axes.set_xlabel("seconds, parts timed one by one")
-    _finish(axes, result["workloads"][workload]["about"], result)
     return figure
 
 
@@ -197,12 +159,12 @@ def _newest_series(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]] | None:
     """The newest result that timed all of some workloads, and their records."""
     names = list(names)
-    result = results.newest_with_all(found, names, device)
+    result = results.newest_with(found, names, device)
     return None if result is None else (result, {name: result["workloads"][name] for name in names})
 
 
 def _methods(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Methods that were tried in some record."""
+    """Methods that ran in at least one record."""
     return {
         name: entry for record in records for name, entry in record["methods"].items() if entry["status"] != "refused"
     }
@@ -216,13 +178,13 @@ def _style(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     family = name.partition("-")[0]
     return {
         "linestyle": _LINES.get(family, "-"),
-        "color": _COLOURS[entry["dtype"]],
+        "color": _COLORS[entry["dtype"]],
         "marker": _MARKERS.get(family, "o"),
     }
 
 
 def _log_axes(axes: Any, ticks: dict[float, str], x: str, y: str) -> None:
-    """Both axes logarithmic: ticks at the points measured below, at 1, 2 and 5 beside."""
+    """Both axes logarithmic: ticks at the measured points on x, at 1, 2 and 5 on y."""
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -232,10 +194,6 @@ def _log_axes(axes: Any, ticks: dict[float, str], x: str, y: str) -> None:
 
 def _label(entry: dict[str, Any]) -> str:
     return f"{entry['label']}, {entry['dtype']}"
-
-
-def _in_words(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
 
 
 def _finish(axes: Any, title: str, result: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The named workloads, in order of importance, and the work they ask for."""
+"""The named workloads, in order of importance, and the number of operations and bytes they need."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from dataclasses import dataclass
 import torch
 
 from liif_fast.benchmark import problem
-from liif_fast.benchmark.problem import Problem, random_problem
+from liif_fast.benchmark.problem import DecodeProblem, random_problem
 
 CPU_ONLY = "smaller than a GPU needs"
-TOO_LONG = "the original alone would take minutes a repetition on a CPU"
+TOO_LONG = "one run of the original takes minutes on a CPU"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing to time.
+    """One piece of work to time.
 
-    kind: decode | train | gather | ensemble | encoder | upscale | size | parts, which decides the methods; what needs
-        gradients of a decoder is `train`, of random queries or of a whole image.
-    map_size: rows, columns of the feature map (of the image for encoder and upscale).
-    out_size: rows, columns of the whole output; None where queries lie at random.
-    window: (top, left, height, width) of the part of the output that is decoded; None is all of it.
-    queries: number of random queries a map where out_size is None.
-    passes: forward | backward | both, where gradients are a question.
-    device: the only device type it is for, and why_not the reason elsewhere; '' is any.
-    compared: all methods, or the few that a series of workloads is drawn of.
-    rounds: on a CPU. limit_s: no round is begun after so many seconds of timing on a GPU.
-    quick: also part of `--quick`.
+    kind: decode | train | gather | ensemble | upscale | size; it determines the methods. A decoder with gradients is
+        `train`, for random queries or for a whole image.
+    map_size: rows, columns of the feature map (for upscale: of the image).
+    out_size: rows, columns of the whole output; None for random queries.
+    window: (top, left, height, width) of the part of the output that is decoded; None is the whole output.
+    queries: number of random queries per map, without out_size.
+    passes: forward | backward | both.
+    device: the only device type that runs the workload, and why_not the reason elsewhere; '' is any.
+    compared: all methods, or the few of a series of workloads.
+    rounds: on a CPU. limit_s: on a GPU no round starts after this many seconds of timing.
     """
 
     name: str
@@ -45,7 +44,6 @@ class Workload:
     compared: str = "all"
     rounds: int = 5
     limit_s: float = 10.0
-    quick: bool = False
 
     @property
     def total_queries(self) -> int:
@@ -55,7 +53,7 @@ class Workload:
         return self.batch * (math.prod(self.out_size) if self.out_size else self.queries)
 
     def refusal(self, device: str) -> str:
-        """Why it is not run on a device type; '' where it is."""
+        """Why a device type does not run the workload; '' where it does."""
         return "" if self.device in ("", device) else self.why_not
 
 
@@ -65,7 +63,7 @@ def _decode(name: str, map_size: tuple[int, int], out_size: tuple[int, int], **o
 
 
 def _scale(name: str, out: int, window: int | None = None) -> Workload:
-    # The crop is fixed; beyond x4 only a window of the output is decoded, as the work a pixel stays the same.
+    # Beyond x4 only a window of the output is decoded: the work per pixel is the same.
     part = "" if window is None else f", its middle {window}x{window}"
     middle = None if window is None else ((out - window) // 2, (out - window) // 2, window, window)
     about = f"decoder, 96x96 to {out}x{out}{part}"
@@ -104,14 +102,12 @@ _BOTH_DIRECTIONS = "forward and backward"
 _PASSES = {"backward": "backward alone", "both": _BOTH_DIRECTIONS}
 
 _ALL = [
-    _decode("decode-64-to-256", (64, 64), (256, 256), rounds=5, quick=True, **_CPU),
-    _decode("decode-256-to-1024", (256, 256), (1024, 1024), limit_s=60, quick=True, **_GPU),
-    _train("training-step", 16, "both", _BOTH_DIRECTIONS, rounds=4, limit_s=25, quick=True),
-    _size(2048, quick=True),
+    _decode("decode-64-to-256", (64, 64), (256, 256), rounds=5, **_CPU),
+    _decode("decode-256-to-1024", (256, 256), (1024, 1024), limit_s=60, **_GPU),
+    _train("training-step", 16, "both", _BOTH_DIRECTIONS, rounds=4, limit_s=25),
+    _size(2048),
     Workload("gather", "gather", "imnet inputs of 16384 queries, 64x64 map", (64, 64), queries=16384, rounds=10),
     Workload("ensemble", "ensemble", "blend of 262144 queries, 3 values", (64, 64), queries=262144, rounds=10),
-    Workload("parts", "parts", "decoder, 64x64 to 256x256, and its encoder", (64, 64), (256, 256), rounds=3, **_CPU),
-    Workload("gpu-parts", "parts", "decoder, 256x256 to 1024x1024, and its encoder", (256, 256), (1024, 1024), **_GPU),
     _decode("decode-540-to-2160", (540, 960), (2160, 3840), compared="few", **_GPU),
     _train("training-forward", 16, "forward", "forward", compared="few", rounds=4),
     _train("training-backward", 16, "backward", "backward", compared="few", rounds=4),
@@ -149,7 +145,6 @@ _ALL = [
         (2048, 2048),
         **_GPU,
     ),
-    Workload("encoder", "encoder", "EDSR-baseline on a 96x96 image", (96, 96), rounds=5),
     _scale("x2", 192),
     _scale("x3.7", 355, 256),
     _scale("x8", 768, 256),
@@ -161,7 +156,7 @@ _ALL = [
     _batch(4, rounds=4),
     _batch(64, **_GPU),
     *(_decode_with_gradients(256, passes, **_CPU) for passes in _PASSES),
-    # A backward alone keeps every method's forward: of 1024x1024 they would not fit beside each other.
+    # A backward alone keeps every method's forward in memory; those of 1024x1024 would not fit together.
     _decode_with_gradients(512, "backward", **_GPU),
     _decode_with_gradients(1024, "both", **_GPU),
     *(_size(out, **_GPU) for out in (4096, 8192, 16384, 32768)),
@@ -171,8 +166,8 @@ WORKLOADS = {workload.name: workload for workload in _ALL}
 
 def make_problem(
     workload: Workload, device: torch.device | str = "cpu", window: tuple[int, int, int, int] | None = None
-) -> Problem:
-    """The random tensors of a workload, the same every time; `window` instead of the workload's own."""
+) -> DecodeProblem:
+    """The random tensors of a workload, the same every time; `window` replaces the workload's window."""
     return random_problem(
         workload.map_size,
         out_size=workload.out_size,
@@ -183,34 +178,20 @@ def make_problem(
     )
 
 
-def original_flop(workload: Workload) -> float:
-    """Floating point operations of the original formulation, as `problem.original_flop` counts them."""
-    return problem.original_flop(workload.total_queries) * _passes(workload)
-
-
-def folded_flop(workload: Workload) -> float:
-    """Of the folded formulation, as `problem.folded_flop` counts them."""
+def flop(workload: Workload, *, folded: bool) -> float:
+    """Floating-point operations of the original or of the folded formulation, as liif_fast.benchmark.problem counts."""
     latents = workload.batch * math.prod(workload.map_size)
-    return problem.folded_flop(workload.total_queries, latents) * _passes(workload)
+    queries = workload.total_queries
+    forward = problem.folded_flop(queries, latents) if folded else problem.original_flop(queries)
+    # Backward multiplies twice for every product of the forward. Recomputed products are not counted.
+    return forward * {"forward": 1, "backward": 2, "both": 3}[workload.passes]
 
 
 def least_bytes(workload: Workload, item: int) -> float:
-    """Bytes that must pass through memory once, with numbers of `item` bytes: inputs read and results written.
-
-    For gather and ensemble what their op reads and writes; for decodes features in, latent map out and in, result out.
-    """
+    """Bytes that gather or ensemble must read and write once, with numbers of `item` bytes."""
     queries, latents = workload.total_queries, workload.batch * math.prod(workload.map_size)
-    backward = 2 if workload.passes == "backward" else 1  # gradients in, and the forward's inputs again
     if workload.kind == "gather":
         row = problem.layer_widths()[0] * item + 4  # imnet input and weight
         return float(latents * problem.CHANNELS * item + queries * (16 + 4 * row))
-    if workload.kind == "ensemble":
-        return float(queries * (4 * (problem.OUTS * item + 4) * backward + problem.OUTS * item))
-    coords = 0 if workload.out_size else 16 * queries
-    maps = latents * (problem.CHANNELS + 2 * problem.HIDDEN[0]) * item
-    return float((maps + coords + queries * problem.OUTS * item) * _passes(workload))
-
-
-def _passes(workload: Workload) -> int:
-    # Backward multiplies twice for every product of the forward. What a method recomputes is not counted.
-    return {"forward": 1, "backward": 2, "both": 3}[workload.passes]
+    backward = 2 if workload.passes == "backward" else 1  # gradients, and the forward's inputs again
+    return float(queries * (4 * (problem.OUTS * item + 4) * backward + problem.OUTS * item))

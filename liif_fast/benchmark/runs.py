@@ -120,17 +120,16 @@ def with_passes(
     """`forward`, the backward alone (repeated after one forward), or both; gradients of sum(out * probe)."""
     if passes == "forward":
         return forward
-    kept = forward()
-    probe = probe_for(kept)
+    probe = probe_for(forward())
 
     def backward(out: Tensor, keep_graph: bool) -> list[Tensor]:
         with matmul_in(dtype, out.device, autocast=False):
             return list(torch.autograd.grad(out, leaves, probe, retain_graph=keep_graph))
 
-    if passes == "backward":
-        return lambda: backward(kept, True)
-    del kept
-    return lambda: backward(forward(), False)
+    if passes == "both":
+        return lambda: backward(forward(), False)
+    kept = forward()
+    return lambda: backward(kept, True)
 
 
 def probe_for(out: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The honest baseline: the same algebra as the fused kernels (first layer folded into a convolution, last layer behind
-the blend), written with PyTorch calls only and cut into tiles of queries.
+"""The folded baseline: the algebra of the fused kernels in PyTorch calls, in tiles of queries.
 
-On a CPU tiles that stay in cache are best; on a GPU large ones are.
+The first layer is folded into a convolution, and the last layer runs after the blend. On a CPU tiles that fit in the
+cache are fastest, on a GPU large ones.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ def decode_tile(
     latents: Tensor,  # [B*H*W, K]
     coord: Tensor,  # [Q, 2]
     cell: Tensor,  # [Q, 2]
-    entry: Tensor,  # [Q], first latent of the query's map
+    entry: Tensor,  # [Q], index of the first latent of the query's map
     map_size: tuple[int, int],
     geometry: Tensor,  # [4, K], the first layer's part for rel_coord and rel_cell
     weights: Sequence[Tensor],  # after the first layer
     biases: Sequence[Tensor],  # of all layers
 ) -> Tensor:
     """Decode some queries -> [Q, O]."""
-    rows, row_areas = _neighbours(coord[:, 0], map_size[0])
-    cols, col_areas = _neighbours(coord[:, 1], map_size[1])
+    rows, row_areas = _neighbors(coord[:, 0], map_size[0])
+    cols, col_areas = _neighbors(coord[:, 1], map_size[1])
     corners = [(0, 0), (0, 1), (1, 0), (1, 1)]
     latent = torch.stack([entry + rows[r] * map_size[1] + cols[c] for r, c in corners], dim=1)  # [Q, 4]
     area = torch.stack([(row_areas[r] * col_areas[c]).abs() + 1e-9 for r, c in corners], dim=1)
@@ -60,10 +60,10 @@ def query(
     tile: int | None = TILE,
     decode: Callable[..., Tensor] = decode_tile,
 ) -> Tensor:
-    """Decode with unfolding, local ensemble and cells -> [B, Q, O]; `tile` None takes all queries at once.
+    """Decode with unfolding, local ensemble and cells -> [B, Q, O]; without `tile`, all queries at once.
 
-    Under gradients take them at once: each tile would add a whole latent map of gradients. `decode` may be a compiled
-    `decode_tile`.
+    With gradients use no tiles: the backward of each tile would add a whole latent map of gradients. `decode` may be a
+    compiled `decode_tile`.
     """
     batch, channels, height, width = feat.shape
     latents = latent_map(feat, weights[0])
@@ -76,15 +76,15 @@ def query(
 
     if tile is None:
         return decode_part(slice(None)).view(batch, -1, weights[-1].shape[0])
-    # Into one tensor: results of tiles kept beside each other would break up the heap, which then grows with each tile.
+    # One output tensor: separate results of the tiles would fragment the heap, which then grows with each tile.
     out = latents.new_empty(coord.shape[0], weights[-1].shape[0])
     for at in range(0, coord.shape[0], tile):
         out[at : at + tile] = decode_part(slice(at, at + tile))
     return out.view(batch, -1, out.shape[1])
 
 
-def _neighbours(coord: Tensor, size: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each query [Q] along one axis: the two nearest latents, and how far the query lies from each."""
+def _neighbors(coord: Tensor, size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The two nearest latents of each query [Q] along one axis, and the query's offset from each."""
     index, offset = [], []
     for side in (-1, 1):
         corner = (coord + (side / size + 1e-6)).clamp(-1 + 1e-6, 1 - 1e-6)

@@ -22,9 +22,7 @@ from liif_fast.utils import tables
 Entry = dict[str, Any]
 Column = tuple[str, Callable[[Entry], str]]
 DECODE = {"cpu": "decode-64-to-256", "cuda": "decode-256-to-1024"}
-SCALES = ("scale-x2", "scale-x3.7", "scale-x8", "scale-x30")
 SIZES = tuple(sorted((name for name in WORKLOADS if WORKLOADS[name].kind == "size"), key=lambda name: int(name[5:])))
-BATCHES = {1: "batch-1", 4: "batch-4", 16: "training-step", 64: "batch-64"}  # by number of maps
 NOT_YET = "not yet run on a GPU"
 
 
@@ -156,8 +154,6 @@ def gpu_tables(found: Results) -> str:
 _PLOTS = {  # the title of a plot, and the workloads that bench/plots.py draws it from
     "ladder": ("One decode by every method", tuple(DECODE.values())),
     "sizes": ("Latency and peak memory against the output's size", SIZES),
-    "sweep": ("Pixels per second against the scale, x2 to x30", SCALES),
-    "batches": ("Forward and backward against the number of maps", tuple(BATCHES.values())),
 }
 
 

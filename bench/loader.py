@@ -20,9 +20,9 @@ from PIL import Image
 
 from bench import machine, results
 from bench.measure import log
-from bench.methods.upscale import SPEC
 from liif_fast import data
 from liif_fast.benchmark import runs
+from liif_fast.benchmark.problem import HIDDEN, OUTS
 from liif_fast.benchmark.timing import in_words, summary
 from liif_fast.models import default_data_norm, make_model
 from liif_fast.training.step import StepOptions, Stepper
@@ -31,6 +31,13 @@ from liif_fast.utils import tables
 NAME = "loader"  # of the result file
 BATCH = 16
 SIZE = (1356, 2040)  # rows and columns of most images of DIV2K
+SPEC = {  # LIIF-EDSR-baseline
+    "name": "liif",
+    "args": {
+        "encoder_spec": {"name": "edsr-baseline", "args": {"no_upsampling": True}},
+        "imnet_spec": {"name": "mlp", "args": {"out_dim": OUTS, "hidden_list": list(HIDDEN)}},
+    },
+}
 WRAPPER = {"inp_size": 48, "scale_min": 1, "scale_max": 4, "augment": True, "sample_q": 2304}
 
 
@@ -74,12 +81,11 @@ def time_batches(
     return found[1:]
 
 
-def make_stepper(device: str, autocast: str | None) -> Stepper:
-    """The paper's training step."""
+def make_stepper(device: torch.device | str, options: StepOptions) -> Stepper:
+    """The paper's training step, from the same weights every time."""
     torch.manual_seed(0)
     model: Any = make_model(SPEC).to(device).train()
-    optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=1e-4)
-    return Stepper(model, optimizer, StepOptions(autocast=autocast, channels_last=True), default_data_norm())
+    return Stepper(model, torch.optim.Adam(model.parameters(), lr=1e-4), options, default_data_norm())
 
 
 def measure(folder: Path, device: str, rounds: int, count: int, steps: int, max_workers: int) -> dict[str, Any]:
@@ -98,7 +104,7 @@ def measure(folder: Path, device: str, rounds: int, count: int, steps: int, max_
         batch = next(loader.epoch())
         del endless, loader  # ends the loader's worker processes
     for autocast in (None, "bf16"):
-        step = make_stepper(device, autocast).step
+        step = make_stepper(device, StepOptions(autocast=autocast, channels_last=True)).step
         samples = time_batches(itertools.repeat(batch), step, rounds, steps, device)
         add(f"training step, {autocast or 'float32'}", "step", samples)
     busy = result["machine"]["load_before"] > machine.BUSY_LOAD

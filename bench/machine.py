@@ -7,7 +7,6 @@ import platform
 import re
 import statistics
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,8 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "cpu": info.get("model name") or platform.processor() or platform.machine(),
         "architecture": _architecture(info),
         "threads": torch.get_num_threads(),
-        "processors": os.cpu_count(),
         "instructions": ops.cpu_isa() if hasattr(ops, "cpu_isa") else "no extension",
         "load_before": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.machine()}",
     }
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
@@ -99,16 +96,6 @@ def slug(machine: dict[str, Any]) -> str:
 
 BUSY_LOAD = 0.5  # load average above which other programs distort the numbers
 SHARED = "Other programs used the processor: these times are too long."
-
-
-def warn_if_busy(machine: dict[str, Any]) -> None:
-    """Print one sentence where other programs would distort the numbers."""
-    if machine["load_before"] > BUSY_LOAD:
-        print(
-            f"The load average is {machine['load_before']}: other programs are running, and times will be too long.",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 def was_shared(rates: list[float]) -> bool:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from bench import results
-from bench.blocks import BATCHES, DECODE, SCALES, SIZES
+from bench.blocks import DECODE, SIZES
 from bench.results import Results
 from bench.workloads import WORKLOADS
 from liif_fast.benchmark.timing import in_words
@@ -18,7 +18,6 @@ from liif_fast.benchmark.timing import in_words
 _COLORS = {"float32": "#3b6ea5", "tf32": "#4f9d8f", "bfloat16": "#c8762b", "float16": "#8a4f9d"}
 _LINES = {"original": "--", "folded": ":"}  # backends: solid
 _MARKERS = {"cuda": "s", "triton": "^"}
-_SCALE = dict(zip(SCALES, (2.0, 3.7, 8.0, 30.0)))
 
 
 def draw(found: Results, folder: Path) -> list[Path]:
@@ -28,8 +27,6 @@ def draw(found: Results, folder: Path) -> list[Path]:
     makers: dict[str, Callable[[Results, str], Figure | None]] = {
         "ladder": ladder,
         "sizes": sizes,
-        "sweep": sweep,
-        "batches": batches,
     }
     for device, prefix in (("cpu", ""), ("cuda", "gpu-")):
         for name, make in makers.items():
@@ -76,10 +73,10 @@ def ladder(found: Results, device: str) -> Figure | None:
 def sizes(found: Results, device: str) -> Figure | None:
     """Latency and peak memory of a decode by x4 against the output's side; a cross where memory runs out."""
     names = [name for name in SIZES if not WORKLOADS[name].refusal(device)]
-    held = _newest_series(found, names, device)
-    if held is None:
+    result = results.newest_with(found, names, device)
+    if result is None:
         return None
-    result, records = held
+    records = {name: result["workloads"][name] for name in names}
     sides = {name: int(name.removeprefix("size-")) for name in records}
     figure = Figure(figsize=(10, 4))
     for axes, key, unit, title in zip(
@@ -105,62 +102,6 @@ def sizes(found: Results, device: str) -> Figure | None:
     figure.axes[0].legend(fontsize=8)
     figure.tight_layout()
     return figure
-
-
-def sweep(found: Results, device: str) -> Figure | None:
-    """Pixels per second against the scale, one line per method."""
-    held = _newest_series(found, SCALES, device)
-    if held is None:
-        return None
-    result, records = held
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
-    for name, entry in _methods(records.values()).items():
-        points = [
-            (_SCALE[workload], record["methods"][name]["mpixel_per_second"])
-            for workload, record in records.items()
-            if "mpixel_per_second" in record["methods"].get(name, {})
-        ]
-        if points:
-            axes.plot(*zip(*points), label=_label(entry), **_style(name, entry))
-    ticks = {scale: f"x{scale:g}" for scale in _SCALE.values()}
-    _log_axes(axes, ticks, "scale, from a 96x96 map", "megapixels per second")
-    axes.legend(fontsize=8)
-    _finish(axes, "Decoder alone", result)
-    return figure
-
-
-def batches(found: Results, device: str) -> Figure | None:
-    """Forward and backward against the number of maps, one line per method of the short comparison."""
-    by_size = {size: name for size, name in BATCHES.items() if not WORKLOADS[name].refusal(device)}
-    held = _newest_series(found, list(by_size.values()), device)
-    if held is None:
-        return None
-    result, records = held
-    figure = Figure(figsize=(7, 4))
-    axes = figure.subplots()
-    for name, entry in _methods([records[by_size[1]]]).items():
-        points = [
-            (size, records[workload]["methods"][name]["seconds"]["median"] / size * 1e3)
-            for size, workload in by_size.items()
-            if "seconds" in records[workload]["methods"].get(name, {})
-        ]
-        if points:
-            axes.plot(*zip(*points), label=_label(entry), **_style(name, entry))
-    ticks = {size: str(size) for size in by_size}
-    _log_axes(axes, ticks, "maps of 48x48, 2304 queries each", "milliseconds per map")
-    axes.legend(fontsize=8)
-    _finish(axes, "Decoder, forward and backward", result)
-    return figure
-
-
-def _newest_series(
-    found: Results, names: Iterable[str], device: str
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]] | None:
-    """The newest result that timed all of some workloads, and their records."""
-    names = list(names)
-    result = results.newest_with(found, names, device)
-    return None if result is None else (result, {name: result["workloads"][name] for name in names})
 
 
 def _methods(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +19,13 @@ import torch
 from torch import Tensor
 
 from bench import machine, results
-from bench.loader import BATCH, make_images, section
+from bench.loader import BATCH, make_images, make_stepper, section
 from bench.measure import log
-from bench.methods.upscale import SPEC
 from liif_fast import data
 from liif_fast.benchmark import original, peak_rates
 from liif_fast.benchmark.cuda_timing import CudaClock
 from liif_fast.benchmark.timing import Candidate, Clock, CpuClock, in_words, interleave, pair_ratios, summary
-from liif_fast.models import LIIF, default_data_norm, make_model
+from liif_fast.models import LIIF
 from liif_fast.training.step import AUTOCAST_DTYPES, StepOptions, Stepper
 from liif_fast.utils import tables
 
@@ -42,34 +42,24 @@ class TrainVariant(NamedTuple):
 
 
 _FAST = StepOptions(autocast="bf16", channels_last=True)
+_ENCODER_ONLY = "original, encoder in bfloat16 and channels-last, decoder float32"
 VARIANTS = {
     "original": TrainVariant("original, float32", "original", StepOptions()),
-    "original-encoder": TrainVariant(
-        "original, encoder in bfloat16 and channels-last, decoder float32", "original in float32", _FAST
-    ),
+    "original-encoder": TrainVariant(_ENCODER_ONLY, "original in float32", _FAST),
     "original-amp": TrainVariant("original, autocast bfloat16 and channels-last everywhere", "original", _FAST),
     "ours": TrainVariant("liif-fast train, float32", "ours", StepOptions()),
     "ours-channels-last": TrainVariant("channels_last", "ours", StepOptions(channels_last=True)),
     "ours-compiled": TrainVariant("compile_encoder", "ours", StepOptions(compile_encoder=True)),
     "ours-bf16": TrainVariant("autocast: bf16", "ours", StepOptions(autocast="bf16")),
     "ours-fast": TrainVariant("autocast: bf16, channels_last", "ours", _FAST),
-    "ours-fast-ema": TrainVariant(
-        "autocast: bf16, channels_last, ema, clip_grad",
-        "ours",
-        StepOptions(autocast="bf16", channels_last=True, ema=0.999, clip_grad=1.0),
-    ),
-    "ours-fast-compiled": TrainVariant(
-        "autocast: bf16, channels_last, compile_encoder",
-        "ours",
-        StepOptions(autocast="bf16", channels_last=True, compile_encoder=True),
-    ),
-    "ours-accumulate": TrainVariant(
-        "autocast: bf16, channels_last, accumulate: 4",
-        "ours",
-        StepOptions(autocast="bf16", channels_last=True, accumulate=4),
-    ),
 }
-QUICK = ("original", "original-encoder", "original-amp", "ours", "ours-fast")
+for _name, _label, _more in (
+    ("ema", "ema, clip_grad", {"ema": 0.999, "clip_grad": 1.0}),
+    ("compiled", "compile_encoder", {"compile_encoder": True}),
+    ("accumulate", "accumulate: 4", {"accumulate": 4}),
+):
+    _options = replace(_FAST, **_more)
+    VARIANTS[f"ours-fast-{_name}"] = TrainVariant(f"autocast: bf16, channels_last, {_label}", "ours", _options)
 SPLIT = ("original", "ours", "ours-fast")
 PARTS = ("encoder", "decoder", "optimizer")
 
@@ -87,20 +77,19 @@ class _Original(LIIF):
             return original.query(self.feat.float(), coord, cell, self.imnet)
 
 
-def make_stepper(variant: TrainVariant, device: torch.device) -> Stepper:
-    """The loop of a variant; all start from the same weights."""
-    torch.manual_seed(0)
-    model: Any = make_model(SPEC).to(device).train()
+def make_loop(variant: TrainVariant, device: torch.device) -> Stepper:
+    """The loop of a variant."""
+    stepper = make_stepper(device, variant.options)
     if variant.decoder != "ours":
+        model: Any = stepper.model
         model.__class__ = _Original
         model.in_float32 = variant.decoder == "original in float32"
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    return Stepper(model, optimizer, variant.options, default_data_norm())
+    return stepper
 
 
 def parts(variant: TrainVariant, batch: data.Item, device: torch.device) -> dict[str, Callable[[], Any]]:
     """Encoder and decoder, forward and backward, and the optimizer, each alone."""
-    stepper = make_stepper(variant, device)
+    stepper = make_loop(variant, device)
     model: Any = stepper.model
     dtype = AUTOCAST_DTYPES.get(variant.options.autocast or "")
     batch = {key: value.to(device) for key, value in batch.items()}
@@ -141,7 +130,7 @@ def measure(clock: Clock, folder: Path, names: list[str], rounds: int) -> dict[s
     batch = next(batches)
     runs: dict[str, Callable[[], Any]] = {}
     for name in names:
-        stepper = make_stepper(VARIANTS[name], device)
+        stepper = make_loop(VARIANTS[name], device)
         runs[name] = lambda stepper=stepper: stepper.step(batch)  # type: ignore[misc]
     for name in SPLIT:
         runs |= {f"{name}: {part}": run for part, run in parts(VARIANTS[name], batch, device).items()}
@@ -204,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m bench.training_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help=f"only the variants {', '.join(QUICK)}")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="besides the original")
     parser.add_argument("--rounds", type=int, help="default: 5 on a CPU, 50 on a GPU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--results", type=Path, default=results.FOLDER)
@@ -213,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     clock: Clock = CpuClock() if args.device == "cpu" else CudaClock(graphs=False)
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder), IMAGES)
-        names = [name for name in VARIANTS if name in QUICK or not args.quick]
+        names = [name for name in VARIANTS if name in ("original", *args.only)]
         result = measure(clock, Path(folder), names, args.rounds or (5 if args.device == "cpu" else 50))
     print(f"{steps_table(result)}\n{split_table(result)}")
     print(results.save(result, args.results))

@@ -18,15 +18,13 @@ TOO_LONG = "one run of the original takes minutes on a CPU"
 class Workload:
     """One piece of work to time.
 
-    kind: decode | train | gather | ensemble | upscale | size; it determines the methods. A decoder with gradients is
-        `train`, for random queries or for a whole image.
-    map_size: rows, columns of the feature map (for upscale: of the image).
+    kind: decode | train | gather | ensemble | size; it determines the methods. train: decode with gradients.
+    map_size: rows, columns of the feature map.
     out_size: rows, columns of the whole output; None for random queries.
-    window: (top, left, height, width) of the part of the output that is decoded; None is the whole output.
     queries: number of random queries per map, without out_size.
     passes: forward | backward | both.
     device: the only device type that runs the workload, and why_not the reason elsewhere; '' is any.
-    compared: all methods, or the few of a series of workloads.
+    compared: all methods, or only a few.
     rounds: on a CPU. limit_s: on a GPU no round starts after this many seconds of timing.
     """
 
@@ -35,7 +33,6 @@ class Workload:
     about: str
     map_size: tuple[int, int]
     out_size: tuple[int, int] | None = None
-    window: tuple[int, int, int, int] | None = None
     batch: int = 1
     queries: int = 0
     passes: str = "forward"
@@ -48,8 +45,6 @@ class Workload:
     @property
     def total_queries(self) -> int:
         """Output pixels or random queries, all maps together."""
-        if self.window:
-            return self.batch * self.window[2] * self.window[3]
         return self.batch * (math.prod(self.out_size) if self.out_size else self.queries)
 
     def refusal(self, device: str) -> str:
@@ -62,14 +57,6 @@ def _decode(name: str, map_size: tuple[int, int], out_size: tuple[int, int], **o
     return Workload(name, "decode", about, map_size, out_size, **options)  # type: ignore[arg-type]
 
 
-def _scale(name: str, out: int, window: int | None = None) -> Workload:
-    # Beyond x4 only a window of the output is decoded: the work per pixel is the same.
-    part = "" if window is None else f", its middle {window}x{window}"
-    middle = None if window is None else ((out - window) // 2, (out - window) // 2, window, window)
-    about = f"decoder, 96x96 to {out}x{out}{part}"
-    return Workload(f"scale-{name}", "decode", about, (96, 96), (out, out), middle, compared="few", rounds=3, limit_s=4)
-
-
 def _train(name: str, batch: int, passes: str, about: str, **options: object) -> Workload:
     about = f"decoder {about}, {batch} map{'s' if batch > 1 else ''} of 48x48, 2304 queries each"
     return Workload(  # type: ignore[arg-type]
@@ -77,16 +64,9 @@ def _train(name: str, batch: int, passes: str, about: str, **options: object) ->
     )
 
 
-def _decode_with_gradients(out: int, passes: str, **options: object) -> Workload:
-    about = f"decoder with gradients, {out // 4}x{out // 4} to {out}x{out}, {_PASSES[passes]}"
-    name = f"decode-{out // 4}-to-{out}-{passes}"
-    return Workload(  # type: ignore[arg-type]
-        name, "train", about, (out // 4,) * 2, (out, out), passes=passes, compared="few", rounds=2, **options
-    )
-
-
-def _batch(batch: int, **options: object) -> Workload:
-    return _train(f"batch-{batch}", batch, "both", "forward and backward", compared="few", **options)
+def _piece(kind: str, about: str, queries: int, passes: str, rounds: int) -> Workload:
+    name = kind if passes == "forward" else f"{kind}-{passes}"
+    return Workload(name, kind, about, (64, 64), queries=queries, passes=passes, rounds=rounds)
 
 
 def _size(out: int, **options: object) -> Workload:
@@ -98,67 +78,22 @@ def _size(out: int, **options: object) -> Workload:
 
 _GPU = {"device": "cuda", "why_not": TOO_LONG}
 _CPU = {"device": "cpu", "why_not": CPU_ONLY}
-_BOTH_DIRECTIONS = "forward and backward"
-_PASSES = {"backward": "backward alone", "both": _BOTH_DIRECTIONS}
 
 _ALL = [
     _decode("decode-64-to-256", (64, 64), (256, 256), rounds=5, **_CPU),
     _decode("decode-256-to-1024", (256, 256), (1024, 1024), limit_s=60, **_GPU),
-    _train("training-step", 16, "both", _BOTH_DIRECTIONS, rounds=4, limit_s=25),
+    _train("training-step", 16, "both", "forward and backward", rounds=4, limit_s=25),
     _size(2048),
-    Workload("gather", "gather", "imnet inputs of 16384 queries, 64x64 map", (64, 64), queries=16384, rounds=10),
-    Workload("ensemble", "ensemble", "blend of 262144 queries, 3 values", (64, 64), queries=262144, rounds=10),
+    _piece("gather", "imnet inputs of 16384 queries, 64x64 map", 16384, "forward", 10),
+    _piece("ensemble", "blend of 262144 queries, 3 values", 262144, "forward", 10),
     _decode("decode-540-to-2160", (540, 960), (2160, 3840), compared="few", **_GPU),
     _train("training-forward", 16, "forward", "forward", compared="few", rounds=4),
     _train("training-backward", 16, "backward", "backward", compared="few", rounds=4),
-    Workload(
-        "gather-backward",
-        "gather",
-        "gradients of imnet inputs, 16384 queries, 64x64 map",
-        (64, 64),
-        queries=16384,
-        passes="backward",
-        rounds=6,
-    ),
-    Workload(
-        "ensemble-backward",
-        "ensemble",
-        "gradients of the blend, 262144 queries, 3 values",
-        (64, 64),
-        queries=262144,
-        passes="backward",
-        rounds=6,
-    ),
-    Workload(
-        "upscale-photo",
-        "upscale",
-        "a 96x96 photo to 384x384, whole LIIF-EDSR-baseline",
-        (96, 96),
-        (384, 384),
-        rounds=3,
-    ),
-    Workload(
-        "upscale-large",
-        "upscale",
-        "a 512x512 image to 2048x2048, whole LIIF-EDSR-baseline",
-        (512, 512),
-        (2048, 2048),
-        **_GPU,
-    ),
-    _scale("x2", 192),
-    _scale("x3.7", 355, 256),
-    _scale("x8", 768, 256),
-    _scale("x30", 2880, 256),
+    _piece("gather", "gradients of imnet inputs, 16384 queries, 64x64 map", 16384, "backward", 6),
+    _piece("ensemble", "gradients of the blend, 262144 queries, 3 values", 262144, "backward", 6),
     _size(256),
     _size(512),
     _size(1024),
-    _batch(1, rounds=5),
-    _batch(4, rounds=4),
-    _batch(64, **_GPU),
-    *(_decode_with_gradients(256, passes, **_CPU) for passes in _PASSES),
-    # A backward alone keeps every method's forward in memory; those of 1024x1024 would not fit together.
-    _decode_with_gradients(512, "backward", **_GPU),
-    _decode_with_gradients(1024, "both", **_GPU),
     *(_size(out, **_GPU) for out in (4096, 8192, 16384, 32768)),
 ]
 WORKLOADS = {workload.name: workload for workload in _ALL}
@@ -167,11 +102,11 @@ WORKLOADS = {workload.name: workload for workload in _ALL}
 def make_problem(
     workload: Workload, device: torch.device | str = "cpu", window: tuple[int, int, int, int] | None = None
 ) -> DecodeProblem:
-    """The random tensors of a workload, the same every time; `window` replaces the workload's window."""
+    """The random tensors of a workload, the same every time; `window` is the part of the output to decode."""
     return random_problem(
         workload.map_size,
         out_size=workload.out_size,
-        window=window or workload.window,
+        window=window,
         queries=workload.queries,
         batch=workload.batch,
         device=device,

@@ -1,6 +1,6 @@
-"""Builds and runs the Hopper probes (probe.cu): `python -m bench.hopper [--build-only] [--report FILE]`.
+"""Builds and runs the Hopper probes (probe.cu): `python -m bench.hopper [--build-only]`.
 
-Building needs nvcc, running a GPU of compute capability 9.0. The report is JSON: for every probe its rate, also as a
+Building needs nvcc, running a GPU of compute capability 9.0. The output is JSON: for every probe its rate, also as a
 fraction of the cuBLAS rate measured before and after, and of the tensor cores' 4096 operations per clock and
 multiprocessor. The exit code is 1 where the probes do not build well or a result is wrong.
 """
@@ -40,16 +40,10 @@ class ProbeError(Exception):
     """The probes cannot be built or run, or their results are wrong; the message is the reason."""
 
 
-def find_nvcc() -> str | None:
-    """The path of nvcc, from CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [f"{home}/bin/nvcc" for home in homes if home]
-    return next((path for path in map(shutil.which, [*candidates[:-1], "nvcc", candidates[-1]]) if path), None)
-
-
 def build(program: Path) -> dict[str, Any]:
     """Compile the probes; returns the number of kernels and their largest spill."""
-    nvcc = find_nvcc()
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
     if nvcc is None:
         raise ProbeError("nvcc is not installed: set CUDA_HOME to a CUDA toolkit")
     done = _run([nvcc, *FLAGS, "-o", str(program), str(SOURCE)])
@@ -110,7 +104,6 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m bench.hopper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--build-only", action="store_true", help="compile the probes and check the compiler's output")
-    parser.add_argument("--report", type=Path, help="write the JSON to this file, too")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "probe"
@@ -120,10 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
                 report |= run(program)
         except ProbeError as error:
             sys.exit(str(error))
-    text = json.dumps(report, indent=1)
-    print(text)
-    if args.report:
-        args.report.write_text(text + "\n")
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from bench.methods import folded
-from bench.methods.method import SHORT, Job, Method, Prepared, compiled, matmul_dtypes, refusal
+from bench.methods.method import Job, Prepared, compiled
 from liif_fast.benchmark import original, runs, timing
-from liif_fast.benchmark.runs import DTYPES, is_16_bit, matmul_in
+from liif_fast.benchmark.runs import DTYPES, matmul_in
 
 CHUNKS = {  # the fastest of these sizes is timed
     "cpu": (1024, 2048, 4096, 16384),
@@ -19,11 +18,6 @@ CHUNKS = {  # the fastest of these sizes is timed
 }
 COMPILED_CHUNK = {"cpu": 32_768, "cuda": 262_144}  # powers of two leave no smaller last chunk
 TILES = {"cpu": (folded.TILE,), "cuda": (65_536, 262_144)}  # queries per tile of the folded baseline
-
-
-def original_decode(job: Job, dtype: str) -> Prepared:
-    """The original in PyTorch's eager mode, in chunks of 30,000 queries."""
-    return runs.original_decode(job.problem, dtype), ""
 
 
 def _best(job: Job, sizes: tuple[int, ...], make: Callable[[int], runs.Run], unit: str) -> Prepared:
@@ -45,18 +39,23 @@ def _best(job: Job, sizes: tuple[int, ...], make: Callable[[int], runs.Run], uni
     return make(best), f"{unit} of {best}"
 
 
-def _original_tuned(job: Job, dtype: str) -> Prepared:
-    sizes = CHUNKS[job.device.type]
-    return _best(job, sizes, lambda chunk: runs.original_decode(job.problem, dtype, chunk=chunk), "chunks")
-
-
-def _original_compiled(job: Job, dtype: str) -> Prepared:
+def original_decode(job: Job, dtype: str, compile_it: bool = False) -> Prepared:
+    """The original in chunks of 30,000 queries, or compiled in larger ones."""
+    if not compile_it:
+        return runs.original_decode(job.problem, dtype), ""
     chunk = min(COMPILED_CHUNK[job.device.type], job.problem.coord.shape[1])
     query = compiled(original.query)
     return runs.original_decode(job.problem, dtype, chunk=chunk, query=query), f"chunks of {chunk}"
 
 
-def _folded(job: Job, dtype: str, compile_it: bool = False) -> Prepared:
+def original_tuned(job: Job, dtype: str) -> Prepared:
+    """The original in chunks of the best size."""
+    sizes = CHUNKS[job.device.type]
+    return _best(job, sizes, lambda chunk: runs.original_decode(job.problem, dtype, chunk=chunk), "chunks")
+
+
+def folded_decode(job: Job, dtype: str, compile_it: bool = False) -> Prepared:
+    """The folded baseline with tensors of `dtype`, in tiles of the best size, or compiled."""
     problem = job.problem.to(DTYPES[dtype])
     decode = compiled(folded.decode_tile) if compile_it else folded.decode_tile
 
@@ -75,36 +74,5 @@ def _folded(job: Job, dtype: str, compile_it: bool = False) -> Prepared:
 
 def fused(job: Job, backend: str, dtype: str) -> Prepared:
     """`ops.render` with tensors of `dtype`."""
-    size, window = job.workload.out_size, job.workload.window
-    assert size is not None
-    return runs.fused_decode(job.problem, dtype, size, window=window, backend=backend), ""
-
-
-def baselines(device: str) -> list[Method]:
-    """Original and folded; the original in float32 with chunks of 30,000 comes first."""
-    dtypes = matmul_dtypes(device)
-    compiled_dtypes = ["float32"] if device == "cpu" else ["tf32", "bfloat16"]
-    found = []
-    for dtype in dtypes:
-        how = ", autocast" if is_16_bit(dtype) else ""
-        common = {"dtype": dtype, "refusal": refusal(dtype, device)}
-        few = dtype in (("float32",) if device == "cpu" else ("float32", "bfloat16"))
-        name = "original" if dtype == "float32" else f"original-{SHORT[dtype]}"
-        label = f"original, eager{how}"
-        found.append(Method(name, label, prepare=partial(original_decode, dtype=dtype), few=few, **common))
-        tuned = partial(_original_tuned, dtype=dtype)
-        found.append(Method(f"original-tuned-{SHORT[dtype]}", f"{label}, best chunk", prepare=tuned, **common))
-    for dtype in compiled_dtypes:
-        label = "original, torch.compile" + (", autocast" if is_16_bit(dtype) else "")
-        prepare = partial(_original_compiled, dtype=dtype)
-        found.append(Method(f"original-compiled-{SHORT[dtype]}", label, dtype, prepare, late=True))
-    for dtype in dtypes:
-        few = dtype == ("float32" if device == "cpu" else "bfloat16")
-        name, prepare = f"folded-{SHORT[dtype]}", partial(_folded, dtype=dtype)
-        found.append(Method(name, "folded, PyTorch calls", dtype, prepare, True, refusal(dtype, device), few=few))
-    for dtype in compiled_dtypes:
-        prepare = partial(_folded, dtype=dtype, compile_it=True)
-        found.append(
-            Method(f"folded-compiled-{SHORT[dtype]}", "folded, torch.compile", dtype, prepare, True, late=True)
-        )
-    return found
+    assert job.workload.out_size is not None
+    return runs.fused_decode(job.problem, dtype, job.workload.out_size, backend=backend), ""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.methods import decode, gather, train, upscale
+from bench.methods import decode, gather, train
 from bench.methods.method import SHORT, Job, Method, matmul_dtypes, refusal
 from bench.workloads import Workload
 from liif_fast.benchmark.problem import DecodeProblem, layer_widths
@@ -55,42 +55,63 @@ def with_backends(op: str, device: str, prepare: Callable[..., Any], *, label: s
     return found
 
 
+def _baselines(device: str, prepare: dict[str, Callable[..., Any]]) -> list[Method]:
+    """Original and folded in every dtype, then compiled; the original in float32 comes first.
+
+    prepare: by original, folded and, for decodes without gradients, tuned. On a CPU compiling the folded backward takes
+    longer than the whole run.
+    """
+    gpu, gradients = device == "cuda", "tuned" not in prepare
+    originals, folds = [], []
+    for dtype in matmul_dtypes(device):
+        how = ", autocast" if is_16_bit(dtype) else ""
+        short, why_not = SHORT[dtype], refusal(dtype, device)
+        name = "original" if dtype == "float32" else f"original-{short}"
+        few = dtype == "float32" or (gpu and dtype == "bfloat16")
+        eager = partial(prepare["original"], dtype=dtype)
+        originals.append(Method(name, f"original, eager{how}", dtype, eager, refusal=why_not, few=few))
+        if not gradients:
+            tuned = partial(prepare["tuned"], dtype=dtype)
+            label = f"original, eager{how}, best chunk"
+            originals.append(Method(f"original-tuned-{short}", label, dtype, tuned, refusal=why_not))
+        few = dtype == ("bfloat16" if gpu else "float32")
+        folded = partial(prepare["folded"], dtype=dtype)
+        label = "folded, PyTorch calls" + (how if gradients else "")
+        folds.append(Method(f"folded-{short}", label, dtype, folded, True, why_not, few=few))
+    compiled = []
+    for dtype in ("tf32", "bfloat16") if gpu else ("float32",):
+        for name in ("original", "folded"):
+            if name == "folded" and gradients and not gpu:
+                continue
+            label = f"{name}, torch.compile" + (", autocast" if is_16_bit(dtype) else "")
+            run = partial(prepare[name], dtype=dtype, compile_it=True)
+            folded = name == "folded"
+            compiled.append(Method(f"{name}-compiled-{SHORT[dtype]}", label, dtype, run, folded, late=True))
+    return [*originals, *folds, *compiled]
+
+
 def _decode(device: str) -> list[Method]:
-    return [*decode.baselines(device), *with_backends("decode", device, decode.fused, label=_LABEL)]
+    prepare = {"original": decode.original_decode, "tuned": decode.original_tuned, "folded": decode.folded_decode}
+    return [*_baselines(device, prepare), *with_backends("decode", device, decode.fused, label=_LABEL)]
 
 
 def _train(device: str) -> list[Method]:
+    prepare = {"original": train.original_training, "folded": train.folded_training}
     fused = with_backends("decode", device, train.fused, label=_LABEL, label_16=f"{_LABEL}, autocast")
-    return [*train.baselines(device), *fused]
+    return [*_baselines(device, prepare), *fused]
 
 
-def _gather(device: str) -> list[Method]:
-    first = Method("original", "original, eager", "float32", gather.gather_original)
-    return [first, *with_backends("gather", device, gather.gather, label=_LABEL)]
-
-
-def _ensemble(device: str) -> list[Method]:
-    first = Method("original", "original, eager", "float32", gather.ensemble_original)
-    return [first, *with_backends("ensemble", device, gather.ensemble, label=_LABEL)]
-
-
-def _upscale(device: str) -> list[Method]:
-    autocast = partial(upscale.upscale_original, dtype="bfloat16")
-    fused = with_backends("decode", device, upscale.upscale_fused, label="liif_fast.upscale")
-    return [
-        Method("original", "original, eager", "float32", upscale.upscale_original),
-        Method("original-bf16", "original, eager, autocast", "bfloat16", autocast),
-        *(method for method in fused if method.few),
-    ]
+def _pieces(op: str, original: Callable[..., Any], fused: Callable[..., Any], device: str) -> list[Method]:
+    first = Method("original", "original, eager", "float32", original)
+    return [first, *with_backends(op, device, fused, label=_LABEL)]
 
 
 _BY_KIND = {
     "decode": _decode,
     "size": _decode,
     "train": _train,
-    "gather": _gather,
-    "ensemble": _ensemble,
-    "upscale": _upscale,
+    "gather": partial(_pieces, "gather", gather.gather_original, gather.gather),
+    "ensemble": partial(_pieces, "ensemble", gather.ensemble_original, gather.ensemble),
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -19,29 +19,8 @@ SLOW_S = 0.02  # a run of n times as long is sampled every n rounds
 MAX_EVERY_N_ROUNDS = 10
 
 
-class Driver(Protocol):
-    """The calls that the clock makes on a device."""
-
-    device: torch.device
-
-    def synchronize(self) -> None:
-        """Wait until the device is idle."""
-
-    def event(self) -> Any:
-        """An object with record() and elapsed_time(other) in ms, such as torch.cuda.Event."""
-
-    def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """`run` as a graph; returns its replay. Raises RuntimeError where it cannot be captured."""
-
-    def flush(self) -> None:
-        """Fill the L2 with unrelated data."""
-
-    def peak(self, run: Callable[[], Any]) -> int:
-        """Largest number of bytes allocated during a run, in addition to those before it."""
-
-
 class CudaDriver:
-    """torch.cuda. These calls need a GPU, so the class makes no decisions."""
+    """The calls of torch.cuda that the clock makes. They need a GPU, so this class makes no decisions."""
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
@@ -50,12 +29,15 @@ class CudaDriver:
         self._scratch = torch.empty(2 * cache, dtype=torch.int8, device=self.device)
 
     def synchronize(self) -> None:
+        """Wait until the device is idle."""
         torch.cuda.synchronize(self.device)
 
     def event(self) -> Any:
+        """An object with record() and elapsed_time(other) in ms."""
         return torch.cuda.Event(enable_timing=True)
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """`run` as a graph; returns its replay. Raises RuntimeError where it cannot be captured."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries allocate their workspaces in these runs, not while capturing
@@ -68,9 +50,11 @@ class CudaDriver:
         return graph.replay
 
     def flush(self) -> None:
+        """Fill the L2 with unrelated data."""
         self._scratch.zero_()
 
     def peak(self, run: Callable[[], Any]) -> int:
+        """Largest number of bytes allocated during a run, in addition to those before it."""
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -85,7 +69,7 @@ class CudaClock:
     Each sample is taken twice: after a flush of the L2 (`samples`), and back to back (`warm_l2`).
     """
 
-    def __init__(self, driver: Driver | None = None, *, graphs: bool = True) -> None:
+    def __init__(self, driver: Any = None, *, graphs: bool = True) -> None:
         self._driver = driver or CudaDriver()
         self._graphs = graphs
         self.device = self._driver.device

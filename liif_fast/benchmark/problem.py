@@ -55,6 +55,7 @@ def random_problem(
     queries: int = 0,
     batch: int = 1,
     device: torch.device | str = "cpu",
+    hidden: tuple[int, ...] = HIDDEN,
 ) -> DecodeProblem:
     """Random features and layers (in He et al.'s uniform range, which preserves the signals' size), always the same.
 
@@ -65,6 +66,7 @@ def random_problem(
         queries: number of random queries per map, used without out_size.
         batch: number of maps.
         device: device of the tensors; the random numbers depend on its type.
+        hidden: widths of the imnet's hidden layers.
     """
     generator = torch.Generator(device=device).manual_seed(0)
 
@@ -72,7 +74,7 @@ def random_problem(
         return torch.rand(*shape, generator=generator, device=device) * 2 - 1
 
     feat = torch.randn(batch, CHANNELS, *map_size, generator=generator, device=device)
-    widths = layer_widths()
+    widths = layer_widths(hidden)
     weights = [uniform(o, i) * math.sqrt(6 / i) for i, o in itertools.pairwise(widths)]
     biases = [uniform(o) * 0.05 for o in widths[1:]]
     if out_size is None:
@@ -84,9 +86,9 @@ def random_problem(
     return DecodeProblem(feat, coord, original.make_cell(*out_size, coord), weights, biases)
 
 
-def layer_widths() -> list[int]:
+def layer_widths(hidden: tuple[int, ...] = HIDDEN) -> list[int]:
     """580, 256, 256, 256, 256, 3: the imnet after EDSR-baseline with unfolding and cells."""
-    return [CHANNELS * 9 + 4, *HIDDEN, OUTS]
+    return [CHANNELS * 9 + 4, *hidden, OUTS]
 
 
 def original_flop(queries: int) -> float:

@@ -62,20 +62,13 @@ def original_decode(
     return run
 
 
-def fused_decode(
-    problem: DecodeProblem,
-    dtype: str,
-    size: tuple[int, int],
-    *,
-    window: tuple[int, int, int, int] | None = None,
-    backend: str | None = None,
-) -> Run:
+def fused_decode(problem: DecodeProblem, dtype: str, size: tuple[int, int], backend: str | None = None) -> Run:
     """`ops.render` of a size (rows, columns), with tensors of `dtype`."""
     feat, _, _, weights, biases = problem.to(DTYPES[dtype])
 
     def run() -> Tensor:
         with torch.no_grad(), matmul_in(dtype, feat.device, autocast=False):
-            return ops.render(feat, size, weights, biases, window=window, backend=backend)
+            return ops.render(feat, size, weights, biases, backend=backend)
 
     return run
 
@@ -83,22 +76,17 @@ def fused_decode(
 def original_training(
     problem: DecodeProblem, dtype: str, *, passes: str = "both", query: Callable[..., Tensor] = original.query
 ) -> Run:
-    """The original decoder with gradients of `original_leaves`; `query` may be a compiled `original.query`."""
-    feat, imnet, leaves = original_leaves(problem)
+    """The original decoder with gradients of feat and of all layers; `query` may be a compiled `original.query`."""
+    feat, _, _, weights, biases = problem.with_gradients()
+    imnet = original.make_imnet(weights, biases)
+    layers = [layer for layer in imnet if isinstance(layer, nn.Linear)]
+    leaves = [feat, *(layer.weight for layer in layers), *(layer.bias for layer in layers)]
 
     def forward() -> Tensor:
         with matmul_in(dtype, feat.device):
             return query(feat, problem.coord, problem.cell, imnet)
 
     return with_passes(forward, leaves, passes, dtype)
-
-
-def original_leaves(problem: DecodeProblem) -> tuple[Tensor, nn.Sequential, list[Tensor]]:
-    """feat and imnet with gradients of their own, and all tensors to differentiate, as `DecodeProblem.leaves`."""
-    feat, _, _, weights, biases = problem.with_gradients()
-    imnet = original.make_imnet(weights, biases)
-    layers = [layer for layer in imnet if isinstance(layer, nn.Linear)]
-    return feat, imnet, [feat, *(layer.weight for layer in layers), *(layer.bias for layer in layers)]
 
 
 def training(

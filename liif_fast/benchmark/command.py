@@ -30,7 +30,7 @@ SECONDS = 120.0
 _ROUNDS = {"cpu": 9, "cuda": 50}
 _16_BITS = {"cpu": "bfloat16", "cuda": "float16"}
 _DECODE = {"cpu": ((64, 64), (256, 256)), "cuda": ((256, 256), (1024, 1024))}
-_BATCH = {"cpu": 4, "cuda": 16}
+_TRAIN = {"cpu": (4, 2304), "cuda": (16, 2304)}  # maps of 48x48, queries per map
 
 Method = tuple[str, str]  # (original or liif_fast, dtype)
 
@@ -70,12 +70,13 @@ def make_rows(device: torch.device) -> list[BenchRow]:
     kind = device.type if device.type in _DECODE else "cuda"
     (height, width), size = _DECODE[kind]
     decode = random_problem((height, width), out_size=size, device=device)
-    train = random_problem((48, 48), queries=2304, batch=_BATCH[kind], device=device)
+    maps, queries = _TRAIN[kind]
+    train = random_problem((48, 48), queries=queries, batch=maps, device=device)
     model, photo = checkpoints.load(device=device), runs.photo(device)
     photo_size = (photo.shape[1] * 4, photo.shape[2] * 4)
     rows = [
         BenchRow(f"decode {height}x{width} to {size[0]}x{size[1]}", {}),
-        BenchRow(f"decoder's training step, {_BATCH[kind]} maps", {}),
+        BenchRow(f"decoder's training step, {maps} maps", {}),
         BenchRow(f"photo {photo.shape[2]}x{photo.shape[1]} by 4, with encoder", {}),
     ]
     dtypes = ("float32", _16_BITS[kind])

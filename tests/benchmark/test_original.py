@@ -1,4 +1,4 @@
-"""The benchmarks' baselines compute what the original does, with no more calls than its structure asks for."""
+"""The baseline computes the original's numbers, with no more calls than the original's structure requires."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_golden import FILES, assert_close, golden, uniform
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import folded, original
-from tests.helpers import Case, norm_error, random_problem
+from liif_fast.benchmark import original
+from tests.helpers import Case, random_problem
+from tests.ops.test_golden import FILES, assert_close, golden, uniform
 
 WITH_IMNET = [file for file in FILES if file.stem.startswith("liif-") and file.stem != "liif-no-imnet"]
 FLOATS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
@@ -23,7 +23,7 @@ def imnet_of(case: Any, dtype: torch.dtype) -> torch.nn.Sequential:
     keys = [key.removeprefix("grad.") for key in case.numbers if key.startswith("grad.imnet.")]
     layers = sorted({int(key.split(".")[2]) for key in keys})
     hidden = case.spec["args"]["imnet_spec"]["args"]["hidden_list"]
-    assert len(layers) == len(hidden) + 1, "the file does not tell every layer's shape"
+    assert len(layers) == len(hidden) + 1, "the file lacks the shape of a layer"
 
     def layer(index: int, kind: str) -> torch.Tensor:
         key = f"imnet.layers.{index}.{kind}"
@@ -63,16 +63,8 @@ def test_the_baseline_in_chunks_is_the_original(stem: str) -> None:
     assert_close(out, case.numbers["out_f64"], 1e-10, "out")
 
 
-@pytest.mark.parametrize("tile", [50, None])
-def test_the_folded_baseline_is_the_original(tile: int | None) -> None:
-    problem = random_problem(Case(batch=2, hidden=(24, 16)))
-    feat, coord, cell, weights, biases = problem
-    expected = original.query(feat, coord, cell, original.make_imnet(weights, biases))
-    assert norm_error(folded.query(*problem, tile=tile), expected) < 1e-12
-
-
 class Calls(TorchDispatchMode):
-    """Counts what reaches the device."""
+    """Counts the calls that reach the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,8 +75,8 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_baseline_makes_the_calls_of_the_public_code_and_no_slower_ones() -> None:
-    """The public code, a chunk: one unfold; a corner: two grid_samples, two concatenations, five layers."""
+def test_the_baseline_makes_the_calls_of_the_public_code() -> None:
+    """Per chunk the public code calls one unfold; per corner two grid_samples, two concatenations and five layers."""
     feat, coord, cell, weights, biases = random_problem(Case(hidden=(16,) * 4, queries=130), dtype=torch.float32)
     imnet = original.make_imnet(weights, biases)
     with Calls() as calls:
@@ -95,7 +87,7 @@ def test_the_baseline_makes_the_calls_of_the_public_code_and_no_slower_ones() ->
     assert calls.counted["addmm"] == 20 * chunks
     assert calls.counted["relu"] == 16 * chunks
     assert calls.counted["cat"] <= 8 * chunks + 1
-    assert calls.counted["clone"] <= 9 * chunks, "a clone of coord a corner, of the grid, of the cells"
+    assert calls.counted["clone"] <= 9 * chunks, "coord per corner, the grid, the cells"
     made_on_the_host = {"lift_fresh", "lift_fresh_copy", "scalar_tensor"} & set(calls.counted)
-    assert not made_on_the_host, "on a GPU each of these waits for a copy from the host"
+    assert not made_on_the_host, "on a GPU each of these calls waits for a copy from the host"
     assert original.CHUNK == 30_000

@@ -1,4 +1,4 @@
-"""`liif-fast bench`: the same jobs in both columns, a table of what was measured, one sentence for bad input."""
+"""`liif-fast bench`: all methods do the same work, the table holds the measurements, bad input gives one sentence."""
 
 from __future__ import annotations
 
@@ -9,39 +9,38 @@ from typing import Any
 import pytest
 import torch
 
-from liif_fast.benchmark import command
+from liif_fast.benchmark import command, runs
 from liif_fast.benchmark.timing import CpuClock
 from liif_fast.cli import main as cli
 from tests.helpers import norm_error
 
-FP32, BF16 = torch.float32, torch.bfloat16
-
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs of a few milliseconds."""
+    """Rows of a few milliseconds."""
     monkeypatch.setitem(command._DECODE, "cpu", ((6, 5), (17, 13)))
-    monkeypatch.setitem(command._BATCH, "cpu", 1)
+    monkeypatch.setitem(command._TRAIN, "cpu", (1, 60))
     monkeypatch.setitem(command._ROUNDS, "cpu", 2)
-    photo = command._photo(torch.device("cpu"))[:, :12, :10].contiguous()
-    monkeypatch.setattr(command, "_photo", lambda device: photo)
+    photo = runs.photo(torch.device("cpu"))[:, :12, :10].contiguous()
+    monkeypatch.setattr(runs, "photo", lambda device: photo)
 
 
-def test_both_columns_do_the_same_job(small: None) -> None:
+def test_all_methods_of_a_row_do_the_same_work(small: None) -> None:
     rows = command.make_rows(torch.device("cpu"))
     assert [row.name.split()[0] for row in rows] == ["decode", "decoder's", "photo"]
     for row in rows:
-        assert list(row.runs) == [("original", FP32), ("original", BF16), ("here", FP32), ("here", BF16)]
+        dtypes = ("float32", "bfloat16")
+        assert list(row.runs) == [(method, dtype) for method in ("original", "liif_fast") for dtype in dtypes]
         expected, *others = [_flat(run()) for run in row.runs.values()]
         for (_, dtype), actual in zip(list(row.runs)[1:], others):
             assert actual.shape == expected.shape
-            assert norm_error(actual, expected) < (1e-3 if dtype == FP32 else 0.2), (row.name, dtype)
+            assert norm_error(actual, expected) < (1e-3 if dtype == "float32" else 0.2), (row.name, dtype)
 
 
 def _flat(result: Any) -> torch.Tensor:
-    if isinstance(result, tuple):  # gradients
+    if isinstance(result, list):  # gradients
         return torch.cat([part.double().flatten() for part in result])
-    if result.dim() == 4:  # an image whose queries the original returns in a row
+    if result.dim() == 4:  # an image; the original returns its queries in a row
         result = result.flatten(2).transpose(1, 2)
     return result.double().flatten()
 
@@ -56,7 +55,7 @@ def test_the_command_prints_one_table_and_writes_the_numbers(
     finally:
         torch.set_num_threads(threads)
     text = capsys.readouterr().out
-    assert "original, float32" in text and "here, bfloat16" in text and "1 threads" in text
+    assert "original, float32" in text and "liif_fast, bfloat16" in text and "1 threads" in text
     assert text.count(" 1.00x") >= 3, "the original against itself"
     rows = json.loads(file.read_text())["rows"]
     assert len(rows) == 3
@@ -64,22 +63,22 @@ def test_the_command_prints_one_table_and_writes_the_numbers(
         assert all(cell["seconds"]["median"] > 0 and cell["speedup"]["median"] > 0 for cell in cells.values())
 
 
-def test_one_that_fails_says_why_and_the_others_are_measured() -> None:
+def test_a_failed_method_has_its_reason_and_the_others_are_measured() -> None:
     def fail() -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    row = command.Row("job", {("original", FP32): fail, ("here", FP32): lambda: None})
+    row = command.BenchRow("job", {("original", "float32"): fail, ("liif_fast", "float32"): lambda: None})
     table = command.measure([row], CpuClock(), 0.05)
-    assert table["job"]["original", FP32].reason == "out of memory"
-    there = table["job"]["here", FP32]
-    assert there.seconds is not None and there.speedup is None
+    assert table["job"]["original", "float32"].reason == "out of memory"
+    measured = table["job"]["liif_fast", "float32"]
+    assert measured.seconds is not None and measured.speedup is None
     assert "out of memory" in command.render(table)
 
 
-def test_time_is_shared_between_rows_but_each_is_measured() -> None:
-    rows = [command.Row(name, {("here", FP32): lambda: None}) for name in "ab"]
+def test_every_row_gets_a_round_without_time() -> None:
+    rows = [command.BenchRow(name, {("liif_fast", "float32"): lambda: None}) for name in "ab"]
     table = command.measure(rows, CpuClock(), 1e-9)
-    assert all(len(table[name]["here", FP32].seconds["samples"]) == 1 for name in "ab")  # type: ignore[index]
+    assert all(table[name]["liif_fast", "float32"].seconds["rounds"] == 1 for name in "ab")  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +90,7 @@ def test_time_is_shared_between_rows_but_each_is_measured() -> None:
         (["--json", "nowhere/at/all.json"], 1, "does not exist: make it first"),
     ],
 )
-def test_bad_input_gets_one_sentence(
+def test_bad_input_gives_one_sentence(
     arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:

@@ -138,7 +138,7 @@ def test_steps_and_loaders_are_measured_and_tabulated(tmp_path: Path, small: Non
 def test_the_hopper_probes_are_judged_by_the_compiler_and_by_cublas() -> None:
     assert check_build("0 bytes spill stores\n8 bytes spill stores")["kernels"] == 2
     for output in ("64 bytes spill stores", "ptxas info : (C7510) Potential Performance Loss: wgmma"):
-        with pytest.raises(ProbeError, match="spilled|serializes"):
+        with pytest.raises(ProbeError, match=r"spilled|serializes"):
             check_build(output)
     probe = {"tflop_per_second": 400.0, "cycles_per_block": FLOP_PER_BLOCK / 4096 * 2, "error": 1e-3}
     checked = check_run({"device": "x", "rate": dict(probe)}, 800.0)["probes"]["rate"]

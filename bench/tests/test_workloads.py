@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +21,11 @@ from liif_fast.benchmark.timing import CpuClock
 from liif_fast.ops import backends
 
 TINY: dict[str, dict[str, Any]] = {
-    "decode-64-to-256": {"map_size": (10, 12), "out_size": (25, 31)},
-    "training-step": {"map_size": (7, 6), "batch": 2, "queries": 90},
-    "training-backward": {"map_size": (7, 6), "batch": 2, "queries": 90},
-    "gather": {"map_size": (9, 8), "queries": 120},
-    "gather-backward": {"map_size": (9, 8), "queries": 120},
+    "decode-64-to-256": {"map_size": (5, 6), "out_size": (9, 11)},
+    "training-step": {"map_size": (5, 4), "batch": 2, "queries": 20},
+    "training-backward": {"map_size": (5, 4), "batch": 2, "queries": 20},
+    "gather": {"map_size": (5, 4), "queries": 40},
+    "gather-backward": {"map_size": (5, 4), "queries": 40},
     "ensemble-backward": {"queries": 200},
 }
 
@@ -35,14 +35,18 @@ def tiny(name: str) -> Any:
 
 
 @pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One run per sample, small peak rates, and no compiling."""
+def fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Short samples on one thread, small peak rates, and no compiling."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.setattr(timing, "MIN_SAMPLE_S", 0.0)
     monkeypatch.setattr(peak_rates, "FMA_S", 0.001)
     monkeypatch.setitem(peak_rates.GEMM_SIZE, "cpu", 64)
     monkeypatch.setitem(peak_rates.COPY_BYTES, "cpu", 1 << 16)
     methods = lambda *args: [method for method in methods_for(*args) if "compiled" not in method.name]  # noqa: E731
     monkeypatch.setattr(measure, "methods_for", methods)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_work_is_counted_by_the_formulas() -> None:
@@ -68,21 +72,20 @@ def test_every_backend_takes_part_or_has_a_reason(name: str, device: str) -> Non
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_method_computes_the_workload(name: str, fast: None) -> None:
-    record = measure.measure(tiny(name), CpuClock(), rounds=2)
+    record = measure.measure(tiny(name), CpuClock(), rounds=1)
     assert {f"cpu-{dtype}" for dtype in ("fp32", "bf16")} <= record["methods"].keys()
     for method, entry in record["methods"].items():
         if entry["status"] == "refused":
             assert entry["reason"] and not method.startswith("original-bf16")
             continue
         assert entry["status"] == "ok", (method, entry)
-        assert entry["seconds"]["rounds"] == 2 and entry["speedup"]["median"] > 0
+        assert entry["seconds"]["rounds"] == 1 and entry["speedup"]["median"] > 0
         low = entry["dtype"] in ("bfloat16", "float16")
         assert entry.get("psnr_db", 200) > (35 if low else 100), method
         assert entry.get("gradient_error", 0) < (0.2 if low else 1e-3), method
-        measured = {
-            key.partition(" ")[0] for key in record["peak_rates"] if key.partition(" ")[2] in ("", entry["dtype"])
-        }
-        assert entry.get("fraction_of", {}).keys() == measured, "on every instruction set"
+        rates = [key.split() for key in record["peak_rates"]]
+        kinds = {kind for kind, *dtype in rates if dtype in ([], [entry["dtype"]])}
+        assert entry.get("fraction_of", {}).keys() == kinds, "a processor without bfloat16 products has no such rate"
 
 
 @pytest.mark.parametrize("tile", [50, None])
@@ -108,7 +111,7 @@ def test_failures_and_lack_of_time_are_results_with_reasons(fast: None, monkeypa
         time.sleep(5)
 
 
-def _child(send: Callable[[Any], None], end: str) -> str:
+def _child(send: Callable[[Any], None], end: str) -> None:
     send("first")
     if end == "crash":
         os.abort()
@@ -116,17 +119,16 @@ def _child(send: Callable[[Any], None], end: str) -> str:
         time.sleep(60)
     if end == "error":
         raise RuntimeError("boom")
-    return "done"
 
 
 def test_a_crash_a_hang_and_an_error_of_a_child_have_reasons() -> None:
     messages: list[str] = []
-    assert child.call(_child, "well", on_message=messages.append) == "done" and messages == ["first"]
     for end, reason in (("crash", "ended by signal 6"), ("error", "RuntimeError: boom")):
         with pytest.raises(child.ChildError, match=reason):
-            child.call(_child, end)
-    with pytest.raises(child.ChildError, match="more than 15 s"):
-        child.call(_child, "hang", silence_s=15)
+            child.call(_child, end, on_message=messages.append)
+    assert messages == ["first"] * 2
+    with pytest.raises(child.ChildError, match="more than 1 s"):
+        child.call(_child, "hang", silence_s=1)
 
 
 def test_a_crash_costs_one_method(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,9 +140,8 @@ def test_a_crash_costs_one_method(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"methods": dict(lost)}
 
     monkeypatch.setattr(child, "call", call)
-    assert run.record_of("gather", "cuda", None, None) == {
-        "methods": {"cuda-fp32": "the process was ended by signal 6"}
-    }
+    methods = run.record_of("gather", "cuda", None, None)["methods"]
+    assert methods == {"cuda-fp32": "the process was ended by signal 6"}
 
 
 def test_a_run_saves_a_file_and_prints_its_path(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,13 +156,13 @@ def test_a_run_saves_a_file_and_prints_its_path(tmp_path: Any, capsys: pytest.Ca
 
 
 def test_the_memory_of_a_decode_is_measured_in_a_process_of_its_own() -> None:
-    workload = WORKLOADS["size-256"]
+    workload = replace(WORKLOADS["size-256"], map_size=(32, 32), out_size=(64, 64))
     method = next(method for method in methods_for(workload, "cpu") if method.name == "folded-fp32")
     entry = sizes.measure(method, workload, CpuClock())
-    latent_map = 64 * 64 * 256 * 4
+    latent_map = 32 * 32 * 256 * 4
     assert entry["status"] == "ok" and entry["seconds"]["median"] > 0
-    assert entry["peak_bytes"] is None or latent_map < entry["peak_bytes"] < 20 * latent_map
-    assert sizes.fused_limit(workload, 4) == latent_map + 256 * 256 * 3 * 4 + 64 * 10**6
+    assert entry["peak_bytes"] is None or latent_map < entry["peak_bytes"] < 64 * latent_map
+    assert sizes.fused_limit(workload, 4) == latent_map + 64 * 64 * 3 * 4 + 64 * 10**6
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ lint: $(VENV)/.lint ## ruff, clang-format and mypy; changes nothing
 	$(CXX_FILES) | tr '\n' '\0' | xargs -0 -r $(CLANG_FORMAT) --dry-run -Werror
 	$(PY) -m mypy
 
-bench: build $(VENV)/.bench ## time the ops against the original formulation, save, fill the documents: 15 minutes
+bench: build ## time the ops against the original formulation, save, fill the documents: 15 minutes
 	$(PY) -m bench.run --budget 830 && $(PY) -m bench.report
 
 gpu: build ## check and time every backend on this machine's GPU, in 8 minutes; the report goes to build/gpu
@@ -57,11 +57,6 @@ clean: ## remove what was built; the environment in .venv stays
 
 $(VENV)/.installed: pyproject.toml setup.py .ci/environment.py
 	$(PYTHON) .ci/environment.py $(VENV)
-	@touch $@
-
-# The extra `bench`, by name: installing liif_fast with it would compile every kernel anew.
-$(VENV)/.bench: pyproject.toml | $(VENV)/.installed
-	$(PY) -m pip install --quiet matplotlib
 	@touch $@
 
 # The linters' versions are pinned in pyproject.toml, under the extra `lint`.

@@ -102,7 +102,20 @@ def methods_table(found: Results, *, workload: str, columns: list[Column], devic
     return f"{table}\n{_source(result, record['warnings'])}"
 
 
-def headline_table(found: Results) -> str | None:
+def headline(found: Results) -> str | None:
+    """The two headline ratios in one sentence."""
+    result = results.newest_with(found, [DECODE["cpu"]])
+    if result is None:
+        return None
+    methods, threads = result["workloads"][DECODE["cpu"]]["methods"], result["machine"]["threads"]
+    ratios = [f"**{methods[name]['speedup']['median']:.1f}x**" for name in ("cpu-fp32", "cpu-bf16")]
+    return (
+        f"On a CPU with {threads} threads it decodes {ratios[0]} as fast as the original PyTorch code in float32 and "
+        f"{ratios[1]} as fast in bfloat16.\n"
+    )
+
+
+def results_table(found: Results) -> str | None:
     """Five rows: the original, the original compiled, the CPU backend in two dtypes, and a GPU."""
     result = results.newest_with(found, [DECODE["cpu"]])
     if result is None:
@@ -120,7 +133,7 @@ def headline_table(found: Results) -> str | None:
         ok = entry["status"] == "ok"
         rows.append([label, in_words(entry["seconds"]["median"]) if ok else entry["reason"], ok and _speedup(entry)])
     on_gpu = results.newest_with(found, [DECODE["cuda"]], "cuda")
-    rows.append(_gpu_row(on_gpu) if on_gpu else ["liif_fast on a GPU", NOT_YET, None])
+    rows.append(_gpu_row(on_gpu) if on_gpu else ["liif_fast, `cuda` or `triton` backend", NOT_YET, None])
     table = tables.markdown([record["about"], "time", "speedup"], [[cell or None for cell in row] for row in rows])
     return f"{table}\n{_source(result, record['warnings'])}"
 
@@ -134,7 +147,7 @@ def _gpu_row(result: dict[str, Any]) -> list[str | None]:
         if name.startswith(("cuda", "triton")) and "seconds" in entry
     }
     if not fused:
-        return ["liif_fast on a GPU", NOT_YET, None]
+        return ["liif_fast, `cuda` or `triton` backend", NOT_YET, None]
     name = min(fused, key=lambda name: fused[name]["seconds"]["median"])
     label = f"liif_fast, `{name.partition('-')[0]}` backend, {fused[name]['dtype']}, {record['about']} on a GPU"
     return [label, in_words(fused[name]["seconds"]["median"]), _speedup(fused[name])]
@@ -151,21 +164,25 @@ def gpu_tables(found: Results) -> str:
     return "\n".join(part for part in parts if part) or f"{NOT_YET.capitalize().replace('gpu', 'GPU')}.\n"
 
 
-_PLOTS = {  # the title of a plot, and the workloads that bench/plots.py draws it from
-    "ladder": ("One decode by every method", tuple(DECODE.values())),
-    "sizes": ("Latency and peak memory against the output's size", SIZES),
-}
+def sizes_table(found: Results, device: str = "cpu") -> str | None:
+    """One row per size of the output, one column per method: time and peak memory, or the reason of a failure."""
+    names = [name for name in SIZES if not WORKLOADS[name].refusal(device)]
+    result = results.newest_with(found, names, device)
+    if result is None:
+        return None
+    records = [result["workloads"][name] for name in names]
+    labels = {
+        name: entry for each in records for name, entry in each["methods"].items() if entry["status"] != "refused"
+    }
+    rows = [[each["about"], *(_time_and_memory(each["methods"].get(name)) for name in labels)] for each in records]
+    columns = ["time, peak memory", *(f"{entry['label']}, {entry['dtype']}" for entry in labels.values())]
+    return f"{tables.markdown(columns, rows)}\n{_source(result, [])}"
 
 
-def plots_block(found: Results) -> str:
-    """The plots that a result has the numbers for."""
-    lines = []
-    for device, prefix in (("cpu", ""), ("cuda", "gpu-")):
-        for name, (about, names) in _PLOTS.items():
-            wanted = [each for each in names if not WORKLOADS[each].refusal(device)]
-            if results.newest_with(found, wanted, device):
-                lines.append(f"![{about}](bench/results/plots/{prefix}{name}.png)\n")
-    return "\n".join(lines)
+def _time_and_memory(entry: Entry | None) -> str:
+    if entry is None or entry["status"] != "ok":
+        return entry["reason"] if entry else ""
+    return f"{in_words(entry['seconds']['median'])}, {_megabytes('peak_bytes')(entry)}"
 
 
 def train_step_block(found: Results) -> str | None:
@@ -217,14 +234,15 @@ def study_tables(_: Results) -> str | None:
 
 
 BLOCKS: dict[str, Callable[[Results], str | None]] = {
-    "results": headline_table,
+    "headline": headline,
+    "results": results_table,
     "decode": partial(methods_table, workload=DECODE["cpu"], columns=[*_TIMES, _FMA, _PSNR]),
     "training": partial(methods_table, workload="training-step", columns=[*_TIMES, _FMA, _GRADIENTS]),
     "train-step": train_step_block,
     "memory": partial(methods_table, workload="size-2048", columns=[_MEMORY, _LIMIT]),
     "loader": loader_block,
     "gpu": gpu_tables,
-    "plots": plots_block,
+    "sizes": sizes_table,
     "psnr": psnr_table,
     "study": study_tables,
 }

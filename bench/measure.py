@@ -246,13 +246,6 @@ def _add_times(
 
 
 def _log_entry(name: str, entry: dict[str, Any]) -> None:
-    if entry["status"] != "ok":
-        log(f"  {name:24}{entry['reason']}")
-        return
-    parts = [f"{in_words(entry['seconds']['median']):>10}"]
-    if "speedup" in entry:
-        parts.append(f"{entry['speedup']['median']:6.2f} x")
-    parts += [f"{fraction['median']:6.1%} of {kind}" for kind, fraction in entry.get("fraction_of", {}).items()]
-    if entry.get("peak_bytes") is not None:
-        parts.append(f"{entry['peak_bytes'] / 1e6:8.0f} MB")
-    log(f"  {name:24}" + "  ".join(parts))
+    text = in_words(entry["seconds"]["median"]) if entry["status"] == "ok" else entry["reason"]
+    speedup = f"{entry['speedup']['median']:8.2f} x" if "speedup" in entry else ""
+    log(f"  {name:24}{text}{speedup}")

@@ -1,4 +1,4 @@
-"""Writes saved results into the documents and into plots: `python -m bench.report [--check]`.
+"""Writes saved results into the documents: `python -m bench.report [--check]`.
 
 README.md and docs/*.md hold blocks between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`. Each block is generated
 from the newest saved result with its workloads, so that no number is typed by hand. `--check` writes nothing; it fails
@@ -91,15 +91,6 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"{path.name} states a number without a saved result: {loose[0]}")
         elif text != path.read_text():
             sys.exit(f"{path.name} differs from the saved results: run `python -m bench.report`")
-    if args.check:
-        return
-    try:
-        from bench import plots  # needs matplotlib, which the tables do not
-    except ModuleNotFoundError as error:
-        print(f"The tables are written; plots are not, as {error.name} is not installed.", file=sys.stderr)
-        return
-    for path in plots.draw(found, results.FOLDER / "plots"):
-        print(path)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,6 @@ RESTARTS = 3  # of a workload
 _SHARE = 0.5  # the largest share of the remaining time for one workload, to leave some for the others
 
 
-def _clock(device: str) -> Clock:
-    return CpuClock() if device == "cpu" else CudaClock()
-
-
 def _measure_workload(
     send: Callable[[Any], None],
     name: str,
@@ -46,7 +42,8 @@ def _measure_workload(
     """The record of a workload; runs in a process of its own."""
     torch.set_num_threads(threads)
     deadline = None if seconds is None else perf_counter() + seconds
-    return measure(WORKLOADS[name], _clock(device), rounds=rounds, deadline=deadline, lost=lost, on_method=send)
+    clock: Clock = CpuClock() if device == "cpu" else CudaClock()
+    return measure(WORKLOADS[name], clock, rounds=rounds, deadline=deadline, lost=lost, on_method=send)
 
 
 def record_of(name: str, device: str, rounds: int | None, until: float | None) -> dict[str, Any]:

@@ -85,12 +85,6 @@ def test_results_of_another_schema_are_refused_and_other_files_skipped(tmp_path:
         results.load_all(tmp_path)
 
 
-def test_plots_are_drawn_from_the_saved_results(tmp_path: Path) -> None:
-    plots = pytest.importorskip("bench.plots")
-    assert {path.name for path in plots.draw(FOUND, tmp_path)} == {"ladder.png", "sizes.png"}
-    assert plots.draw([], tmp_path) == []
-
-
 SMALL = {
     "name": "liif",
     "args": {

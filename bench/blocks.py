@@ -171,9 +171,8 @@ def sizes_table(found: Results, device: str = "cpu") -> str | None:
     if result is None:
         return None
     records = [result["workloads"][name] for name in names]
-    labels = {
-        name: entry for each in records for name, entry in each["methods"].items() if entry["status"] != "refused"
-    }
+    entries = [item for record in records for item in record["methods"].items()]
+    labels = {name: entry for name, entry in entries if entry["status"] != "refused"}
     rows = [[each["about"], *(_time_and_memory(each["methods"].get(name)) for name in labels)] for each in records]
     columns = ["time, peak memory", *(f"{entry['label']}, {entry['dtype']}" for entry in labels.values())]
     return f"{tables.markdown(columns, rows)}\n{_source(result, [])}"

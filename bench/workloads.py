@@ -10,9 +10,6 @@ import torch
 from liif_fast.benchmark import problem
 from liif_fast.benchmark.problem import DecodeProblem, random_problem
 
-CPU_ONLY = "smaller than a GPU needs"
-TOO_LONG = "one run of the original takes minutes on a CPU"
-
 
 @dataclass(frozen=True)
 class Workload:
@@ -76,8 +73,8 @@ def _size(out: int, **options: object) -> Workload:
     )
 
 
-_GPU = {"device": "cuda", "why_not": TOO_LONG}
-_CPU = {"device": "cpu", "why_not": CPU_ONLY}
+_GPU = {"device": "cuda", "why_not": "one run of the original takes minutes on a CPU"}
+_CPU = {"device": "cpu", "why_not": "smaller than a GPU needs"}
 
 _ALL = [
     _decode("decode-64-to-256", (64, 64), (256, 256), rounds=5, **_CPU),
@@ -91,9 +88,7 @@ _ALL = [
     _train("training-backward", 16, "backward", "backward", compared="few", rounds=4),
     _piece("gather", "gradients of imnet inputs, 16384 queries, 64x64 map", 16384, "backward", 6),
     _piece("ensemble", "gradients of the blend, 262144 queries, 3 values", 262144, "backward", 6),
-    _size(256),
-    _size(512),
-    _size(1024),
+    *(_size(out) for out in (256, 512, 1024)),
     *(_size(out, **_GPU) for out in (4096, 8192, 16384, 32768)),
 ]
 WORKLOADS = {workload.name: workload for workload in _ALL}

@@ -207,16 +207,13 @@ def psnr_table(_: Results) -> str | None:
         return None
     with path.open(newline="", encoding="utf-8") as file:
         scores = [row for row in csv.DictReader(file) if row["image"] != "mean"]
-    rows = []
+    rows, keys = [], ("bicubic", "model")
     for scale in dict.fromkeys(row["scale"] for row in scores):
-        bicubic, model = (fmean(float(row[key]) for row in scores if row["scale"] == scale) for key in _PSNR_KEYS)
+        bicubic, model = (fmean(float(row[key]) for row in scores if row["scale"] == scale) for key in keys)
         rows.append([f"x{scale}", f"{bicubic:.2f}", f"{model:.2f}", f"{model - bicubic:+.2f}"])
     images = len({row["image"] for row in scores})
     source = f"Mean PSNR in dB of {images} photographs: [{path.name}](bench/results/weights/tiny/{path.name})."
-    return f"{tables.markdown(['scale', *_PSNR_KEYS, 'gain'], rows)}\n{source}\n"
-
-
-_PSNR_KEYS = ("bicubic", "model")
+    return f"{tables.markdown(['scale', *keys, 'gain'], rows)}\n{source}\n"
 
 
 def study_tables(_: Results) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import machine, sizes
-from bench.methods.method import Job, Method, forget_compiled
+from bench.methods.method import Job, Method
 from bench.methods.registry import exact, methods_for
 from bench.workloads import Workload, flop, least_bytes, make_problem
 from liif_fast.benchmark import peak_rates
@@ -122,7 +122,6 @@ def _prepare_all(
     job: Job, methods: list[Method], entries: Entries, deadline: float | None, on_method: Callable[[str], None]
 ) -> dict[str, Candidate]:
     """The methods that are ready to be timed, in their order; the entries of the others get the reason."""
-    forget_compiled()
     truth = _flat(exact(job.workload, job.problem, job.clock))
     now = perf_counter()
     prepare_until = None if deadline is None else now + _PREPARING * (deadline - now)

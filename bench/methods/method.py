@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -69,9 +68,3 @@ def refusal(dtype: str, device: str) -> str:
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile for the sizes of the first call."""
     return torch.compile(function, dynamic=False)
-
-
-def forget_compiled() -> None:
-    """Drop everything that torch.compile cached; earlier workloads would count as recompilations of this one."""
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()

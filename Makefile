@@ -30,10 +30,8 @@ lint: $(VENV)/.lint ## ruff, clang-format and mypy; changes nothing
 	$(CXX_FILES) | tr '\n' '\0' | xargs -0 -r $(CLANG_FORMAT) --dry-run -Werror
 	$(PY) -m mypy
 
-bench: build $(VENV)/.bench ## time the ops against the original formulation, save, fill the README: 15 minutes
-	$(PY) -m pytest bench/test_benchmarks.py -q --save --budget 830 --benchmark-group-by=group \
-	--benchmark-columns=median,iqr,rounds --benchmark-sort=mean $(PYTEST_ARGS); \
-	status=$$?; $(PY) -m bench.report && exit $$status
+bench: build ## time the ops against the original formulation, save, fill the documents: 15 minutes
+	$(PY) -m bench.run --budget 830 && $(PY) -m bench.report
 
 gpu: build ## check and time every backend on this machine's GPU, in 8 minutes; the report goes to build/gpu
 	$(PY) -m bench.gpu --out build/gpu
@@ -59,11 +57,6 @@ clean: ## remove what was built; the environment in .venv stays
 
 $(VENV)/.installed: pyproject.toml setup.py .ci/environment.py
 	$(PYTHON) .ci/environment.py $(VENV)
-	@touch $@
-
-# The extra `bench`, by name: installing liif_fast with it would compile every kernel anew.
-$(VENV)/.bench: pyproject.toml | $(VENV)/.installed
-	$(PY) -m pip install --quiet pytest-benchmark matplotlib
 	@touch $@
 
 # The linters' versions are pinned in pyproject.toml, under the extra `lint`.

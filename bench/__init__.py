@@ -1,4 +1,4 @@
-"""Timings of the ops against the original formulation: `make bench`, or `python -m bench.run` and `bench.report`."""
+"""Timings of the ops against the original formulation: workloads, methods, saved results and the documents' tables.
 
-from liif_fast.benchmark import original as original
-from liif_fast.benchmark import timing as timing
+`make bench`, or `python -m bench.run` and `python -m bench.report`. The clocks are those of liif_fast/benchmark.
+"""

@@ -1,12 +1,12 @@
-"""What a result file says about where it was made: processor, threads, instruction set, versions, commit."""
+"""The machine of a result file: processor, threads, instruction set, versions, commit."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import statistics
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ import torch
 import liif_fast.ops  # noqa: F401  (loads the extension)
 
 _ROOT = Path(__file__).resolve().parent.parent
-# What decides a timing; results and documents do not.
-_MEASURED = ("csrc", "liif_fast", ":(glob)bench/*.py", "setup.py")
+# A change of these can change a timing; results and documents cannot.
+_MEASURED = ("csrc", "liif_fast", ":(glob)bench/**/*.py", "setup.py")
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:
-    """The processor and how much of it is used, and the GPU where that is what is measured."""
+    """The processor and the threads in use, and the GPU where `device` is cuda."""
     info = _cpuinfo()
     ops = torch.ops.liif_fast_C
     found = {
@@ -29,10 +29,8 @@ def describe(device: str = "cpu") -> dict[str, Any]:
         "cpu": info.get("model name") or platform.processor() or platform.machine(),
         "architecture": _architecture(info),
         "threads": torch.get_num_threads(),
-        "processors": os.cpu_count(),
         "instructions": ops.cpu_isa() if hasattr(ops, "cpu_isa") else "no extension",
         "load_before": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.machine()}",
     }
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
@@ -48,14 +46,14 @@ def describe(device: str = "cpu") -> dict[str, Any]:
 
 
 def state(device: str) -> dict[str, Any]:
-    """What drifts during a run: the load of the machine; of a GPU its clocks in MHz, power in W, temperature in C."""
+    """Values that drift during a run: the load of a CPU; clocks in MHz, power in W and temperature in C of a GPU."""
     if device == "cpu":
         return {"load": round(os.getloadavg()[0], 2)}
     return _nvidia_smi(["clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu", "pstate"])
 
 
 def _nvidia_smi(fields: list[str]) -> dict[str, Any]:
-    """Fields of `nvidia-smi --query-gpu` for the first GPU; empty where there is no such program."""
+    """Fields of `nvidia-smi --query-gpu` for the first GPU; empty without that program."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"]
     try:
         line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()[0]
@@ -65,7 +63,7 @@ def _nvidia_smi(fields: list[str]) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of everything whose version can change a number."""
+    """The versions of everything that can change a number."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
@@ -78,7 +76,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit measured, with '+' behind it where the code measured differs from it; 'unknown' outside git."""
+    """The measured commit, with '+' appended where the measured code differs from it; 'unknown' outside git."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         return head + ("+" if _git("status", "--porcelain", "--", *_MEASURED) else "")
@@ -87,7 +85,7 @@ def commit() -> str:
 
 
 def slug(machine: dict[str, Any]) -> str:
-    """The results' folder: cpu-amd-epyc-zen4-2-threads, nvidia-h100-80gb-hbm3."""
+    """The folder of the results: cpu-amd-epyc-zen4-2-threads, nvidia-h100-80gb-hbm3."""
     if machine.get("device") == "cuda":
         return re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
     name = re.sub(r"\((?:r|tm)\)|@.*|\b(?:cpu|processor)\b", " ", machine["cpu"].lower())
@@ -96,28 +94,18 @@ def slug(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join(part for part in parts if part)).strip("-")
 
 
-SHARED = "The processor was shared with other programs: do not rely on these numbers."
+BUSY_LOAD = 0.5  # load average above which other programs distort the numbers
+SHARED = "Other programs used the processor: these times are too long."
 
 
-def warn_if_busy(machine: dict[str, Any]) -> None:
-    """One sentence where other programs would spoil the numbers."""
-    if machine["load_before"] > 0.5:
-        print(
-            f"The load average is {machine['load_before']}: something else runs here, and times will be too long.",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def was_shared(rate: dict[str, Any]) -> bool:
-    """Whether other programs slowed down the multiply-add loop, which nothing else does: more than a fifth of its
-    samples lie over 5 % below their median. rate: from `summary`."""
-    slow = [sample for sample in rate["samples"] if sample < 0.95 * rate["median"]]
-    return len(slow) > len(rate["samples"]) / 5
+def was_shared(rates: list[float]) -> bool:
+    """Whether other programs slowed down the FMA loop: more than a fifth of its rates lie over 5 % below the median."""
+    slow = [rate for rate in rates if rate < 0.95 * statistics.median(rates)]
+    return len(slow) > len(rates) / 5
 
 
 def multiplies_float16() -> bool:
-    """Whether the processor itself has float16 products (AVX512-FP16, AMX-FP16, Arm's fphp)."""
+    """Whether the processor has float16 products (AVX512-FP16, AMX-FP16, Arm's fphp)."""
     info = _cpuinfo()
     flags = info.get("flags", info.get("Features", "")).split()
     return not {"avx512_fp16", "amx_fp16", "fphp"}.isdisjoint(flags)
@@ -134,7 +122,7 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _architecture(info: dict[str, str]) -> str:
-    """AMD's generation, which hosts of virtual machines leave out of the model's name; '' where it is not known."""
+    """AMD's generation, which virtual machines omit from the model name; '' where it is unknown."""
     if info.get("vendor_id") != "AuthenticAMD":
         return ""
     family, model = int(info["cpu family"]), int(info["model"])

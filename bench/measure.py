@@ -1,4 +1,4 @@
-"""One workload's record: every method prepared, judged against float64, then timed in turns with the others."""
+"""The record of one workload: every method is prepared, compared with float64, and timed in turns with the others."""
 
 from __future__ import annotations
 
@@ -14,36 +14,34 @@ import torch
 from torch import Tensor
 
 from bench import machine, sizes
-from bench.method import Job, Method, forget_compiled
-from bench.methods import exact, methods_for
-from bench.targets import CREDIBLE_FRACTION
-from bench.workloads import Workload, folded_flop, least_bytes, make_problem, original_flop
-from liif_fast.benchmark import yardsticks
+from bench.methods.method import Job, Method
+from bench.methods.registry import exact, methods_for
+from bench.workloads import Workload, flop, least_bytes, make_problem
+from liif_fast.benchmark import peak_rates
+from liif_fast.benchmark.runs import DTYPES
 from liif_fast.benchmark.timing import (
+    Candidate,
     Clock,
-    Contender,
-    Yardstick,
+    PeakRate,
     failure,
+    in_words,
     interleave,
-    make_ready,
     pair_ratios,
     summary,
 )
-from liif_fast.benchmark.yardsticks import DTYPES
 
-PREPARE_LIMIT_S = 150.0  # torch.compile may not take longer
-_LEAST_S = 10.0  # given to whatever is begun
+PREPARE_LIMIT_S = 150.0  # for one method; torch.compile may take long
 GPU_ROUNDS = 100
-_PREPARING = 0.6  # of the time that is left, at most so much goes into preparing one workload's methods
-# Against these every method's ratio is kept, round by round, beside the one against the original.
-RIVALS = ("original-fp16", "original-bf16", "original-tf32", "folded-compiled-bf16", "folded-compiled-fp32")
-_MULTIPLIES = ("decode", "train")
+IN_TURNS = "all in turns"  # passed to `on_method` when the timing starts
+_LEAST_S = 10.0  # granted to everything that starts
+_PREPARING = 0.6  # the largest share of the remaining time for preparing the methods of one workload
+CREDIBLE_FRACTION = 1.02  # of the FMA peak; a larger fraction means that the peak was measured too low
 
-Tell = Callable[[str], None]
+Entries = dict[str, dict[str, Any]]
 
 
 class TooSlow(Exception):
-    """Preparing a method took longer than it may."""
+    """Preparing a method exceeded its time limit."""
 
 
 @contextlib.contextmanager
@@ -62,7 +60,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def note(text: str) -> None:
+def log(text: str) -> None:
     """Progress, on stderr."""
     print(text, file=sys.stderr, flush=True)
 
@@ -71,28 +69,23 @@ def measure(
     workload: Workload,
     clock: Clock,
     *,
-    quick: bool = False,
     rounds: int | None = None,
     deadline: float | None = None,
-    only: set[str] | None = None,
     lost: Mapping[str, str] | None = None,
-    tell: Tell = lambda name: None,
+    on_method: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
     """Everything about one workload that goes into a result file.
 
     Args:
-        quick: only the methods the project's promises are about.
-        rounds: samples of each method; None: the workload's own on a CPU, up to 100 on a GPU.
-        deadline: of `perf_counter`; what is not begun by then is skipped.
-        only: names of the methods wanted; None is all.
-        lost: methods that broke the process before, with the reason; they are not tried again.
-        tell: called with the name of the method about to run ('' at the end), for whoever watches this process.
+        rounds: samples of each method; None: the workload's own number on a CPU, up to 100 on a GPU.
+        deadline: of `perf_counter`; work that has not started by then is skipped.
+        lost: methods that crashed or hung before, with the reason; they are not tried again.
+        on_method: called with the name of the next method to run, and with IN_TURNS before the timing.
     """
-    note(f"{workload.name}: {workload.about}")
-    device = clock.device.type
+    log(f"{workload.name}: {workload.about}")
     record: dict[str, Any] = {"about": workload.about, "kind": workload.kind, "queries": workload.total_queries}
-    entries: dict[str, dict[str, Any]] = {}
-    methods = [m for m in methods_for(workload, device, quick=quick) if only is None or m.name in only]
+    entries: Entries = {}
+    methods = methods_for(workload, clock.device.type)
     for method in methods:
         entries[method.name] = entry = {"label": method.label, "dtype": method.dtype, "status": "ok"}
         if method.refusal:
@@ -100,138 +93,107 @@ def measure(
         elif lost and method.name in lost:
             entry.update(sizes.failed(lost[method.name]))
     pending = [method for method in methods if entries[method.name]["status"] == "ok"]
+    record["warnings"] = []
     if workload.kind == "size":
-        _measure_sizes(workload, clock, pending, entries, deadline, tell)
+        for method in pending:
+            entry = entries[method.name]
+            entry["limit_bytes"] = sizes.fused_limit(workload, DTYPES[method.dtype].itemsize)
+            on_method(method.name)
+            entry.update(_out_of_time(deadline) or sizes.measure(method, workload, clock, _left(deadline)))
     else:
-        _measure_times(workload, clock, pending, entries, record, rounds, deadline, tell)
-    tell("")
-    record["methods"] = entries
-    record["warnings"] = doubts(record)
-    for doubt in record["warnings"]:
-        note(f"  {doubt}")
-    return record
+        job = Job(workload, make_problem(workload, clock.device), clock)
+        candidates = _prepare_all(job, pending, entries, deadline, on_method)
+        on_method(IN_TURNS)
+        rates = _rates(workload, clock)
+        record["rounds"] = _time(job, list(candidates.values()), rates, rounds, deadline)
+        record["peak_rates"] = {rate.name: summary(rate.rates) for rate in rates if rate.rates}
+        for method in pending:
+            if method.name in candidates:
+                _add_times(entries[method.name], workload, method, candidates, rates)
+        record["warnings"] = validity_warnings(rates, entries)
+    for name in entries:
+        _log_entry(name, entries[name])
+    for warning in record["warnings"]:
+        log(f"  {warning}")
+    return {**record, "methods": entries}
 
 
-def _measure_sizes(
-    workload: Workload,
-    clock: Clock,
-    methods: list[Method],
-    entries: dict[str, dict[str, Any]],
-    deadline: float | None,
-    tell: Tell,
-) -> None:
-    for method in methods:
-        entry = entries[method.name]
-        entry["allowed_bytes"] = sizes.allowance(workload, DTYPES[method.dtype].itemsize)
-        tell(method.name)
-        limit = math.inf if deadline is None else max(_LEAST_S, deadline - perf_counter())
-        entry.update(_over(deadline) or sizes.measure(method, workload, clock, limit))
-        _tell(method, entry)
-
-
-def _measure_times(
-    workload: Workload,
-    clock: Clock,
-    methods: list[Method],
-    entries: dict[str, dict[str, Any]],
-    record: dict[str, Any],
-    rounds: int | None,
-    deadline: float | None,
-    tell: Tell,
-) -> None:
-    forget_compiled()
+def _prepare_all(
+    job: Job, methods: list[Method], entries: Entries, deadline: float | None, on_method: Callable[[str], None]
+) -> dict[str, Candidate]:
+    """The methods that are ready to be timed, in their order; the entries of the others get the reason."""
+    truth = _flat(exact(job.workload, job.problem, job.clock))
     now = perf_counter()
-    prepared_by = None if deadline is None else now + _PREPARING * (deadline - now)
-    problem = make_problem(workload, clock.device)
-    truth = _flat(exact(workload, problem, clock))
-    contenders = {}
+    prepare_until = None if deadline is None else now + _PREPARING * (deadline - now)
+    candidates = {}
     for method in sorted(methods, key=lambda method: method.late):
-        tell(method.name)
         entry = entries[method.name]
-        if over := _over(prepared_by):
-            entry.update(over)
+        if skipped := _out_of_time(prepare_until):
+            entry.update(skipped)
             continue
-        limit = PREPARE_LIMIT_S if deadline is None else min(PREPARE_LIMIT_S, max(_LEAST_S, deadline - perf_counter()))
-        contender = _prepare(Job(workload, problem, clock), method, entry, truth, limit)
-        if contender:
-            contenders[method.name] = contender
-    del truth
-    sticks: list[Yardstick] = []
-    if workload.kind in _MULTIPLIES:
-        sticks = yardsticks.matrix_rates(clock)
-    elif workload.kind in ("gather", "ensemble"):
-        sticks = [yardsticks.copy(clock)]
-    gpu = clock.device.type == "cuda"
-    wanted = rounds or (GPU_ROUNDS if gpu else workload.rounds)
-    ordered = [contenders[method.name] for method in methods if method.name in contenders]
-    until = [deadline] if deadline is not None else []
-    if gpu:
-        until.append(perf_counter() + workload.limit_s)
-    tell("all in turns")
-    record["rounds"] = interleave(clock, ordered, wanted, sticks, deadline=min(until, default=None))
-    rates = {stick.name: stick.rates for stick in sticks if stick.rates}
-    for kind, key in (("loop", "loop_flop_per_second"), ("gemm", "gemm_flop_per_second")):
-        found = {name.split()[1]: summary(rate) for name, rate in rates.items() if name.startswith(kind)}
-        if found:
-            record[key] = found
-    if "copy" in rates:
-        record["copy_bytes_per_second"] = summary(rates["copy"])
-    for method in methods:
-        if method.name in contenders:
-            _add_times(entries[method.name], workload, method, contenders, rates)
-            _tell(method, entries[method.name])
+        on_method(method.name)
+        try:
+            with time_limit(min(PREPARE_LIMIT_S, _left(deadline))):
+                candidates[method.name] = _prepare(job, method, entry, truth)
+        except Exception as error:  # any failure of a method is its result, with the reason
+            if job.clock.is_broken():
+                raise
+            entry.update(sizes.failed(failure(error)))
+    return {method.name: candidates[method.name] for method in methods if method.name in candidates}
 
 
-def _over(until: float | None) -> dict[str, Any] | None:
-    """The entry of a method that there is no time left for."""
-    if until is None or perf_counter() <= until:
-        return None
-    return {"status": "skipped", "reason": "the time given to this run was used up"}
-
-
-def _prepare(job: Job, method: Method, entry: dict[str, Any], truth: Tensor | None, limit_s: float) -> Contender | None:
-    try:
-        with time_limit(limit_s):
-            run, remark = method.prepare(job)
-            result = _flat(run())
-            if truth is not None and result is not None:
-                entry.update(_accuracy(job.workload, result, truth))
-            del result
-            contender = Contender(method.name, run)
-            entry["peak_bytes"] = make_ready(job.clock, contender)
-    except Exception as error:  # whatever stops a method is its result, with the reason
-        if job.clock.is_broken():
-            raise
-        entry.update(sizes.failed(failure(error)))
-        entry.pop("peak_bytes", None)
-        note(f"  {method.name:24}{entry['reason']}")
-        return None
+def _prepare(job: Job, method: Method, entry: dict[str, Any], truth: Tensor) -> Candidate:
+    run, remark = method.prepare(job)
+    entry.update(_accuracy(job.workload, _flat(run()), truth))
+    candidate = Candidate(method.name, run)
+    entry["peak_bytes"] = job.clock.peak(run)
+    job.clock.warm_up(candidate)
     if remark:
         entry["note"] = remark
-    if contender.captured:
+    if candidate.captured:
         entry["captured"] = True
-    return contender
+    return candidate
 
 
-def doubts(record: dict[str, Any]) -> list[str]:
-    """Reasons not to believe a record: a yardstick's rate has to be steady, and above every method's."""
+def _rates(workload: Workload, clock: Clock) -> list[PeakRate]:
+    if workload.kind in ("decode", "train"):
+        return peak_rates.matmul_rates(clock)
+    return [peak_rates.copy(clock)] if workload.kind in ("gather", "ensemble") else []
+
+
+def _time(
+    job: Job, candidates: list[Candidate], rates: list[PeakRate], rounds: int | None, deadline: float | None
+) -> int:
+    gpu = job.device.type == "cuda"
+    limits = [limit for limit in (deadline, perf_counter() + job.workload.limit_s if gpu else None) if limit]
+    rounds = rounds or (GPU_ROUNDS if gpu else job.workload.rounds)
+    return interleave(job.clock, candidates, rounds, rates, deadline=min(limits, default=None))
+
+
+def _left(deadline: float | None) -> float:
+    return math.inf if deadline is None else max(_LEAST_S, deadline - perf_counter())
+
+
+def _out_of_time(until: float | None) -> dict[str, Any] | None:
+    """The entry of a method that cannot start any more; None while there is time."""
+    if until is None or perf_counter() <= until:
+        return None
+    return {"status": "skipped", "reason": "the run's time was used up"}
+
+
+def validity_warnings(rates: list[PeakRate], entries: Entries) -> list[str]:
+    """Reasons to distrust a record: an unsteady FMA peak, or a method above it."""
     found = []
-    if any(map(machine.was_shared, record.get("loop_flop_per_second", {}).values())):
+    if any(machine.was_shared(list(rate.rates.values())) for rate in rates if rate.name.startswith("fma_peak")):
         found.append(machine.SHARED)
-    fractions = [
-        entry["fraction_of_loop"]["median"] for entry in record["methods"].values() if "fraction_of_loop" in entry
-    ]
+    fractions = [entry.get("fraction_of", {}).get("fma_peak", {}).get("median", 0.0) for entry in entries.values()]
     if max(fractions, default=0.0) > CREDIBLE_FRACTION:
-        found.append(
-            "A method outran the multiply-add loop, so that its rate is no peak: do not rely on fractions of it."
-        )
+        found.append("A method exceeded the measured FMA peak, so the fractions of that peak are wrong.")
     return found
 
 
-def _flat(result: Any) -> Tensor | None:
+def _flat(result: Any) -> Tensor:
     """A result as float64 numbers in one row, images in the order of their queries [B, Q, O]."""
-    if result is None:
-        return None
     if isinstance(result, list):
         return torch.cat([part.double().flatten() for part in result])
     if result.dim() == 4 and result.shape[1] == 3:
@@ -240,7 +202,7 @@ def _flat(result: Any) -> Tensor | None:
 
 
 def _accuracy(workload: Workload, result: Tensor, truth: Tensor) -> dict[str, float]:
-    """PSNR with the largest true value as peak; for gradients the norm of the error, relative."""
+    """PSNR with the largest true value as peak; for gradients the relative norm of the error."""
     difference = result - truth
     if workload.passes != "forward":
         return {"gradient_error": float(f"{(difference.norm() / truth.norm()).item():.2g}")}
@@ -254,50 +216,35 @@ def _add_times(
     entry: dict[str, Any],
     workload: Workload,
     method: Method,
-    contenders: dict[str, Contender],
-    rates: dict[str, dict[int, float]],
+    candidates: dict[str, Candidate],
+    rates: list[PeakRate],
 ) -> None:
-    contender = contenders[method.name]
-    if contender.error:
-        entry.update(sizes.failed(contender.error))
+    candidate = candidates[method.name]
+    if candidate.error:
+        entry.update(sizes.failed(candidate.error))
         return
-    entry["seconds"] = summary(contender.samples)
-    entry["calls"] = contender.calls
-    if contender.hot:
-        entry["hot_seconds"] = summary(contender.hot)
+    entry["seconds"] = summary(candidate.samples)
+    entry["calls"] = candidate.calls
+    if candidate.warm_l2:
+        entry["warm_l2_seconds"] = summary(candidate.warm_l2)
     entry["mpixel_per_second"] = float(f"{workload.total_queries / entry['seconds']['median'] / 1e6:.4g}")
-    original = contenders.get("original")
+    original = candidates.get("original")
     if original and not original.error:
-        entry["speedup"] = summary(pair_ratios(original.samples, contender.samples))
-    for rival in RIVALS:
-        if rival in contenders and rival != method.name and not contenders[rival].error:
-            ratios = pair_ratios(contenders[rival].samples, contender.samples)
-            entry.setdefault("speedup_over", {})[rival] = summary(ratios)
-    if workload.kind in _MULTIPLIES:
-        flop = (folded_flop if method.folded else original_flop)(workload)
-        entry["flop"] = flop
-        entry["gflop_per_second"] = float(f"{flop / entry['seconds']['median'] / 1e9:.4g}")
-        achieved = {turn: flop / seconds for turn, seconds in contender.samples.items()}
-        for kind in ("loop", "gemm"):
-            if f"{kind} {method.dtype}" in rates:
-                ratios = pair_ratios(achieved, rates[f"{kind} {method.dtype}"])
-                entry[f"fraction_of_{kind}"] = summary(ratios)
-    elif "copy" in rates:
-        item = DTYPES[method.dtype].itemsize
-        moved = {turn: least_bytes(workload, item) / seconds for turn, seconds in contender.samples.items()}
-        entry["fraction_of_copy"] = summary(pair_ratios(moved, rates["copy"]))
-
-
-def _tell(method: Method, entry: dict[str, Any]) -> None:
-    if entry["status"] != "ok":
-        note(f"  {method.name:24}{entry['reason']}")
+        entry["speedup"] = summary(pair_ratios(original.samples, candidate.samples))
+    if not rates:
         return
-    parts = [f"{entry['seconds']['median'] * 1e3:10.2f} ms"]
-    if "speedup" in entry:
-        parts.append(f"{entry['speedup']['median']:6.2f} x")
-    for kind in ("loop", "gemm", "copy"):
-        if f"fraction_of_{kind}" in entry:
-            parts.append(f"{entry[f'fraction_of_{kind}']['median']:6.1%} of the {kind}")
-    if entry.get("peak_bytes") is not None:
-        parts.append(f"{entry['peak_bytes'] / 1e6:8.0f} MB")
-    note(f"  {method.name:24}" + "  ".join(parts))
+    multiplies = rates[0].name != "copy"
+    work = flop(workload, folded=method.folded) if multiplies else least_bytes(workload, DTYPES[method.dtype].itemsize)
+    if multiplies:
+        entry["gflop_per_second"] = float(f"{work / entry['seconds']['median'] / 1e9:.4g}")
+    achieved = {turn: work / seconds for turn, seconds in candidate.samples.items()}
+    for rate in rates:
+        kind, _, dtype = rate.name.partition(" ")
+        if dtype in ("", method.dtype) and rate.rates:
+            entry.setdefault("fraction_of", {})[kind] = summary(pair_ratios(achieved, rate.rates))
+
+
+def _log_entry(name: str, entry: dict[str, Any]) -> None:
+    text = in_words(entry["seconds"]["median"]) if entry["status"] == "ok" else entry["reason"]
+    speedup = f"{entry['speedup']['median']:8.2f} x" if "speedup" in entry else ""
+    log(f"  {name:24}{text}{speedup}")

@@ -1,8 +1,10 @@
-"""Result files: bench/results/<device>/<date>-<name>.json, written by a run and never edited."""
+"""Result files: bench/results/<device>/<date>-<name>.json, written by a run and never edited by hand."""
 
 from __future__ import annotations
 
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,66 +12,70 @@ from bench import machine
 from liif_fast.utils.files import write_atomically
 
 FOLDER = Path(__file__).resolve().parent / "results"
-SCHEMA = 1
+SCHEMA = 2
+
+Results = list[dict[str, Any]]
+
+
+def begin(name: str, device: str, module: str) -> dict[str, Any]:
+    """The part of a result that is known before anything is measured. module: the one that was started."""
+    described = machine.describe(device)
+    if (load := described["load_before"]) > machine.BUSY_LOAD:
+        print(f"The load average is {load}: other programs are running, so times will be too long.", file=sys.stderr)
+    return {
+        "schema": SCHEMA,
+        "name": name,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
+        "commit": machine.commit(),
+        "machine": described,
+        "versions": machine.versions(),
+    }
 
 
 def path_of(result: dict[str, Any], folder: Path = FOLDER) -> Path:
-    """Where a result is saved; a second run of the same name on the same day replaces the first."""
+    """The path of a saved result; a second run of the same name on the same day replaces the first."""
     return folder / machine.slug(result["machine"]) / f"{result['date'][:10]}-{result['name']}.json"
 
 
 def save(result: dict[str, Any], folder: Path = FOLDER) -> Path:
-    """Write a result and return where."""
+    """Write a result and return its path; the file is complete at any moment."""
     path = path_of(result, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(result, path)
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
     return path
 
 
-def write(result: dict[str, Any], path: Path) -> None:
-    """Write a result to a file that is whole at any moment."""
-    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
-
-
 def load(path: Path) -> dict[str, Any]:
-    """One result. Raises ValueError for a file that is none, OSError for one that cannot be read."""
+    """One result. Raises ValueError for a file without workloads or entries, OSError for an unreadable one."""
     try:
         result = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(result, dict) or "workloads" not in result:
-        raise ValueError(f"{path} is no result of bench.run: it has no workloads")
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(result, dict) or not result.keys() & {"workloads", "entries"}:
+        raise ValueError(f"{path} is not a result: it has neither workloads nor entries")
     if result.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema {result.get('schema')}, this code reads {SCHEMA}: measure anew")
+        raise ValueError(f"{path} has schema {result.get('schema')}, but this code reads {SCHEMA}: measure again")
     return result
 
 
-def load_all(folder: Path = FOLDER) -> list[dict[str, Any]]:
-    """Every saved result of bench.run, oldest first; `path` is added, relative to the folder.
+def load_all(folder: Path = FOLDER, name: str = "*") -> Results:
+    """Every saved result, or those of a name, oldest first; `path` is added, relative to the folder.
 
-    Other JSON files may lie beside them: what has no workloads is passed over.
+    Other JSON files may lie in the same folders: a file without a schema is skipped.
     """
     found = []
-    for path in sorted(folder.glob("*/*.json")):
-        if '"workloads"' in path.read_text():
+    for path in sorted(folder.glob(f"*/*-{name}.json")):
+        if '"schema"' in path.read_text():
             found.append({**load(path), "path": path.relative_to(folder).as_posix()})
     return sorted(found, key=lambda result: result["date"])
 
 
-def timed(result: dict[str, Any], workload: str) -> set[str]:
-    """Names of the methods whose time a result holds."""
-    methods = result["workloads"].get(workload, {}).get("methods", {})
-    return {name for name, entry in methods.items() if "seconds" in entry}
-
-
-def newest_with(results: list[dict[str, Any]], workload: str, device: str = "cpu") -> dict[str, Any] | None:
-    """The newest result of a device type that timed a workload."""
-    return newest_with_all(results, [workload], device)
-
-
-def newest_with_all(results: list[dict[str, Any]], workloads: list[str], device: str) -> dict[str, Any] | None:
+def newest_with(results: Results, workloads: list[str], device: str = "cpu") -> dict[str, Any] | None:
     """The newest result of a device type that timed every one of some workloads."""
     for result in reversed(results):
-        if result["machine"]["device"] == device and all(timed(result, name) for name in workloads):
+        records = [result.get("workloads", {}).get(name, {}).get("methods", {}) for name in workloads]
+        timed = all(any("seconds" in entry for entry in methods.values()) for methods in records)
+        if timed and result["machine"]["device"] == device:
             return result
     return None

@@ -1,34 +1,102 @@
 """Times the workloads and saves one result file: `python -m bench.run [--device cuda] [--budget SECONDS]`.
 
-Needs torch, numpy and what liif_fast itself needs. Workloads run in order of importance until --budget is used up, and
-the file is written anew after each of them, so that whatever stops the run costs only what was not yet done. On a GPU
-the work is done by a child process: a crash, a hang or a broken device costs one method, which is recorded with the
-reason, and the run goes on. Out of memory is a result too.
+Needs torch, numpy and the dependencies of liif_fast. Workloads run in order of importance until --budget is used up.
+Each has a process of its own, and the file is saved after each. A crash, a hang or a broken device therefore costs one
+method: it is recorded with the reason, and the workload starts again without it. Out of memory is a result too.
 
-The last line on stdout is the file's path, below --out: DEVICE/DATE-NAME.json. The exit code is 0 when at least one
-method of one workload was timed. Run it on a machine that does nothing else.
+The last line on stdout is the path of the file below --out: DEVICE/DATE-NAME.json. The exit code is 0 when at least one
+method of one workload was timed. Run it on a machine without other work.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 import torch
 
-from bench import results, supervise, targets
-from bench.session import Session, begin
+from bench import child, machine, results
+from bench.measure import IN_TURNS, log, measure
 from bench.workloads import WORKLOADS
 from liif_fast.benchmark.cuda_timing import CudaClock
-from liif_fast.benchmark.timing import CpuClock
+from liif_fast.benchmark.timing import Clock, CpuClock
+
+SILENCE_S = 200.0  # on a GPU the longest time for preparing a method, or for timing all of them
+RESTARTS = 3  # of a workload
+_SHARE = 0.5  # the largest share of the remaining time for one workload, to leave some for the others
 
 
-def chosen(only: list[str] | None, quick: bool) -> list[str]:
-    """Names of the workloads of a run, in order of importance."""
-    if only:
-        return [name for name in WORKLOADS if name in only]
-    return [name for name, workload in WORKLOADS.items() if workload.quick or not quick]
+def _measure_workload(
+    send: Callable[[Any], None],
+    name: str,
+    device: str,
+    threads: int,
+    rounds: int | None,
+    seconds: float | None,
+    lost: dict[str, str],
+) -> dict[str, Any]:
+    """The record of a workload; runs in a process of its own."""
+    torch.set_num_threads(threads)
+    deadline = None if seconds is None else perf_counter() + seconds
+    clock: Clock = CpuClock() if device == "cpu" else CudaClock()
+    return measure(WORKLOADS[name], clock, rounds=rounds, deadline=deadline, lost=lost, on_method=send)
+
+
+def record_of(name: str, device: str, rounds: int | None, until: float | None) -> dict[str, Any]:
+    """The record of a workload, measured in a process of its own without the methods that crash or hang.
+
+    rounds: samples of each method; None: the workload's own number. until: of `perf_counter`.
+    """
+    workload = WORKLOADS[name]
+    skipped = {"about": workload.about, "kind": workload.kind, "methods": {}}
+    lost: dict[str, str] = {}
+    running = ""
+
+    def on_message(method: str) -> None:
+        nonlocal running
+        running = method
+
+    reason = workload.refusal(device)
+    for _ in range(RESTARTS + 1):
+        left = None if until is None else until - perf_counter()
+        if left is not None and left <= 0:
+            reason = reason or "the run's time was used up"
+        if reason:
+            break
+        seconds, running = None if left is None else _SHARE * left, ""
+        args = (name, device, torch.get_num_threads(), rounds, seconds, lost)
+        try:
+            if workload.kind == "size" and device == "cpu":  # each of its methods has a process of its own
+                return _measure_workload(on_message, *args)
+            silence_s = SILENCE_S if device == "cuda" else None
+            return child.call(_measure_workload, *args, silence_s=silence_s, on_message=on_message)
+        except child.ChildError as error:
+            if running in ("", IN_TURNS):
+                reason = str(error)
+            else:
+                lost[running] = str(error)
+                log(f"  {running}: {error}; {name} starts again without it")
+    reason = reason or f"{len(lost)} methods failed: {', '.join(lost)}"
+    log(f"{name}: skipped, {reason}")
+    return {**skipped, "skipped": reason}
+
+
+def run(names: list[str], device: str, *, name: str, out: Path, rounds: int | None, budget: float | None) -> Path:
+    """Measure workloads into a result file, which is saved after each; returns the file's path."""
+    begin = perf_counter()
+    result = {**results.begin(name, device, "bench.run"), "workloads": {}}
+    for workload in names:
+        start = perf_counter()
+        record = record_of(workload, device, rounds, None if budget is None else begin + budget)
+        record |= {"machine_state": machine.state(device), "seconds_taken": round(perf_counter() - start, 1)}
+        result["workloads"][workload] = record
+        result["seconds_taken"] = round(perf_counter() - begin)
+        results.save(result, out)
+    return results.save(result, out)
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -36,16 +104,13 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m bench.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="nothing is begun after so long; default: none")
-    parser.add_argument("--quick", action="store_true", help="only what the project promises")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="no work starts after this time; default: none")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help="see --list")
-    parser.add_argument("--rounds", type=int, help="samples of each method; default: the workload's own, 100 on a GPU")
+    parser.add_argument("--rounds", type=int, help="samples of each method; default: per workload, 100 on a GPU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--name", help="of the result file, behind the date; default: quick, full or some")
+    parser.add_argument("--name", help="of the result file, after the date; default: full, or some with --only")
     parser.add_argument("--out", type=Path, default=results.FOLDER, metavar="DIR", help="folder for the result file")
-    parser.add_argument("--list", action="store_true", help="name the workloads and end")
-    parser.add_argument("--resume", type=Path, metavar="FILE", help="go on with a result file that was not finished")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--list", action="store_true", help="list the workloads and exit")
     args = parser.parse_args(arguments)
     for option in ("rounds", "threads"):
         value = getattr(args, option)
@@ -62,41 +127,15 @@ def main(arguments: list[str] | None = None) -> int:
         for workload in WORKLOADS.values():
             print(f"{workload.name:30}{workload.about}" + (f" (only {workload.device})" if workload.device else ""))
         return 0
-    torch.set_num_threads(args.threads)
-    if args.child:
-        supervise.end_with_parent()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device is cuda, but torch finds no GPU that it can use: choose --device cpu")
-    if args.resume:
-        try:
-            result = results.load(args.resume)
-        except (OSError, ValueError) as error:
-            sys.exit(str(error))
-        if "planned" not in result:
-            sys.exit(f"{args.resume} is finished: there is nothing to go on with")
-        folder = args.resume.parent.parent
-    else:
-        name = args.name or ("some" if args.only else "quick" if args.quick else "full")
-        command = " ".join(["python -m bench.run", *(sys.argv[1:] if arguments is None else arguments)])
-        result = begin(args.device, chosen(args.only, args.quick), name=name, command=command)
-        folder = args.out
-    if args.device == "cuda" and not args.child:
-        path = results.save(result, folder)
-        supervise.run(path, supervise.child_command(path, args.budget, args.rounds, args.quick, args.threads))
-        result = results.load(path)
-    else:
-        clock = CpuClock() if args.device == "cpu" else CudaClock()
-        session = Session(result, clock, folder, quick=args.quick, rounds=args.rounds, budget=args.budget)
-        for name in result["planned"]:
-            session.measure(name)
-        session.finish()
-        path = results.path_of(result, folder)
-    if not args.child:
-        for verdict in targets.verdicts(result):
-            kept = "kept" if verdict.met else "MISSED"
-            print(f"{kept:7} {verdict.what}: {verdict.measured} (wanted {verdict.wanted})")
-        print(path)
-    return 0 if any(results.timed(result, name) for name in result["workloads"]) else 1
+    torch.set_num_threads(args.threads)
+    names = [name for name in WORKLOADS if not args.only or name in args.only]
+    name = args.name or ("some" if args.only else "full")
+    path = run(names, args.device, name=name, out=args.out, rounds=args.rounds, budget=args.budget)
+    print(path)
+    workloads = results.load(path)["workloads"].values()
+    return 0 if any("seconds" in entry for each in workloads for entry in each["methods"].values()) else 1
 
 
 if __name__ == "__main__":

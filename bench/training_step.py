@@ -1,18 +1,17 @@
-"""A whole training step, the paper's, against the same loop around the original formulation.
+"""Times a whole training step, the paper's, against the same loop around the original formulation.
 
 `python -m bench.training_step [--device cuda]`: 16 crops of 48x48, 2304 samples each, EDSR-baseline, imnet 256x4, L1,
-Adam, by `liif_fast.training.Stepper` with every switch that can change its speed; loops take turns, so the ratios are
-of one run. The decoder of the original's rows is `liif_fast.benchmark.original`; everything else is the same code. The
-result is saved beside those of bench.run and printed as tables: images a second, and where the time goes.
+Adam, by `liif_fast.training.Stepper` with every switch that can change its speed. The loops take turns, so the ratios
+come from one run. The decoder of the original's rows is `liif_fast.benchmark.original`; everything else is the same
+code. The result is saved next to those of bench.run and printed as two tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,29 +19,22 @@ import torch
 from torch import Tensor
 
 from bench import machine, results
-from bench.loader import BATCH, make_images
-from bench.measure import note
+from bench.loader import BATCH, make_images, make_stepper, section
+from bench.measure import log
 from liif_fast import data
-from liif_fast.benchmark import original, yardsticks
+from liif_fast.benchmark import original, peak_rates
 from liif_fast.benchmark.cuda_timing import CudaClock
-from liif_fast.benchmark.timing import Clock, Contender, CpuClock, interleave, pair_ratios, summary
-from liif_fast.models import LIIF, default_data_norm, make_model
+from liif_fast.benchmark.timing import Candidate, Clock, CpuClock, in_words, interleave, pair_ratios, summary
+from liif_fast.models import LIIF
 from liif_fast.training.step import AUTOCAST_DTYPES, StepOptions, Stepper
+from liif_fast.utils import tables
 
+NAME = "training-loop"  # of the result file
 IMAGES = 4
-SPEC = {
-    "name": "liif",
-    "args": {
-        "encoder_spec": {"name": "edsr-baseline", "args": {"no_upsampling": True}},
-        "imnet_spec": {"name": "mlp", "args": {"out_dim": 3, "hidden_list": [256, 256, 256, 256]}},
-    },
-}
-WRAPPER = {"inp_size": 48, "scale_min": 1, "scale_max": 4, "augment": True, "sample_q": 2304}
-_SCHEMA = 1
 
 
-class Row(NamedTuple):
-    """One loop. decoder: 'ours', 'original', or 'original in float32' whatever the switches say of the encoder."""
+class TrainVariant(NamedTuple):
+    """One loop. decoder: 'ours', 'original', or 'original in float32' where autocast applies to the encoder only."""
 
     label: str
     decoder: str
@@ -50,35 +42,26 @@ class Row(NamedTuple):
 
 
 _FAST = StepOptions(autocast="bf16", channels_last=True)
-ROWS = {
-    "original": Row("original, float32", "original", StepOptions()),
-    "original-encoder": Row(
-        "original, encoder in bfloat16 and channels-last, decoder float32", "original in float32", _FAST
-    ),
-    "original-amp": Row("original, autocast bfloat16 and channels-last everywhere", "original", _FAST),
-    "ours": Row("liif-fast train, float32", "ours", StepOptions()),
-    "ours-channels-last": Row("channels_last", "ours", StepOptions(channels_last=True)),
-    "ours-compiled": Row("compile_encoder", "ours", StepOptions(compile_encoder=True)),
-    "ours-bf16": Row("autocast: bf16", "ours", StepOptions(autocast="bf16")),
-    "ours-fast": Row("autocast: bf16, channels_last", "ours", _FAST),
-    "ours-fast-ema": Row(
-        "autocast: bf16, channels_last, ema, clip_grad",
-        "ours",
-        StepOptions(autocast="bf16", channels_last=True, ema=0.999, clip_grad=1.0),
-    ),
-    "ours-fast-compiled": Row(
-        "autocast: bf16, channels_last, compile_encoder",
-        "ours",
-        StepOptions(autocast="bf16", channels_last=True, compile_encoder=True),
-    ),
-    "ours-accumulate": Row(
-        "autocast: bf16, channels_last, accumulate: 4",
-        "ours",
-        StepOptions(autocast="bf16", channels_last=True, accumulate=4),
-    ),
+_ENCODER_ONLY = "original, encoder in bfloat16 and channels-last, decoder float32"
+VARIANTS = {
+    "original": TrainVariant("original, float32", "original", StepOptions()),
+    "original-encoder": TrainVariant(_ENCODER_ONLY, "original in float32", _FAST),
+    "original-amp": TrainVariant("original, autocast bfloat16 and channels-last everywhere", "original", _FAST),
+    "ours": TrainVariant("liif-fast train, float32", "ours", StepOptions()),
+    "ours-channels-last": TrainVariant("channels_last", "ours", StepOptions(channels_last=True)),
+    "ours-compiled": TrainVariant("compile_encoder", "ours", StepOptions(compile_encoder=True)),
+    "ours-bf16": TrainVariant("autocast: bf16", "ours", StepOptions(autocast="bf16")),
+    "ours-fast": TrainVariant("autocast: bf16, channels_last", "ours", _FAST),
 }
-QUICK = ("original", "original-encoder", "original-amp", "ours", "ours-fast")
+for _name, _label, _more in (
+    ("ema", "ema, clip_grad", {"ema": 0.999, "clip_grad": 1.0}),
+    ("compiled", "compile_encoder", {"compile_encoder": True}),
+    ("accumulate", "accumulate: 4", {"accumulate": 4}),
+):
+    _options = replace(_FAST, **_more)
+    VARIANTS[f"ours-fast-{_name}"] = TrainVariant(f"autocast: bf16, channels_last, {_label}", "ours", _options)
 SPLIT = ("original", "ours", "ours-fast")
+PARTS = ("encoder", "decoder", "optimizer")
 
 
 class _Original(LIIF):
@@ -94,27 +77,26 @@ class _Original(LIIF):
             return original.query(self.feat.float(), coord, cell, self.imnet)
 
 
-def make_stepper(row: Row, device: torch.device) -> Stepper:
-    """The loop of a row, from the same weights."""
-    torch.manual_seed(0)
-    model: Any = make_model(SPEC).to(device).train()
-    if row.decoder != "ours":
+def make_loop(variant: TrainVariant, device: torch.device) -> Stepper:
+    """The loop of a variant."""
+    stepper = make_stepper(device, variant.options)
+    if variant.decoder != "ours":
+        model: Any = stepper.model
         model.__class__ = _Original
-        model.in_float32 = row.decoder == "original in float32"
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    return Stepper(model, optimizer, row.options, default_data_norm())
+        model.in_float32 = variant.decoder == "original in float32"
+    return stepper
 
 
-def parts(row: Row, batch: data.Item, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """Encoder and decoder, forward and backward, and the optimiser, each by itself."""
-    stepper = make_stepper(row, device)
+def parts(variant: TrainVariant, batch: data.Item, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Encoder and decoder, forward and backward, and the optimizer, each alone."""
+    stepper = make_loop(variant, device)
     model: Any = stepper.model
-    dtype = AUTOCAST_DTYPES.get(row.options.autocast or "")
+    dtype = AUTOCAST_DTYPES.get(variant.options.autocast or "")
     batch = {key: value.to(device) for key, value in batch.items()}
     inp = batch["inp"] * 2 - 1
-    if row.options.channels_last:
+    if variant.options.channels_last:
         inp = inp.contiguous(memory_format=torch.channels_last)
-    stepper.step(batch)  # gradients and moments for the optimiser
+    stepper.step(batch)  # makes the gradients and moments that the optimizer needs
 
     def autocast() -> torch.autocast:
         return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
@@ -137,134 +119,92 @@ def parts(row: Row, batch: data.Item, device: torch.device) -> dict[str, Callabl
         loss = (out.float() - (batch["gt"] * 2 - 1)).abs().mean()
         return torch.autograd.grad(loss, [model.feat, *decoder_leaves])
 
-    return {"encoder": encoder, "decoder": decoder, "optimiser": stepper.optimizer.step}
+    return dict(zip(PARTS, (encoder, decoder, stepper.optimizer.step)))
 
 
 def measure(clock: Clock, folder: Path, names: list[str], rounds: int) -> dict[str, Any]:
-    """Seconds a step of every row and of its parts, as a result to be saved. folder: of images."""
+    """Seconds per step of every variant and of its parts, as a result to be saved. folder: of images."""
     device = clock.device
-    described = machine.describe(device.type)
-    machine.warn_if_busy(described)
-    section = {
-        "dataset": {"name": "image-folder", "args": {"root_path": str(folder), "cache": "in_memory", "repeat": 1000}},
-        "wrapper": {"name": "sr-implicit-downsampled", "args": WRAPPER},
-        "batch_size": BATCH,
-    }
-    batches = data.make_loader(section, shuffle=True).epoch()
+    result = results.begin(NAME, device.type, "bench.training_step")
+    batches = data.make_loader(section(folder, "in_memory"), shuffle=True).epoch()
     batch = next(batches)
-    contenders: dict[str, Contender] = {}
+    runs: dict[str, Callable[[], Any]] = {}
     for name in names:
-        stepper = make_stepper(ROWS[name], device)
-        contenders[name] = Contender(name, lambda stepper=stepper: stepper.step(batch))  # type: ignore[misc]
+        stepper = make_loop(VARIANTS[name], device)
+        runs[name] = lambda stepper=stepper: stepper.step(batch)  # type: ignore[misc]
     for name in SPLIT:
-        for part, run in parts(ROWS[name], batch, device).items():
-            contenders[f"{name}: {part}"] = Contender(f"{name}: {part}", run)
-    contenders["data"] = Contender("data", lambda: next(batches))
-    for contender in contenders.values():
-        begin = time.perf_counter()
-        clock.warm_up(contender)
-        note(f"{contender.name}: ready after {time.perf_counter() - begin:.0f} s")
-    sticks = yardsticks.matrix_rates(clock)
-    done = interleave(clock, list(contenders.values()), rounds, sticks)
+        runs |= {f"{name}: {part}": run for part, run in parts(VARIANTS[name], batch, device).items()}
+    runs["data"] = lambda: next(batches)
+    candidates = {name: Candidate(name, run) for name, run in runs.items()}
+    for candidate in candidates.values():
+        candidate.run()  # compiles where the variant asks for it
+        clock.warm_up(candidate)
+        log(f"{candidate.name}: ready")
+    rates = peak_rates.matmul_rates(clock)
+    done = interleave(clock, list(candidates.values()), rounds, rates)
     entries: dict[str, Any] = {}
-    for name, contender in contenders.items():
-        if contender.error:
-            entries[name] = {"failed": contender.error}
+    for name, candidate in candidates.items():
+        if candidate.error:
+            entries[name] = {"failed": candidate.error}
             continue
-        entries[name] = {"seconds": summary(contender.samples)}
-        for rival in ("original", "original-encoder", "original-amp"):
-            if name in ROWS and rival in contenders and contenders[rival].samples:
-                ratios = pair_ratios(contenders[rival].samples, contender.samples)
-                entries[name].setdefault("speedup_over", {})[rival] = summary(ratios)
+        entries[name] = {"seconds": summary(candidate.samples)}
+        if name in VARIANTS and candidates["original"].samples:
+            entries[name]["speedup"] = summary(pair_ratios(candidates["original"].samples, candidate.samples))
+    shared = any(machine.was_shared(list(rate.rates.values())) for rate in rates if rate.name.startswith("fma_peak"))
     return {
-        "schema": _SCHEMA,
-        "name": "training-loop",
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": machine.commit(),
-        "machine": described,
-        "versions": machine.versions(),
+        **result,
         "rounds": done,
         "batch": BATCH,
-        "yardsticks": {stick.name: summary(stick.rates) for stick in sticks if stick.rates},
+        "peak_rates": {rate.name: summary(rate.rates) for rate in rates if rate.rates},
+        "warnings": [machine.SHARED] if shared else [],
         "entries": entries,
     }
 
 
 def steps_table(result: dict[str, Any]) -> str:
-    """A row a loop: images a second, and ratios of the same run."""
-    entries = result["entries"]
-    rivals = {
-        "original": "original",
-        "original-encoder": "original, same encoder",
-        "original-amp": "original, autocast",
-    }
-    lines = [["training step", "images a second", "ms a step (20th to 80th percentile)", *rivals.values()]]
-    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
-    for name, row in ROWS.items():
-        entry = entries.get(name)
+    """One row per variant: images per second, time, and speedup in the same run."""
+    rows = []
+    for name, variant in VARIANTS.items():
+        entry = result["entries"].get(name)
         if entry is None:
             continue
         if "failed" in entry:
-            lines.append([row.label, entry["failed"], *[""] * (len(rivals) + 1)])
+            rows.append([variant.label, None, entry["failed"], None])
             continue
-        seconds = entry["seconds"]
-        spread = f"{seconds['median'] * 1e3:.0f} ({seconds['p20'] * 1e3:.0f} to {seconds['p80'] * 1e3:.0f})"
-        ratios = [f"{entry['speedup_over'][rival]['median']:.2f}x" for rival in rivals]
-        lines.append([row.label, f"{result['batch'] / seconds['median']:.1f}", spread, *ratios])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        seconds = entry["seconds"]["median"]
+        speedup = f"{entry['speedup']['median']:.2f}x"
+        rows.append([variant.label, f"{result['batch'] / seconds:.1f}", in_words(seconds), speedup])
+    return tables.markdown(["training step", "images per second", "time", "speedup"], rows)
 
 
 def split_table(result: dict[str, Any]) -> str:
-    """Where the time of a step goes: the same parts, each by itself."""
+    """The time of each part of a step, timed alone."""
     entries = result["entries"]
-    names = ("encoder", "decoder", "optimiser")
-    lines = [["ms, forward and backward", *names, "data (one process, works ahead)"]]
-    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    rows = []
     for name in SPLIT:
-        times = [entries[f"{name}: {part}"].get("seconds") for part in names]
-        if all(times):
-            cells = [f"{each['median'] * 1e3:.0f}" for each in [*times, entries["data"]["seconds"]]]
-            lines.append([ROWS[name].label, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        found = [entries[key].get("seconds") for key in (*(f"{name}: {part}" for part in PARTS), "data")]
+        if all(found):
+            rows.append([VARIANTS[name].label, *(in_words(each["median"]) for each in found)])
+    return tables.markdown(["forward and backward", *PARTS, "data (one process, works ahead)"], rows)
 
 
-def tables(result: dict[str, Any]) -> str:
-    """Both tables, and where they were measured."""
-    where = result["machine"].get("gpu") or f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
-    source = f"{where}; torch {result['versions']['torch']}; commit {result['commit'][:12]}, {result['date'][:10]}"
-    loops = [rate for name, rate in result["yardsticks"].items() if name.startswith("loop")]
-    doubt = f" **{machine.SHARED}**" if any(map(machine.was_shared, loops)) else ""
-    return f"{steps_table(result)}\n{split_table(result)}\n{source}.{doubt}\n"
-
-
-def newest(folder: Path = results.FOLDER, device: str = "cpu") -> dict[str, Any] | None:
-    """The newest saved result of a device type."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*-training-loop.json"))]
-    found = [result for result in found if result["machine"]["device"] == device]
-    return max(found, key=lambda result: result["date"]) if found else None
-
-
-def block(_: list[dict[str, Any]]) -> str | None:
-    """The README's block: the newest result of a CPU, or None where there is none."""
-    result = newest()
-    return tables(result) if result else None
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.training_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="only the loops that the project promises something about")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="besides the original")
     parser.add_argument("--rounds", type=int, help="default: 5 on a CPU, 50 on a GPU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--results", type=Path, default=results.FOLDER)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     clock: Clock = CpuClock() if args.device == "cpu" else CudaClock(graphs=False)
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder), IMAGES)
-        names = [name for name in ROWS if name in QUICK or not args.quick]
+        names = [name for name in VARIANTS if name in ("original", *args.only)]
         result = measure(clock, Path(folder), names, args.rounds or (5 if args.device == "cpu" else 50))
-    print(tables(result))
+    print(f"{steps_table(result)}\n{split_table(result)}")
     print(results.save(result, args.results))
 
 

@@ -1,4 +1,4 @@
-"""The named workloads, in order of importance, and the work they ask for."""
+"""The named workloads, in order of importance, and the number of operations and bytes they need."""
 
 from __future__ import annotations
 
@@ -8,27 +8,21 @@ from dataclasses import dataclass
 import torch
 
 from liif_fast.benchmark import problem
-from liif_fast.benchmark.problem import Problem, random_problem
-
-CPU_ONLY = "smaller than a GPU needs"
-TOO_LONG = "the original alone would take minutes a repetition on a CPU"
+from liif_fast.benchmark.problem import DecodeProblem, random_problem
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing to time.
+    """One piece of work to time.
 
-    kind: decode | train | gather | ensemble | encoder | upscale | size | parts, which decides the methods; what needs
-        gradients of a decoder is `train`, of random queries or of a whole image.
-    map_size: rows, columns of the feature map (of the image for encoder and upscale).
-    out_size: rows, columns of the whole output; None where queries lie at random.
-    window: (top, left, height, width) of the part of the output that is decoded; None is all of it.
-    queries: number of random queries a map where out_size is None.
-    passes: forward | backward | both, where gradients are a question.
-    device: the only device type it is for, and why_not the reason elsewhere; '' is any.
-    compared: all methods, or the few that a series of workloads is drawn of.
-    rounds: on a CPU. limit_s: no round is begun after so many seconds of timing on a GPU.
-    quick: also part of `--quick`.
+    kind: decode | train | gather | ensemble | size; it determines the methods. train: decode with gradients.
+    map_size: rows, columns of the feature map.
+    out_size: rows, columns of the whole output; None for random queries.
+    queries: number of random queries per map, without out_size.
+    passes: forward | backward | both.
+    device: the only device type that runs the workload, and why_not the reason elsewhere; '' is any.
+    compared: all methods, or only a few.
+    rounds: on a CPU. limit_s: on a GPU no round starts after this many seconds of timing.
     """
 
     name: str
@@ -36,7 +30,6 @@ class Workload:
     about: str
     map_size: tuple[int, int]
     out_size: tuple[int, int] | None = None
-    window: tuple[int, int, int, int] | None = None
     batch: int = 1
     queries: int = 0
     passes: str = "forward"
@@ -45,31 +38,20 @@ class Workload:
     compared: str = "all"
     rounds: int = 5
     limit_s: float = 10.0
-    quick: bool = False
 
     @property
     def total_queries(self) -> int:
         """Output pixels or random queries, all maps together."""
-        if self.window:
-            return self.batch * self.window[2] * self.window[3]
         return self.batch * (math.prod(self.out_size) if self.out_size else self.queries)
 
     def refusal(self, device: str) -> str:
-        """Why it is not run on a device type; '' where it is."""
+        """Why a device type does not run the workload; '' where it does."""
         return "" if self.device in ("", device) else self.why_not
 
 
 def _decode(name: str, map_size: tuple[int, int], out_size: tuple[int, int], **options: object) -> Workload:
     about = f"decoder, {map_size[0]}x{map_size[1]} to {out_size[0]}x{out_size[1]}"
     return Workload(name, "decode", about, map_size, out_size, **options)  # type: ignore[arg-type]
-
-
-def _scale(name: str, out: int, window: int | None = None) -> Workload:
-    # The crop is fixed; beyond x4 only a window of the output is decoded, as the work a pixel stays the same.
-    part = "" if window is None else f", its middle {window}x{window}"
-    middle = None if window is None else ((out - window) // 2, (out - window) // 2, window, window)
-    about = f"decoder, 96x96 to {out}x{out}{part}"
-    return Workload(f"scale-{name}", "decode", about, (96, 96), (out, out), middle, compared="few", rounds=3, limit_s=4)
 
 
 def _train(name: str, batch: int, passes: str, about: str, **options: object) -> Workload:
@@ -79,16 +61,9 @@ def _train(name: str, batch: int, passes: str, about: str, **options: object) ->
     )
 
 
-def _decode_with_gradients(out: int, passes: str, **options: object) -> Workload:
-    about = f"decoder with gradients, {out // 4}x{out // 4} to {out}x{out}, {_PASSES[passes]}"
-    name = f"decode-{out // 4}-to-{out}-{passes}"
-    return Workload(  # type: ignore[arg-type]
-        name, "train", about, (out // 4,) * 2, (out, out), passes=passes, compared="few", rounds=2, **options
-    )
-
-
-def _batch(batch: int, **options: object) -> Workload:
-    return _train(f"batch-{batch}", batch, "both", "forward and backward", compared="few", **options)
+def _piece(kind: str, about: str, queries: int, passes: str, rounds: int) -> Workload:
+    name = kind if passes == "forward" else f"{kind}-{passes}"
+    return Workload(name, kind, about, (64, 64), queries=queries, passes=passes, rounds=rounds)
 
 
 def _size(out: int, **options: object) -> Workload:
@@ -98,72 +73,22 @@ def _size(out: int, **options: object) -> Workload:
     )
 
 
-_GPU = {"device": "cuda", "why_not": TOO_LONG}
-_CPU = {"device": "cpu", "why_not": CPU_ONLY}
-_BOTH_DIRECTIONS = "forward and backward"
-_PASSES = {"backward": "backward alone", "both": _BOTH_DIRECTIONS}
+_GPU = {"device": "cuda", "why_not": "one run of the original takes minutes on a CPU"}
+_CPU = {"device": "cpu", "why_not": "smaller than a GPU needs"}
 
 _ALL = [
-    _decode("decode-64-to-256", (64, 64), (256, 256), rounds=5, quick=True, **_CPU),
-    _decode("decode-256-to-1024", (256, 256), (1024, 1024), limit_s=60, quick=True, **_GPU),
-    _train("training-step", 16, "both", _BOTH_DIRECTIONS, rounds=4, limit_s=25, quick=True),
-    _size(2048, quick=True),
-    Workload("gather", "gather", "imnet inputs of 16384 queries, 64x64 map", (64, 64), queries=16384, rounds=10),
-    Workload("ensemble", "ensemble", "blend of 262144 queries, 3 values", (64, 64), queries=262144, rounds=10),
-    Workload("parts", "parts", "decoder, 64x64 to 256x256, and its encoder", (64, 64), (256, 256), rounds=3, **_CPU),
-    Workload("gpu-parts", "parts", "decoder, 256x256 to 1024x1024, and its encoder", (256, 256), (1024, 1024), **_GPU),
+    _decode("decode-64-to-256", (64, 64), (256, 256), rounds=5, **_CPU),
+    _decode("decode-256-to-1024", (256, 256), (1024, 1024), limit_s=60, **_GPU),
+    _train("training-step", 16, "both", "forward and backward", rounds=4, limit_s=25),
+    _size(2048),
+    _piece("gather", "imnet inputs of 16384 queries, 64x64 map", 16384, "forward", 10),
+    _piece("ensemble", "blend of 262144 queries, 3 values", 262144, "forward", 10),
     _decode("decode-540-to-2160", (540, 960), (2160, 3840), compared="few", **_GPU),
     _train("training-forward", 16, "forward", "forward", compared="few", rounds=4),
     _train("training-backward", 16, "backward", "backward", compared="few", rounds=4),
-    Workload(
-        "gather-backward",
-        "gather",
-        "gradients of imnet inputs, 16384 queries, 64x64 map",
-        (64, 64),
-        queries=16384,
-        passes="backward",
-        rounds=6,
-    ),
-    Workload(
-        "ensemble-backward",
-        "ensemble",
-        "gradients of the blend, 262144 queries, 3 values",
-        (64, 64),
-        queries=262144,
-        passes="backward",
-        rounds=6,
-    ),
-    Workload(
-        "upscale-photo",
-        "upscale",
-        "a 96x96 photo to 384x384, whole LIIF-EDSR-baseline",
-        (96, 96),
-        (384, 384),
-        rounds=3,
-    ),
-    Workload(
-        "upscale-large",
-        "upscale",
-        "a 512x512 image to 2048x2048, whole LIIF-EDSR-baseline",
-        (512, 512),
-        (2048, 2048),
-        **_GPU,
-    ),
-    Workload("encoder", "encoder", "EDSR-baseline on a 96x96 image", (96, 96), rounds=5),
-    _scale("x2", 192),
-    _scale("x3.7", 355, 256),
-    _scale("x8", 768, 256),
-    _scale("x30", 2880, 256),
-    _size(256),
-    _size(512),
-    _size(1024),
-    _batch(1, rounds=5),
-    _batch(4, rounds=4),
-    _batch(64, **_GPU),
-    *(_decode_with_gradients(256, passes, **_CPU) for passes in _PASSES),
-    # A backward alone keeps every method's forward: of 1024x1024 they would not fit beside each other.
-    _decode_with_gradients(512, "backward", **_GPU),
-    _decode_with_gradients(1024, "both", **_GPU),
+    _piece("gather", "gradients of imnet inputs, 16384 queries, 64x64 map", 16384, "backward", 6),
+    _piece("ensemble", "gradients of the blend, 262144 queries, 3 values", 262144, "backward", 6),
+    *(_size(out) for out in (256, 512, 1024)),
     *(_size(out, **_GPU) for out in (4096, 8192, 16384, 32768)),
 ]
 WORKLOADS = {workload.name: workload for workload in _ALL}
@@ -171,46 +96,32 @@ WORKLOADS = {workload.name: workload for workload in _ALL}
 
 def make_problem(
     workload: Workload, device: torch.device | str = "cpu", window: tuple[int, int, int, int] | None = None
-) -> Problem:
-    """The random tensors of a workload, the same every time; `window` instead of the workload's own."""
+) -> DecodeProblem:
+    """The random tensors of a workload, the same every time; `window` is the part of the output to decode."""
     return random_problem(
         workload.map_size,
         out_size=workload.out_size,
-        window=window or workload.window,
+        window=window,
         queries=workload.queries,
         batch=workload.batch,
         device=device,
     )
 
 
-def original_flop(workload: Workload) -> float:
-    """Floating point operations of the original formulation, as `problem.original_flop` counts them."""
-    return problem.original_flop(workload.total_queries) * _passes(workload)
-
-
-def folded_flop(workload: Workload) -> float:
-    """Of the folded formulation, as `problem.folded_flop` counts them."""
+def flop(workload: Workload, *, folded: bool) -> float:
+    """Floating-point operations of the original or of the folded formulation, as liif_fast.benchmark.problem counts."""
     latents = workload.batch * math.prod(workload.map_size)
-    return problem.folded_flop(workload.total_queries, latents) * _passes(workload)
+    queries = workload.total_queries
+    forward = problem.folded_flop(queries, latents) if folded else problem.original_flop(queries)
+    # Backward multiplies twice for every product of the forward. Recomputed products are not counted.
+    return forward * {"forward": 1, "backward": 2, "both": 3}[workload.passes]
 
 
 def least_bytes(workload: Workload, item: int) -> float:
-    """Bytes that must pass through memory once, with numbers of `item` bytes: inputs read and results written.
-
-    For gather and ensemble what their op reads and writes; for decodes features in, latent map out and in, result out.
-    """
+    """Bytes that gather or ensemble must read and write once, with numbers of `item` bytes."""
     queries, latents = workload.total_queries, workload.batch * math.prod(workload.map_size)
-    backward = 2 if workload.passes == "backward" else 1  # gradients in, and the forward's inputs again
     if workload.kind == "gather":
         row = problem.layer_widths()[0] * item + 4  # imnet input and weight
         return float(latents * problem.CHANNELS * item + queries * (16 + 4 * row))
-    if workload.kind == "ensemble":
-        return float(queries * (4 * (problem.OUTS * item + 4) * backward + problem.OUTS * item))
-    coords = 0 if workload.out_size else 16 * queries
-    maps = latents * (problem.CHANNELS + 2 * problem.HIDDEN[0]) * item
-    return float((maps + coords + queries * problem.OUTS * item) * _passes(workload))
-
-
-def _passes(workload: Workload) -> int:
-    # Backward multiplies twice for every product of the forward. What a method recomputes is not counted.
-    return {"forward": 1, "backward": 2, "both": 3}[workload.passes]
+    backward = 2 if workload.passes == "backward" else 1  # gradients, and the forward's inputs again
+    return float(queries * (4 * (problem.OUTS * item + 4) * backward + problem.OUTS * item))

@@ -1,14 +1,15 @@
-// The measurements that decide the Hopper kernel's design, as a program of its own: `probe [launches]` prints JSON.
+// Measurements that guide the design of the Hopper kernel, as a separate program: `probe [launches]` prints JSON.
 //
-//   rate       wgmma m64n128k16 with A in registers and B resident in shared memory: what the tensor cores give this
-//   way copy       1-D bulk copies of 32 KB weight blocks into a ring of six, each CTA on its own multicast  the same
-//   in clusters of two: each CTA fetches half of every block and sends it to both both       rate and copy at once;
-//   both_multicast  rate and multicast at once chain      both_multicast with the ReLU between the layers: a whole
-//   64x256 hidden chain, as the decoder needs it
+// - rate: wgmma m64n128k16 with A in registers and B resident in shared memory, the tensor cores' rate in this form
+// - copy: 1-D bulk copies of 32 KB weight blocks into a ring of six stages, each CTA alone
+// - multicast: the same in clusters of two; each CTA fetches half of every block and sends it to both CTAs
+// - both: rate and copy at once
+// - both_multicast: rate and multicast at once
+// - chain: both_multicast with the ReLU between the layers, a whole chain of 64x256 hidden layers as in the decoder
 //
-// Every probe's result is compared with plain CUDA cores. One block is 384 threads: a producer warpgroup with one
-// thread at work, and two consumers with 64 rows each, two accumulators of 128 columns, activations never leaving
-// registers.
+// The result of every probe is compared with plain CUDA cores. A block has 384 threads: a producer warpgroup with one
+// active thread, and two consumer warpgroups with 64 rows each. A consumer has two accumulators of 128 columns, and its
+// activations stay in registers.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -28,12 +29,12 @@ constexpr int kRows = 64;                           // of one consumer warpgroup
 constexpr int kBlockK = 64;                         // rows of a weight block: four k16 steps
 constexpr int kBlockBytes = kWidth * kBlockK * 2;   // 32 KB
 constexpr int kBlocksPerLayer = kWidth / kBlockK;   // 4
-constexpr int kLayers = 3;                          // hidden layers behind the folded first one
+constexpr int kLayers = 3;                          // hidden layers after the folded first one
 constexpr int kBlocks = kLayers * kBlocksPerLayer;  // 12
 constexpr int kStages = 6;                          // of the ring: 192 KB
 constexpr int kConsumers = 2;                       // warpgroups
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kAccumulators = 64;  // a thread's of a 64x128 tile
+constexpr int kAccumulators = 64;  // per thread, of a 64x128 tile
 constexpr int kSharedBytes = kStages * kBlockBytes + 1024 + 2 * kStages * 8;
 static_assert(kSharedBytes <= 227 * 1024, "one block's shared memory");
 
@@ -47,7 +48,7 @@ struct Problem {
 
 enum class Source { kResident, kCopy, kMulticast };
 
-// What the producer's one thread does: block after block into the ring, as stages become free.
+// The producer's one thread copies one block after the other into the ring, as stages become free.
 template <Source kSource>
 __device__ void produce(const Problem& problem, char* ring, uint64_t* full, uint64_t* empty) {
   const uint32_t rank = kSource == Source::kMulticast ? cluster_rank() : 0;
@@ -67,7 +68,7 @@ __device__ void produce(const Problem& problem, char* ring, uint64_t* full, uint
   }
 }
 
-// Tells whoever fills a stage that this warp has read it: one lane a warp, in both CTAs of a cluster.
+// Tells the producers that this warp has read a stage: one lane per warp and CTA of the cluster.
 template <Source kSource>
 __device__ void release(uint64_t* empty) {
   const uint32_t lane = threadIdx.x % 32;
@@ -78,8 +79,8 @@ __device__ void release(uint64_t* empty) {
   }
 }
 
-// A fragments of the next layer out of both accumulators: ReLU and rounding in one instruction. The accumulators'
-// layout is that of A, so nothing moves between threads.
+// Makes the A fragments of the next layer from both accumulators: ReLU and rounding in one instruction. Accumulators
+// and A have the same layout, so no data moves between threads.
 __device__ void activate(const float (&left)[kAccumulators], const float (&right)[kAccumulators],
                          uint32_t (&a)[kWidth / 16][4]) {
 #pragma unroll
@@ -92,7 +93,7 @@ __device__ void activate(const float (&left)[kAccumulators], const float (&right
   }
 }
 
-// One warpgroup's rows through all layers, `tiles` times.
+// Sends the rows of one warpgroup through all layers, `tiles` times.
 template <bool kCompute, Source kSource, bool kChain>
 __device__ void consume(const Problem& problem, const char* ring, uint64_t* full, uint64_t* empty) {
   const int thread = threadIdx.x % 128, consumer = threadIdx.x / 128 - 1;
@@ -125,7 +126,7 @@ __device__ void consume(const Problem& problem, const char* ring, uint64_t* full
 #pragma unroll
           for (int k = 0; k < kBlockK / 16; ++k) {
             const bool add = !(kChain && block == 0 && k == 0);
-            // 16 inputs of B are 32 bytes further inside the swizzled 128; the right half lies 16 KB behind the left.
+            // 16 inputs of B are 32 bytes further inside the swizzled 128; the right half starts 16 KB after the left.
             multiply_add(left, a[block * 4 + k], b + 2 * k, add);
             multiply_add(right, a[block * 4 + k], b + 2 * k + (kBlockBytes / 2 >> 4), add);
           }
@@ -161,7 +162,7 @@ __device__ void consume(const Problem& problem, const char* ring, uint64_t* full
 template <bool kCompute, Source kSource, bool kChain>
 __global__ void __launch_bounds__(kThreads, 1) probe_kernel(const __grid_constant__ Problem problem) {
   extern __shared__ char raw[];
-  // The swizzle pattern repeats every 1024 bytes and counts from an address divisible by that.
+  // The swizzle pattern repeats every 1024 bytes, from an address divisible by 1024.
   char* ring = raw + (1024 - shared_address(raw) % 1024) % 1024;
   uint64_t* full = reinterpret_cast<uint64_t*>(ring + kStages * kBlockBytes);
   uint64_t* empty = full + kStages;
@@ -185,11 +186,11 @@ __global__ void __launch_bounds__(kThreads, 1) probe_kernel(const __grid_constan
     consume<kCompute, kSource, kChain>(problem, ring, full, empty);
   }
   __syncwarp();
-  // Nobody leaves while its neighbour may still write to its shared memory or arrive at its barriers.
+  // A CTA must not exit while its neighbor may still write to its shared memory or arrive at its barriers.
   if constexpr (kSource == Source::kMulticast) sync_cluster();
 }
 
-// The same on CUDA cores: layers [kLayers][kWidth out][kWidth in], rows on their own.
+// The same products on CUDA cores, one row per block; layers is [kLayers][kWidth out][kWidth in].
 __global__ void reference_kernel(const __nv_bfloat16* layers, const __nv_bfloat16* activations, float* out, int tiles,
                                  int repeated_layer, bool chain) {
   __shared__ float x[kWidth];
@@ -222,8 +223,8 @@ void check(cudaError_t status, const char* what) {
   std::exit(1);
 }
 
-// Layers [kLayers][kWidth out][kWidth in] as blocks of 64 inputs, two halves of 128 outputs with 128 swizzled bytes
-// each.
+// Packs layers [kLayers][kWidth out][kWidth in] into blocks of 64 inputs: two halves of 128 outputs, 128 swizzled bytes
+// per output.
 std::vector<__nv_bfloat16> pack_weights(const std::vector<__nv_bfloat16>& layers) {
   std::vector<__nv_bfloat16> packed(layers.size());
   for (int layer = 0; layer < kLayers; ++layer)
@@ -264,7 +265,7 @@ void launch(const Plan& plan, const Machine& machine, const Problem& problem) {
   check(cudaLaunchKernelEx(&config, plan.kernel, problem), plan.name);
 }
 
-// Largest difference from the CUDA cores' result, as a fraction of the largest value.
+// The largest difference from the result of the CUDA cores, as a fraction of the largest value.
 double error(const Plan& plan, const Machine& machine, const Problem& problem) {
   const int64_t rows = static_cast<int64_t>(machine.ctas) * kConsumers * kRows;
   reference_kernel<<<static_cast<unsigned>(rows), kWidth>>>(machine.layers, problem.activations, machine.expected,
@@ -288,7 +289,7 @@ void measure(const Plan& plan, const Machine& machine, bool last) {
   Problem problem = machine.problem;
   double difference = 0;
   if (plan.computes) {
-    problem.tiles = 1;  // one pass: values of a chain of hundreds would vanish or overflow
+    problem.tiles = 1;  // after hundreds of passes the values would vanish or overflow
     launch(plan, machine, problem);
     difference = error(plan, machine, problem);
     problem.tiles = machine.problem.tiles;

@@ -14,7 +14,7 @@ __device__ inline void init_barrier(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
-// Makes fresh barriers visible to the other CTA and to the copy engine.
+// Makes initialized barriers visible to the other CTA and to the copy engine.
 __device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 // Waits until the phase of that parity has ended.
@@ -34,9 +34,8 @@ __device__ inline void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-// Arrives at the barrier of the same place in CTA `rank` of the cluster, this one included. Without a cluster scope:
-// that would put a fence of the whole GPU before every arrival, and this thread has written nothing that the other CTA
-// reads.
+// Arrives at the barrier with the same offset in CTA `rank` of the cluster, which may be this CTA. The arrival has no
+// cluster scope: that scope would add a fence of the whole GPU, and this thread has written no data for the other CTA.
 __device__ inline void arrive_remote(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{\n"
@@ -48,13 +47,13 @@ __device__ inline void arrive_remote(uint64_t* barrier, uint32_t rank) {
       : "memory");
 }
 
-// One arrival, and the phase also waits for so many bytes of copies.
+// Arrives once; the phase also waits for this number of copied bytes.
 __device__ inline void expect_bytes(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
 
-// Two 16-bit numbers. Volatile, so that the compiler does not gather all loads of a row and spill half of them.
+// Loads two 16-bit numbers. Volatile, so that the compiler does not hoist all loads of a row and spill half of them.
 __device__ inline uint32_t load_pair(const void* source) {
   uint32_t pair;
   asm volatile("ld.global.b32 %0, [%1];" : "=r"(pair) : "l"(source));
@@ -80,7 +79,7 @@ __device__ inline void copy_bulk(void* target, const void* source, uint32_t byte
                : "memory");
 }
 
-// To the same place in every CTA of the mask, and to the barrier in the same place there.
+// Copies to the same offset in every CTA of the mask, and arrives at the barrier with the same offset there.
 __device__ inline void copy_bulk_multicast(void* target, const void* source, uint32_t bytes, uint64_t* barrier,
                                            uint16_t mask) {
   asm volatile(
@@ -102,11 +101,11 @@ __device__ inline void take_registers() {
 
 // ---- wgmma ---------------------------------------------------------------------------------------------------------
 
-// Place of (output, input) in a block of 64 inputs: rows of 128 bytes, whose 16-byte pieces are exchanged by the row's
-// number modulo 8 (the 128-byte swizzle).
+// Index of (output, input) in a block of 64 inputs: rows of 128 bytes, whose 16-byte chunks are permuted by the row
+// index modulo 8 (the 128-byte swizzle).
 __host__ __device__ constexpr int swizzled(int out, int in) { return out * 64 + ((in / 8) ^ (out % 8)) * 8 + in % 8; }
 
-// The hardware finds an element at its plain address with bits 7 to 9 added, modulo 2, to bits 4 to 6.
+// The hardware computes an element's address from the unswizzled one: bits 4 to 6 are XORed with bits 7 to 9.
 constexpr bool swizzle_fits_the_hardware() {
   for (int out = 0; out < 256; ++out) {
     for (int in = 0; in < 64; ++in) {
@@ -142,7 +141,7 @@ __device__ inline uint32_t pack_relu(float low, float high) {
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
 
-// d [64, 128] (+)= a [64, 16] b [16, 128]; a thread's part of d is 64 numbers, of a 4 registers.
+// d [64, 128] (+)= a [64, 16] b [16, 128]; each thread holds 64 numbers of d and 4 registers of a.
 __device__ inline void multiply_add(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool add) {
   asm volatile(
       "{\n"

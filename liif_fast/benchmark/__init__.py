@@ -1,1 +1,1 @@
-"""What a benchmark needs on a user's machine: the original formulation, problems to run it on, and clocks."""
+"""Timing of the ops against the original formulation: clocks, peak rates, the runs to time, and `liif-fast bench`."""

@@ -7,41 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from liif_fast.benchmark.timing import Contender
+from liif_fast.benchmark.timing import Candidate
 
-SAMPLE_S = 0.004  # shorter runs are repeated inside one sample
+SAMPLE_S = 0.004  # shorter runs are repeated within one sample
 MAX_CALLS = 20
-SLOW_S = 0.02  # a run of n times as long takes part in every nth round
-MAX_STRIDE = 10
-
-
-class Driver(Protocol):
-    """What the clock asks of a device."""
-
-    device: torch.device
-
-    def synchronize(self) -> None:
-        """Wait until the device has done everything."""
-
-    def event(self) -> Any:
-        """Something with record() and elapsed_time(other) in ms, as torch.cuda.Event."""
-
-    def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """`run` as a graph; returns its replay. Raises RuntimeError where it cannot be captured."""
-
-    def flush(self) -> None:
-        """Fill the L2 with something else."""
-
-    def peak(self, run: Callable[[], Any]) -> int:
-        """Bytes allocated at most during a run, beside those before it."""
+SLOW_S = 0.02  # a run of n times as long is sampled every n rounds
+MAX_EVERY_N_ROUNDS = 10
 
 
 class CudaDriver:
-    """torch.cuda. Its calls cannot be made without a GPU; keep decisions out of here."""
+    """The calls of torch.cuda that the clock makes. They need a GPU, so this class makes no decisions."""
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
@@ -50,15 +29,18 @@ class CudaDriver:
         self._scratch = torch.empty(2 * cache, dtype=torch.int8, device=self.device)
 
     def synchronize(self) -> None:
+        """Wait until the device is idle."""
         torch.cuda.synchronize(self.device)
 
     def event(self) -> Any:
+        """An object with record() and elapsed_time(other) in ms."""
         return torch.cuda.Event(enable_timing=True)
 
     def capture(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """`run` as a graph; returns its replay. Raises RuntimeError where it cannot be captured."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries allocate their workspaces here, not while capturing
+        with torch.cuda.stream(stream):  # libraries allocate their workspaces in these runs, not while capturing
             run()
             run()
         torch.cuda.current_stream().wait_stream(stream)
@@ -68,9 +50,11 @@ class CudaDriver:
         return graph.replay
 
     def flush(self) -> None:
+        """Fill the L2 with unrelated data."""
         self._scratch.zero_()
 
     def peak(self, run: Callable[[], Any]) -> int:
+        """Largest number of bytes allocated during a run, in addition to those before it."""
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -80,53 +64,51 @@ class CudaDriver:
 
 
 class CudaClock:
-    """Device events. A run is captured as a CUDA graph where that works, so that launches by the host cost nothing.
+    """Device events. A run is captured as a CUDA graph where possible, to exclude the host's launch time.
 
-    Each sample is taken twice: behind a flush of the L2 (`samples`), and back to back (`hot`).
+    Each sample is taken twice: after a flush of the L2 (`samples`), and back to back (`warm_l2`).
     """
 
-    def __init__(self, driver: Driver | None = None, *, graphs: bool = True) -> None:
+    def __init__(self, driver: Any = None, *, graphs: bool = True) -> None:
         self._driver = driver or CudaDriver()
         self._graphs = graphs
         self.device = self._driver.device
 
-    def warm_up(self, contender: Contender, seconds: float | None = None) -> None:
-        contender.launch = contender.run
-        contender.run()
+    def warm_up(self, candidate: Candidate) -> None:
+        candidate.run()
         self._driver.synchronize()
         if self._graphs:
             try:
-                contender.launch = self._driver.capture(contender.run)
-                contender.launch()
-                contender.captured = True
+                replay = self._driver.capture(candidate.run)
+                replay()
+                candidate.run, candidate.captured = replay, True
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError:  # whatever waits for the device or copies from the host cannot be captured
-                contender.launch = contender.run
+            except RuntimeError:  # a run that waits for the device or copies from the host cannot be captured
+                pass
             self._driver.synchronize()
-        seconds = max(self.once(contender.launch), 1e-7)
-        contender.calls = max(1, min(MAX_CALLS, math.ceil(SAMPLE_S / seconds)))
-        contender.stride = max(1, min(MAX_STRIDE, round(seconds / SLOW_S)))
+        seconds = max(self.once(candidate.run), 1e-7)
+        candidate.calls = max(1, min(MAX_CALLS, math.ceil(SAMPLE_S / seconds)))
+        candidate.every_n_rounds = max(1, min(MAX_EVERY_N_ROUNDS, round(seconds / SLOW_S)))
 
-    def sample(self, contender: Contender, turn: int) -> None:
-        launch = contender.launch or contender.run
+    def sample(self, candidate: Candidate, turn: int) -> None:
         pairs = []
-        for _ in range(contender.calls):
+        for _ in range(candidate.calls):
             begin, end = self._driver.event(), self._driver.event()
-            self._driver.flush()  # long enough for the host to get ahead of the device
+            self._driver.flush()  # takes long enough for the host to run ahead of the device
             begin.record()
-            launch()
+            candidate.run()
             end.record()
             pairs.append((begin, end))
         begin, end = self._driver.event(), self._driver.event()
-        launch()
+        candidate.run()
         begin.record()
-        for _ in range(contender.calls):
-            launch()
+        for _ in range(candidate.calls):
+            candidate.run()
         end.record()
         self._driver.synchronize()
-        contender.samples[turn] = sum(a.elapsed_time(b) for a, b in pairs) / 1e3 / contender.calls
-        contender.hot[turn] = begin.elapsed_time(end) / 1e3 / contender.calls
+        candidate.samples[turn] = sum(a.elapsed_time(b) for a, b in pairs) / 1e3 / candidate.calls
+        candidate.warm_l2[turn] = begin.elapsed_time(end) / 1e3 / candidate.calls
 
     def once(self, run: Callable[[], Any]) -> float:
         begin, end = self._driver.event(), self._driver.event()
@@ -144,6 +126,6 @@ class CudaClock:
     def is_broken(self) -> bool:
         try:
             self._driver.synchronize()
-        except RuntimeError:  # an invalid access lasts until the process ends
+        except RuntimeError:  # after an invalid access every call fails until the process ends
             return True
         return False

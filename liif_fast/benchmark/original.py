@@ -1,10 +1,10 @@
 """The original formulation of LIIF's decoder as a baseline: the structure of yinboc/liif in plain PyTorch.
 
-Per chunk of queries it unfolds the whole feature map anew; per corner it makes two `grid_sample` calls, concatenates
-features, relative coordinates and cells, and runs the imnet; the four predictions are blended by area. Nothing is done
-slower than that structure asks for: no tensor is made on the host, coordinates stay on their device, and cells are
-concatenated in the same call as the rest. It shares no code with the ops, and the tests hold it to the original's
-golden numbers and to its number of calls.
+Every chunk of queries unfolds the whole feature map again. Every corner takes two `grid_sample` calls, a concatenation
+of features, relative coordinates and cells, and a run of the imnet. The four predictions are blended by area. The
+baseline is not slower than this structure requires: no tensor is made on the host, coordinates stay on their device,
+and one call concatenates all parts. It shares no code with the ops. The tests compare it with the original's golden
+numbers and count its calls.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def make_imnet(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> nn.Sequen
 
 
 def make_coord(height: int, width: int, like: Tensor) -> Tensor:
-    """Pixel centres of a height x width grid, [height, width, 2], (row, col) in [-1, 1]."""
+    """Pixel centers of a height x width grid, [height, width, 2], (row, col) in [-1, 1]."""
     axes = [-1 + 1 / n + (2 / n) * torch.arange(n, device=like.device).to(like.dtype) for n in (height, width)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
 
@@ -43,19 +43,19 @@ def make_cell(height: int, width: int, coord: Tensor) -> Tensor:
 
 
 def unfold(feat: Tensor) -> Tensor:
-    """feat [B, C, H, W] -> every latent with its eight neighbours, [B, 9C, H, W]."""
+    """feat [B, C, H, W] -> every latent with its eight neighbors, [B, 9C, H, W]."""
     batch, _, height, width = feat.shape
     return F.unfold(feat, 3, padding=1).view(batch, -1, height, width)
 
 
 def corner_inputs(
-    feat: Tensor,  # [B, C, H, W], already unfolded where that is wanted
+    feat: Tensor,  # [B, C, H, W], unfolded before where needed
     coord: Tensor,  # [B, Q, 2]
     cell: Tensor | None,  # [B, Q, 2], None without cell decoding
     *,
     local_ensemble: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """For every corner the imnet's input [B, Q, D] and the area between the query and that corner [B, Q]."""
+    """Of every corner the imnet's input [B, Q, D] and the area between the query and that corner [B, Q]."""
     batch, _, height, width = feat.shape
     centers = make_coord(height, width, coord).permute(2, 0, 1).unsqueeze(0).expand(batch, 2, height, width)
     sides, eps = ((-1, 1), 1e-6) if local_ensemble else ((0,), 0.0)

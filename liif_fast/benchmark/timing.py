@@ -1,14 +1,13 @@
-"""Timing in turns: methods run A B A B ..., so that drifting clocks and neighbours hit all of them alike.
+"""Timing in turns: candidates run A B A B ..., so that a change of the machine's speed affects all of them alike.
 
-Ratios are taken between samples of the same round. Beside the methods, yardsticks take turns: a register-only
-multiply-add loop, a library's matrix product, a copy. What they reach in a round is what the machine gives just then.
-`CpuClock` times here; `liif_fast/benchmark/cuda_timing.py` has the clock of a GPU.
+Ratios are taken between samples of the same round. Peak rates (an FMA loop, a matrix product, a copy) are measured in
+the same rounds. `CpuClock` uses torch.utils.benchmark; liif_fast/benchmark/cuda_timing.py has the clock of a GPU.
 """
 
 from __future__ import annotations
 
 import ctypes
-import gc
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,38 +16,39 @@ from time import perf_counter
 from typing import Any, Protocol
 
 import torch
+from torch.utils.benchmark import Timer
 
-MIN_SAMPLE_S = 0.05  # shorter calls are repeated inside one sample
+MIN_SAMPLE_S = 0.05  # shorter runs are repeated within one sample
 
 
 @dataclass
-class Contender:
-    """A method ready to run.
+class Candidate:
+    """One of several ways to do the same work, ready to be timed.
 
-    launch: what a sample runs: `run` itself or a captured form of it, as the clock's `warm_up` left it.
-    calls: how often a sample runs it. samples: seconds a call, by round. hot: the same with a warm L2 (GPU only).
-    stride: it takes part in every so-manieth round.
+    run: the function that is timed; a clock's `warm_up` may replace it by a captured graph (`captured`).
+    calls: runs within one sample. samples: seconds per run, by round. warm_l2: the same with a warm L2 (GPU only).
+    every_n_rounds: sampled once every n rounds.
+    error: why the candidate was dropped; '' while it runs.
     """
 
     name: str
     run: Callable[[], Any]
-    launch: Callable[[], Any] | None = None
     calls: int = 1
-    stride: int = 1
+    every_n_rounds: int = 1
     captured: bool = False
     samples: dict[int, float] = field(default_factory=dict)
-    hot: dict[int, float] = field(default_factory=dict)
+    warm_l2: dict[int, float] = field(default_factory=dict)
     error: str = ""
 
 
 @dataclass
-class Yardstick:
-    """`work` done by one run, in operations or bytes; its rate is the best of `tries` samples a round."""
+class PeakRate:
+    """`work` of one run, in operations or bytes; the rate of a round is the best of `samples_per_round` samples."""
 
     name: str
     work: float
-    contender: Contender
-    tries: int = 3
+    candidate: Candidate
+    samples_per_round: int = 3
     rates: dict[int, float] = field(default_factory=dict)
 
 
@@ -57,41 +57,35 @@ class Clock(Protocol):
 
     device: torch.device
 
-    def warm_up(self, contender: Contender, seconds: float | None = None) -> None:
-        """Run it until warm, and choose how a sample is taken; `seconds` of a run that was timed before."""
+    def warm_up(self, candidate: Candidate) -> None:
+        """Prepare a candidate for `sample`."""
 
-    def sample(self, contender: Contender, turn: int) -> None:
+    def sample(self, candidate: Candidate, turn: int) -> None:
         """Add one sample."""
 
     def once(self, run: Callable[[], Any]) -> float:
         """Seconds of one run, for choices that need no precision."""
 
     def peak(self, run: Callable[[], Any]) -> int | None:
-        """Bytes that a run takes beside what is there before it; None where the system does not say."""
+        """Bytes that a run allocates in addition to the memory used before it; None where the system has no counter."""
 
     def is_broken(self) -> bool:
         """Whether this process can no longer use the device."""
 
 
 class CpuClock:
-    """Wall clock of calls on the CPU."""
+    """Wall-clock time on the CPU, by torch.utils.benchmark with all of torch's threads."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
 
-    def warm_up(self, contender: Contender, seconds: float | None = None) -> None:
-        contender.launch = contender.run
-        if seconds is None or seconds < MIN_SAMPLE_S:  # otherwise one run is a sample, whatever it takes
-            contender.run()
-            seconds = self.once(contender.run)
-        contender.calls = max(1, round(MIN_SAMPLE_S / max(seconds, 1e-9)))
+    def warm_up(self, candidate: Candidate) -> None:
+        """Nothing to do: every sample starts with an untimed run."""
 
-    def sample(self, contender: Contender, turn: int) -> None:
-        launch = contender.launch or contender.run
-        begin = perf_counter()
-        for _ in range(contender.calls):
-            launch()
-        contender.samples[turn] = (perf_counter() - begin) / contender.calls
+    def sample(self, candidate: Candidate, turn: int) -> None:
+        timer = Timer("run()", globals={"run": candidate.run}, num_threads=torch.get_num_threads())
+        measured = timer.blocked_autorange(min_run_time=MIN_SAMPLE_S)
+        candidate.samples[turn], candidate.calls = measured.median, measured.number_per_run
 
     def once(self, run: Callable[[], Any]) -> float:
         begin = perf_counter()
@@ -110,76 +104,62 @@ class CpuClock:
         return False
 
 
-def make_ready(clock: Clock, contender: Contender) -> int | None:
-    """Warm a contender up that has run once; returns its run's peak memory."""
-    times: list[float] = []
-    peak = clock.peak(lambda: times.append(clock.once(contender.run)))
-    clock.warm_up(contender, times[0])
-    return peak
-
-
 def interleave(
     clock: Clock,
-    contenders: Sequence[Contender],
+    candidates: Sequence[Candidate],
     rounds: int,
-    yardsticks: Sequence[Yardstick] = (),
+    peak_rates: Sequence[PeakRate] = (),
     *,
     deadline: float | None = None,
 ) -> int:
-    """Time all contenders in turns, up to `rounds` times; fills their samples and the yardsticks' rates.
+    """Sample all candidates in turns, up to `rounds` times, and measure the peak rates in every round.
 
-    A contender that fails keeps its error and drops out. After `deadline` (of `perf_counter`) no round is begun but the
-    first. Returns the number of rounds.
+    A candidate that fails keeps its error and is dropped. After `deadline` (of `perf_counter`) no round starts except
+    the first. Returns the number of rounds.
     """
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    done = 0
-    try:
-        for turn in range(rounds):
-            if turn and deadline is not None and perf_counter() > deadline:
-                break
-            for yardstick in yardsticks:
-                _measure_rate(clock, yardstick, turn)
-            for contender in contenders:
-                if not contender.error and turn % contender.stride == 0:
-                    _sample(clock, contender, turn)
-            done += 1
-    finally:
-        if collecting:
-            gc.enable()
-    return done
+    for turn in range(rounds):
+        if turn and deadline is not None and perf_counter() > deadline:
+            return turn
+        for rate in peak_rates:
+            _measure_rate(clock, rate, turn)
+        for candidate in candidates:
+            if not candidate.error and turn % candidate.every_n_rounds == 0:
+                _sample(clock, candidate, turn)
+    return rounds
 
 
-def _measure_rate(clock: Clock, yardstick: Yardstick, turn: int) -> None:
+def _measure_rate(clock: Clock, rate: PeakRate, turn: int) -> None:
     best = 0.0
-    for _ in range(yardstick.tries):
-        _sample(clock, yardstick.contender, turn)
-        if yardstick.contender.error:
+    for _ in range(rate.samples_per_round):
+        _sample(clock, rate.candidate, turn)
+        if rate.candidate.error:
             return
-        best = max(best, yardstick.work / yardstick.contender.samples[turn])
-    yardstick.rates[turn] = best
+        best = max(best, rate.work / rate.candidate.samples[turn])
+    rate.rates[turn] = best
 
 
-def _sample(clock: Clock, contender: Contender, turn: int) -> None:
+def _sample(clock: Clock, candidate: Candidate, turn: int) -> None:
     try:
-        clock.sample(contender, turn)
+        clock.sample(candidate, turn)
     except (RuntimeError, MemoryError) as error:
-        contender.error = failure(error)
+        candidate.error = failure(error)
 
 
-def summary(samples: Mapping[int, float] | Sequence[float]) -> dict[str, Any]:
-    """Median, 20th and 80th percentile, and the samples themselves, to 5 digits."""
+def summary(samples: Mapping[int, float] | Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile, to 5 digits, and the number of samples."""
     values = list(samples.values() if isinstance(samples, Mapping) else samples)
-    ordered = sorted(values)
-    p20, p80 = (ordered[0],) * 2 if len(ordered) == 1 else _percentiles(ordered)
-    rounded = [float(f"{value:.5g}") for value in (statistics.median(ordered), p20, p80, *values)]
-    return {"median": rounded[0], "p20": rounded[1], "p80": rounded[2], "samples": rounded[3:]}
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+    numbers = {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
+    return {**{key: float(f"{value:.5g}") for key, value in numbers.items()}, "rounds": len(values)}
 
 
-def _percentiles(ordered: list[float]) -> tuple[float, float]:
-    fifths = statistics.quantiles(ordered, n=5, method="inclusive")
-    return fifths[0], fifths[3]
+def in_words(seconds: float, unit: str = "") -> str:
+    """A time in three digits, never with an exponent: '2.02 s', '907 ms'; `unit` asks for one of s, ms and us."""
+    size = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+    unit = unit or next((name for name, limit in size.items() if seconds >= limit), "us")
+    value = seconds / size[unit]
+    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:.{digits}f} {unit}"
 
 
 def pair_ratios(numerators: Mapping[int, float], denominators: Mapping[int, float]) -> dict[int, float]:
@@ -188,14 +168,11 @@ def pair_ratios(numerators: Mapping[int, float], denominators: Mapping[int, floa
 
 
 def failure(error: BaseException) -> str:
-    """An error as a result: out of memory, or its first line."""
+    """The text of an error for a result: 'out of memory', or the error's first line."""
     text = str(error).strip()
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text:
         return "out of memory"
     return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
-
-
-# ---------------------------------------------------------------------------------------------------- a process' memory
 
 
 def _status(key: str) -> int:
@@ -203,11 +180,11 @@ def _status(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key} here: this system does not tell a process' memory")
+    raise RuntimeError(f"/proc/self/status has no {key}: this system does not report the memory of a process")
 
 
 def _reset_peak() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # memory freed but kept would hide as much of the run's own
+        libc.malloc_trim(0)  # freed memory that malloc keeps would hide as much of the run's own
     Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""`liif-fast bench`: what this machine gives against the original formulation, in two minutes."""
+"""`liif-fast bench`: the speed on this machine compared with the original formulation, in two minutes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ def add(commands: Any) -> None:
     """Add the subcommand to argparse's."""
     parser = commands.add_parser(
         "bench",
-        help="measure what you get here against what you had",
-        description="Time decoding, a training step and a whole upscaling on this machine, beside the original "
-        "formulation in plain PyTorch, and print one table. It takes two minutes; leave the machine alone meanwhile.",
+        help="measure the speed on this machine against the original formulation",
+        description="Time decoding, a training step and a whole upscaling, with liif_fast and the original formulation "
+        "in plain PyTorch, and print one table. It takes two minutes; do not use the machine meanwhile.",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--threads", type=_whole_number, help="processor threads (default: as many as cores)")
     parser.add_argument(
-        "--seconds", type=_seconds, default=120.0, help="time to take, at least one round (default: %(default)g)"
+        "--seconds",
+        type=_seconds,
+        default=120.0,
+        help="duration; at least one round is measured (default: %(default)g)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to a file, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print. Raises ValueError for a device that cannot be used or a file that cannot be written."""
-    from liif_fast.benchmark import command  # not needed by the other commands
+    from liif_fast.benchmark import command  # imports torch.utils.benchmark, which the other commands do not need
 
     if options.json is not None and not options.json.resolve().parent.is_dir():
         raise ValueError(f"the folder of --json {options.json} does not exist: make it first.")
@@ -39,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     device = usable_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {str(device)!r} has no clock here: choose cpu or cuda.")
+        raise ValueError(f"device {str(device)!r} cannot be timed: choose cpu or cuda.")
     return command.main(device, seconds=options.seconds, json_file=options.json)
 
 

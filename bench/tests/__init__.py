@@ -1,0 +1,1 @@
+"""Tests of the benchmarks that are not shipped: workloads, methods, results and documents."""

@@ -1,1 +1,0 @@
-"""Timing, benchmark methods and reports."""

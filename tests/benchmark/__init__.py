@@ -1,0 +1,1 @@
+"""Tests of liif_fast/benchmark and of `liif-fast bench`."""

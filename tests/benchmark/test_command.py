@@ -1,0 +1,101 @@
+"""`liif-fast bench`: all methods do the same work, the table holds the measurements, bad input gives one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from liif_fast.benchmark import command, runs
+from liif_fast.benchmark.timing import CpuClock
+from liif_fast.cli import main as cli
+from tests.helpers import norm_error
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a few milliseconds."""
+    monkeypatch.setitem(command._DECODE, "cpu", ((6, 5), (17, 13)))
+    monkeypatch.setitem(command._TRAIN, "cpu", (1, 60))
+    monkeypatch.setitem(command._ROUNDS, "cpu", 2)
+    photo = runs.photo(torch.device("cpu"))[:, :12, :10].contiguous()
+    monkeypatch.setattr(runs, "photo", lambda device: photo)
+
+
+def test_all_methods_of_a_row_do_the_same_work(small: None) -> None:
+    rows = command.make_rows(torch.device("cpu"))
+    assert [row.name.split()[0] for row in rows] == ["decode", "decoder's", "photo"]
+    for row in rows:
+        dtypes = ("float32", "bfloat16")
+        assert list(row.runs) == [(method, dtype) for method in ("original", "liif_fast") for dtype in dtypes]
+        expected, *others = [_flat(run()) for run in row.runs.values()]
+        for (_, dtype), actual in zip(list(row.runs)[1:], others):
+            assert actual.shape == expected.shape
+            assert norm_error(actual, expected) < (1e-3 if dtype == "float32" else 0.2), (row.name, dtype)
+
+
+def _flat(result: Any) -> torch.Tensor:
+    if isinstance(result, list):  # gradients
+        return torch.cat([part.double().flatten() for part in result])
+    if result.dim() == 4:  # an image; the original returns its queries in a row
+        result = result.flatten(2).transpose(1, 2)
+    return result.double().flatten()
+
+
+def test_the_command_prints_one_table_and_writes_the_numbers(
+    small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "here.json"
+    threads = torch.get_num_threads()
+    try:
+        assert cli.main(["bench", "--device", "cpu", "--seconds", "1", "--threads", "1", "--json", str(file)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    text = capsys.readouterr().out
+    assert "original, float32" in text and "liif_fast, bfloat16" in text and "1 threads" in text
+    assert text.count(" 1.00x") >= 3, "the original against itself"
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 3
+    for cells in rows.values():
+        assert all(cell["seconds"]["median"] > 0 and cell["speedup"]["median"] > 0 for cell in cells.values())
+
+
+def test_a_failed_method_has_its_reason_and_the_others_are_measured() -> None:
+    def fail() -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    row = command.BenchRow("job", {("original", "float32"): fail, ("liif_fast", "float32"): lambda: None})
+    table = command.measure([row], CpuClock(), 0.05)
+    assert table["job"]["original", "float32"].reason == "out of memory"
+    measured = table["job"]["liif_fast", "float32"]
+    assert measured.seconds is not None and measured.speedup is None
+    assert "out of memory" in command.render(table)
+
+
+def test_every_row_gets_a_round_without_time() -> None:
+    rows = [command.BenchRow(name, {("liif_fast", "float32"): lambda: None}) for name in "ab"]
+    table = command.measure(rows, CpuClock(), 1e-9)
+    assert all(table[name]["liif_fast", "float32"].seconds["rounds"] == 1 for name in "ab")  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["--seconds", "0"], 2, "'0' is not a number of seconds above 0"),
+        (["--threads", "none"], 2, "'none' is not a whole number from 1"),
+        (["--device", "tpu"], 1, "device 'tpu' cannot be used here"),
+        (["--json", "nowhere/at/all.json"], 1, "does not exist: make it first"),
+    ],
+)
+def test_bad_input_gives_one_sentence(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        assert cli.main(["bench", *arguments]) == code
+    except SystemExit as end:
+        assert end.code == code
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -13,10 +13,10 @@ CXX_FILES = find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -
 CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu build wheel sanitize clean
+.PHONY: help demo test lint bench gpu gpu-packages build wheel sanitize clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 demo: build ## upscale the shipped photo by 4 and by 2.7, beside bicubic
 	$(PY) -m liif_fast.cli.demo
@@ -33,8 +33,11 @@ lint: $(VENV)/.lint ## ruff, clang-format and mypy; changes nothing
 bench: build ## time the ops against the original formulation, save, fill the documents: 15 minutes
 	$(PY) -m bench.run --budget 830 && $(PY) -m bench.report
 
-gpu: build ## check and time every backend on this machine's GPU, in 8 minutes; the report goes to build/gpu
-	$(PY) -m bench.gpu --out build/gpu
+gpu: build ## test and time every backend on this machine's GPU, in 8 minutes; the report goes to build/gpu
+	$(PY) -m tests.gpu --out build/gpu
+
+gpu-packages: $(VENV)/.installed ## pytest and its plugins, for a GPU machine without a network: in build/gpu/packages
+	$(PY) -m pip install --quiet --upgrade --target build/gpu/packages pytest pytest-timeout pytest-xdist pytest-reportlog
 
 build: $(VENV)/.installed ## compile what changed into liif_fast/_C.abi3.so
 	$(PY) setup.py -q build_ext --inplace

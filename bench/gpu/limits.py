@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.gpu.check import Judge
 from bench.gpu.problems import Case, Decode, norm_error
-from bench.gpu.rounded_model import rounded_query
+from tests.ops.rounded_model import rounded_query
 from liif_fast import ops
 
 # Largest error as a fraction of the range; relative norm error of a gradient. Sums here run in another order than the

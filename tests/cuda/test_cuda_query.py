@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.gpu.rounded_model import rounded_query
+from tests.ops.rounded_model import rounded_query
 from liif_fast import ops
 from liif_fast.ops import backends
 from liif_fast.ops import registration as library

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.gpu.rounded_model import rounded_query
+from tests.ops.rounded_model import rounded_query
 from liif_fast import ops
 from tests.helpers import FLAGS, SHAPES, Case, as_float64, norm_error, random_problem, reason_against
 

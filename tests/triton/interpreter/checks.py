@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from bench.gpu.rounded_model import rounded_query, to_tf32
+from tests.ops.rounded_model import rounded_query, to_tf32
 from liif_fast import ops
 from liif_fast.ops.backends.triton import decode as triton_query
 from tests.helpers import Case, as_float64, norm_error, random_problem

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from bench import tune_triton
-from bench.gpu.rounded_model import to_tf32
+from tests.ops.rounded_model import to_tf32
 from liif_fast import ops
 from liif_fast.ops.backends.triton import decode as triton_query
 from liif_fast.ops.backends.triton import launch as triton_launch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.gpu.rounded_model import rounded_query
+from tests.ops.rounded_model import rounded_query
 from liif_fast import ops
 from liif_fast.ops import registration as library
 from liif_fast.ops.backends.triton import decode as triton_query

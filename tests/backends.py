@@ -1,0 +1,153 @@
+"""The backends that the tests of the ops run on, by the names that `--backend` takes, and their kinds of operands.
+
+One row of TABLE gives a backend every test of tests/ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from liif_fast.ops import backends
+from tests.cuda.emulator import build
+from tests.cuda.emulator.ops import Ops
+from tests.helpers import Case, reason_against
+
+
+def _require(name: str, device: str) -> None:
+    if reason := reason_against(name, "gather", torch.float32, device):
+        pytest.skip(reason)
+
+
+@contextmanager
+def _reference() -> Iterator[None]:
+    yield
+
+
+def _cpu(isa: str) -> Callable:
+    """The CPU kernels of one instruction set."""
+
+    @contextmanager
+    def run() -> Iterator[None]:
+        _require("cpu", "cpu")
+        if not torch.ops.liif_fast_C.cpu_select_isa(isa):
+            pytest.skip(f"this processor has no {isa}, or LIIF_FAST_CPU_ISA excludes it")
+        try:
+            yield
+        finally:
+            torch.ops.liif_fast_C.cpu_select_isa("auto")
+
+    return run
+
+
+@contextmanager
+def emulated() -> Iterator[None]:
+    """The CUDA sources compiled for the CPU, in the place of the extension's CUDA part; the table lets CPU tensors in."""
+    if reason := build.why_not():
+        pytest.skip(reason)
+    module = build.load()
+    module.set_schedule(0, False)
+    set_device("sm_90")
+
+    def can_run(problem: backends.Problem, raise_error: bool = False) -> bool:
+        reason = backends._against_fused_cuda(problem) if problem.op in ("query", "render") else ""
+        return backends._verdict(reason, raise_error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for part in ("gather", "decode"):  # by name: functions hide the modules of the same name
+            patch.setattr(import_module(f"liif_fast.ops.backends.cuda.{part}"), "_C", Ops(module))
+        patch.setitem(backends.BACKENDS, "cuda", can_run)
+        yield
+
+
+# Processors, shared memory of a block and of a processor in KB, compute capability.
+DEVICES = {"sm_90": (3, 227, 228, 9, 0), "sm_80": (4, 163, 164, 8, 0), "sm_86": (2, 99, 100, 8, 6)}
+
+
+def set_device(name: str) -> None:
+    """The GPU that the emulated launches see."""
+    processors, block, processor, *capability = DEVICES[name]
+    build.load().set_device(processors, block << 10, processor << 10, *capability)
+
+
+def _on(name: str, device: str) -> Callable:
+    @contextmanager
+    def run() -> Iterator[None]:
+        _require(name, device)
+        yield
+
+    return run
+
+
+class Kind(NamedTuple):
+    """In which dtypes a decode gets its tensors and multiplies them."""
+
+    name: str
+    dtype: torch.dtype  # of features and layers
+    narrow: torch.dtype | None = None  # of products: 16 bits; None leaves them in `dtype`
+    autocast: bool = False  # whether autocast makes them narrow
+    tf32: bool = False  # whether float32 products may round to TF32
+
+
+KINDS = [
+    Kind("float64", torch.float64),
+    Kind("float32", torch.float32),
+    Kind("tf32", torch.float32, tf32=True),
+    Kind("bfloat16", torch.bfloat16, torch.bfloat16),
+    Kind("float16", torch.float16, torch.float16),
+    Kind("autocast-bfloat16", torch.float32, torch.bfloat16, autocast=True),
+    Kind("autocast-float16", torch.float32, torch.float16, autocast=True),
+]
+
+
+class Backend(NamedTuple):
+    name: str  # as --backend takes it
+    op_backend: str  # the ops' argument `backend`
+    activate: Callable  # a context manager; skips with the reason where the backend cannot run here
+    device: str = "cpu"
+    is_slow: bool = False  # runs a part of the large tables unless `-m prove` asks for all
+    has_tf32: bool = False  # follows torch's switch for TF32
+    has_atomics: bool = False  # adds gradients in no fixed order unless torch.use_deterministic_algorithms is on
+    widest: int = 1 << 20  # layer of an imnet that runs in one kernel,
+    most_outs: int = 1 << 20  # and its outputs; others run through PyTorch's own layers, or are refused
+    rounds_edges: bool = False  # whether the first and the last layer round their operands too: see rounded_model
+
+    def reason_against(self, op: str, dtype: torch.dtype, case: Case | None = None) -> str:
+        """Why the backend refuses an op, or a decode with this case's imnet; '' where it runs it."""
+        widths = () if case is None else (*case.hidden, case.outs)
+        return reason_against(self.op_backend, op, dtype, self.device, widths)
+
+    def fuses(self, case: Case) -> bool:
+        """Whether the case's imnet runs in the backend's own kernel."""
+        if self.op_backend in ("reference", "cpu"):
+            return self.op_backend == "cpu"
+        return bool(case.hidden) and max(case.hidden) <= self.widest and case.outs <= self.most_outs
+
+
+_CUDA = {"op_backend": "cuda", "has_tf32": True, "has_atomics": True}
+_TRITON = {"op_backend": "triton", "has_tf32": True, "has_atomics": True, "widest": 256, "most_outs": 8}
+_TRITON["rounds_edges"] = True
+_ROWS = [
+    Backend("reference", "reference", _reference),
+    *(Backend(f"cpu-{isa}", "cpu", _cpu(isa)) for isa in ("avx512", "avx2", "portable")),
+    Backend("cuda-emulated", activate=emulated, is_slow=True, **_CUDA),
+    Backend("triton-interpreted", activate=_on("triton", "cpu"), is_slow=True, **_TRITON),
+    Backend("cuda", activate=_on("cuda", "cuda"), device="cuda", **_CUDA),
+    Backend("triton", activate=_on("triton", "cuda"), device="cuda", **_TRITON),
+]
+TABLE = {row.name: row for row in _ROWS}
+DEFAULT = ["reference", "cpu", "cuda-emulated"]
+
+
+def selected(option: str | None) -> list[Backend]:
+    """The rows that --backend names, comma separated; `cpu` is every instruction set."""
+    names = option.split(",") if option else DEFAULT
+    for name in names:
+        if name != "cpu" and name not in TABLE:
+            raise pytest.UsageError(f"--backend {name} is no backend: choose cpu or one of {', '.join(TABLE)}")
+    return [row for row in TABLE.values() if row.name in names or (row.op_backend == "cpu" and "cpu" in names)]

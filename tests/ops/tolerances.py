@@ -71,12 +71,13 @@ def assert_decode_close(problem: Problem, backend: Backend, results: Sequence[Te
         return
     narrow = kind.narrow or torch.float16  # a CPU has no TF32, and float16 has as many bits
     last = LIMITS[narrow, "rounding"] if kind.dtype.itemsize == 2 else 0.0
-    with torch.no_grad(), torch.autocast(out.device.type, narrow, enabled=kind.narrow is None):
-        plain = decode(problem, "reference")
+    if kind.tf32:
+        problem = problem._replace(kind=kind._replace(narrow=narrow, autocast=True))
+    plain = decode(problem, "reference")
     limit = TIMES_PYTORCH * norm_error(plain, out) + last
     assert norm_error(results[0], out) <= limit, f"{norm_error(results[0], out):.1e} of the result, {limit:.1e} allowed"
     if not backend.fuses(case):
-        own = gradients(decode(problem, "reference"), problem.leaves, kind.dtype)
+        own = gradients(plain, problem.leaves, kind.dtype)
         for result, right, theirs in zip(results[1:], expected[1:], own[1:], strict=True):
             assert right.norm() < 1e-9 or norm_error(result, right) <= TIMES_PYTORCH * norm_error(theirs, right) + 2 * last
     elif backend.op_backend == "cpu" and not multiplies_natively(kind, case):

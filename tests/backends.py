@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.metadata import version
 from typing import NamedTuple
 
 import pytest
@@ -54,9 +55,9 @@ def emulated() -> Iterator[None]:
     module.set_schedule(0, False)
     set_device("sm_90")
 
-    def can_run(problem: backends.Problem, raise_error: bool = False) -> bool:
-        reason = backends._against_fused_cuda(problem) if problem.op in ("query", "render") else ""
-        return backends._verdict(reason, raise_error)
+    def can_run(request: backends.OpRequest, raise_error: bool = False) -> bool:
+        reason = backends._against_fused_cuda(request) if request.op == "decode" else ""
+        return backends._result(reason, raise_error)
 
     with pytest.MonkeyPatch.context() as patch:
         for part in ("gather", "decode"):  # by name: functions hide the modules of the same name
@@ -75,10 +76,24 @@ def set_device(name: str) -> None:
     build.load().set_device(processors, block << 10, processor << 10, *capability)
 
 
-def _on(name: str, device: str) -> Callable:
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Triton's kernels under its interpreter, which TRITON_INTERPRET=1 chooses before the first import."""
+    _require("triton", "cpu")
+    if _versions("triton") < (3, 7) and _versions("numpy") >= (2, 4):
+        pytest.skip("the interpreter of Triton 3.6 does not run with NumPy 2.4 or later")
+    import_module("tests.triton.interpreter").correct()
+    yield
+
+
+def _versions(distribution: str) -> tuple[int, ...]:
+    return tuple(map(int, version(distribution).split(".")[:2]))
+
+
+def _on_device(name: str) -> Callable:
     @contextmanager
     def run() -> Iterator[None]:
-        _require(name, device)
+        _require(name, "cuda")
         yield
 
     return run
@@ -110,11 +125,12 @@ class Backend(NamedTuple):
     op_backend: str  # the ops' argument `backend`
     activate: Callable  # a context manager; skips with the reason where the backend cannot run here
     device: str = "cpu"
-    is_slow: bool = False  # runs a part of the large tables unless `-m prove` asks for all
+    every: int = 1  # a slow backend runs one of so many cases of a large table, and all of them with `-m prove`
+    most_queries: int = 1 << 20  # of a case of these tables
     has_tf32: bool = False  # follows torch's switch for TF32
     has_atomics: bool = False  # adds gradients in no fixed order unless torch.use_deterministic_algorithms is on
-    widest: int = 1 << 20  # layer of an imnet that runs in one kernel,
-    most_outs: int = 1 << 20  # and its outputs; others run through PyTorch's own layers, or are refused
+    widest: int = 256  # layer of an imnet that runs in one kernel,
+    most_outs: int = 16  # and its outputs; others run through PyTorch's own layers, or are refused
     rounds_edges: bool = False  # whether the first and the last layer round their operands too: see rounded_model
 
     def reason_against(self, op: str, dtype: torch.dtype, case: Case | None = None) -> str:
@@ -122,23 +138,22 @@ class Backend(NamedTuple):
         widths = () if case is None else (*case.hidden, case.outs)
         return reason_against(self.op_backend, op, dtype, self.device, widths)
 
-    def fuses(self, case: Case) -> bool:
-        """Whether the case's imnet runs in the backend's own kernel."""
-        if self.op_backend in ("reference", "cpu"):
-            return self.op_backend == "cpu"
-        return bool(case.hidden) and max(case.hidden) <= self.widest and case.outs <= self.most_outs
+    def rounds_to_tf32(self, case: Case) -> bool:
+        """Whether the switch for TF32 changes this decode: layers that PyTorch multiplies ignore it on a CPU."""
+        in_kernel = bool(case.hidden) and max(case.hidden) <= self.widest and case.outs <= self.most_outs
+        return in_kernel or self.device != "cpu"
 
 
 _CUDA = {"op_backend": "cuda", "has_tf32": True, "has_atomics": True}
-_TRITON = {"op_backend": "triton", "has_tf32": True, "has_atomics": True, "widest": 256, "most_outs": 8}
+_TRITON = {"op_backend": "triton", "has_tf32": True, "has_atomics": True, "most_outs": 8}
 _TRITON["rounds_edges"] = True
 _ROWS = [
     Backend("reference", "reference", _reference),
     *(Backend(f"cpu-{isa}", "cpu", _cpu(isa)) for isa in ("avx512", "avx2", "portable")),
-    Backend("cuda-emulated", activate=emulated, is_slow=True, **_CUDA),
-    Backend("triton-interpreted", activate=_on("triton", "cpu"), is_slow=True, **_TRITON),
-    Backend("cuda", activate=_on("cuda", "cuda"), device="cuda", **_CUDA),
-    Backend("triton", activate=_on("triton", "cuda"), device="cuda", **_TRITON),
+    Backend("cuda-emulated", activate=emulated, every=3, most_queries=40, **_CUDA),
+    Backend("triton-interpreted", activate=interpreted, every=5, most_queries=9, **_TRITON),
+    Backend("cuda", activate=_on_device("cuda"), device="cuda", **_CUDA),
+    Backend("triton", activate=_on_device("triton"), device="cuda", **_TRITON),
 ]
 TABLE = {row.name: row for row in _ROWS}
 DEFAULT = ["reference", "cpu", "cuda-emulated"]

@@ -11,8 +11,6 @@ from tests import backends
 
 torch.set_num_threads(2)  # results depend on the number in their last bits
 
-_EVERY = 3  # a slow backend runs one of so many cases of a large table
-
 
 def pytest_addoption(parser):
     names = ", ".join(backends.TABLE)
@@ -41,10 +39,10 @@ def pytest_collection_modifyitems(items):
     seen: dict[tuple, int] = {}
     for item in items:
         row = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-        if row is not None and row.is_slow and item.get_closest_marker("table"):
+        if row is not None and item.get_closest_marker("table"):
             key = item.function, row.name
             seen[key] = seen.get(key, -1) + 1
-            if seen[key] % _EVERY:
+            if seen[key] % row.every:
                 item.add_marker(pytest.mark.prove)
 
 

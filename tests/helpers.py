@@ -40,10 +40,10 @@ class Case(NamedTuple):
 
     @property
     def window(self) -> tuple[int, int, int, int]:
-        """The image's first rows, about as many pixels as queries."""
-        if self.queries < self.size[1]:
-            return 0, 0, min(self.queries, 1), self.queries
-        return 0, 0, min(self.queries // self.size[1], self.size[0]), self.size[1]
+        """A part from the middle of the image, of about as many pixels as there are queries."""
+        cols = min(self.size[1], max(self.queries // 2, 1))
+        rows = min(self.size[0], self.queries // cols)
+        return (self.size[0] - rows) // 2, (self.size[1] - cols) // 2, rows, cols
 
     @property
     def in_dim(self) -> int:

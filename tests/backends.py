@@ -20,6 +20,9 @@ from tests.cuda.emulator.ops import Ops
 from tests.helpers import Case, reason_against
 
 
+_MODULES = "liif_fast.ops.backends"
+
+
 def _require(name: str, device: str) -> None:
     if reason := reason_against(name, "gather", torch.float32, device):
         pytest.skip(reason)
@@ -61,7 +64,7 @@ def emulated() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for part in ("gather", "decode"):  # by name: functions hide the modules of the same name
-            patch.setattr(import_module(f"liif_fast.ops.backends.cuda.{part}"), "_C", Ops(module))
+            patch.setattr(import_module(f"{_MODULES}.cuda.{part}"), "_C", Ops(module))
         patch.setitem(backends.BACKENDS, "cuda", can_run)
         yield
 
@@ -132,6 +135,7 @@ class Backend(NamedTuple):
     widest: int = 256  # layer of an imnet that runs in one kernel,
     most_outs: int = 16  # and its outputs; others run through PyTorch's own layers, or are refused
     rounds_edges: bool = False  # whether the first and the last layer round their operands too: see rounded_model
+    chunks: tuple = ()  # (module, variable) of its size of a backward's step, and a size that makes several steps
 
     def reason_against(self, op: str, dtype: torch.dtype, case: Case | None = None) -> str:
         """Why the backend refuses an op, or a decode with this case's imnet; '' where it runs it."""
@@ -145,11 +149,13 @@ class Backend(NamedTuple):
 
 
 _CUDA = {"op_backend": "cuda", "has_tf32": True, "has_atomics": True}
+_CUDA["chunks"] = ((f"{_MODULES}.cuda.decode", "_CHUNK_ROWS", 128),)
 _TRITON = {"op_backend": "triton", "has_tf32": True, "has_atomics": True, "most_outs": 8}
 _TRITON["rounds_edges"] = True
+_TRITON["chunks"] = tuple((f"{_MODULES}.triton.{name}", "PIECE_BYTES", 20_000) for name in ("decode", "layerwise"))
 _ROWS = [
     Backend("reference", "reference", _reference),
-    *(Backend(f"cpu-{isa}", "cpu", _cpu(isa)) for isa in ("avx512", "avx2", "portable")),
+    *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ("avx512", "avx2", "portable")),
     Backend("cuda-emulated", activate=emulated, every=3, most_queries=40, **_CUDA),
     Backend("triton-interpreted", activate=interpreted, every=5, most_queries=9, **_TRITON),
     Backend("cuda", activate=_on_device("cuda"), device="cuda", **_CUDA),

@@ -59,7 +59,7 @@ SHAPES = {
     "no-query": Case(queries=0, batch=2, hidden=(16, 16)),
     "batch-and-width-64": Case(batch=2, channels=64, height=6, width=4, queries=60, hidden=(32, 32)),
     "linear": Case(hidden=()),
-    "paper-width": Case(channels=8, hidden=(256, 256, 256, 256), queries=45),
+    "paper-width": Case(channels=8, hidden=(256, 256, 256, 256), queries=20),
     "mixed-widths": Case(batch=2, channels=2, hidden=(112, 16, 48), outs=16, queries=50),
     "odd-widths": Case(channels=5, hidden=(13, 37, 1), outs=4, queries=77),
     "wider-than-a-kernel": Case(hidden=(300, 12), queries=16),

@@ -109,10 +109,15 @@ def multiplies_natively(kind: Kind, case: Case) -> bool:
     return kind.narrow == torch.bfloat16 and len(case.hidden) > 1 and torch.ops.liif_fast_C.cpu_has_bf16()
 
 
-def check_decode(backend: Backend, kind: Kind, case: Case, mode: str, **options) -> None:
-    """Skips with the backend's own reason where it refuses the case."""
+def require(backend: Backend, kind: Kind, case: Case) -> None:
+    """Skips with the backend's own reason where it refuses to decode the case."""
     if reason := backend.reason_against("decode", kind.dtype, case):
         pytest.skip(reason)
+
+
+def check_decode(backend: Backend, kind: Kind, case: Case, mode: str, **options) -> None:
+    """A random decode and all its gradients."""
+    require(backend, kind, case)
     case = case._replace(queries=min(case.queries, backend.most_queries))
     problem = make_problem(case, kind, mode, backend.device)
     assert_decode_close(problem, backend, run(problem, backend, **options))

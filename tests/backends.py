@@ -128,8 +128,8 @@ class Backend(NamedTuple):
     op_backend: str  # the ops' argument `backend`
     activate: Callable  # a context manager; skips with the reason where the backend cannot run here
     device: str = "cpu"
-    every: int = 1  # a slow backend runs one of so many cases of a large table, and all of them with `-m prove`
-    most_queries: int = 1 << 20  # of a case of these tables
+    every: int = 1  # a slow backend runs one of so many cases of each test, and the others with `-m prove`
+    most_queries: int = 1 << 20  # of a random case
     has_tf32: bool = False  # follows torch's switch for TF32
     has_atomics: bool = False  # adds gradients in no fixed order unless torch.use_deterministic_algorithms is on
     widest: int = 256  # layer of an imnet that runs in one kernel,

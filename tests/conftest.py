@@ -35,14 +35,16 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Moves most of the large tables' cases on slow backends to `-m prove`."""
-    seen: dict[tuple, int] = {}
+    """Leaves a slow backend one of `every` cases of each test, from varying positions, and `-m prove` the others."""
+    groups: dict[tuple, list] = {}
     for item in items:
         row = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-        if row is not None and item.get_closest_marker("table"):
-            key = item.function, row.name
-            seen[key] = seen.get(key, -1) + 1
-            if seen[key] % row.every:
+        if row is not None:
+            groups.setdefault((item.function, row), []).append(item)
+    for position, ((_, row), cases) in enumerate(groups.items()):
+        first = position % min(row.every, len(cases))
+        for index, item in enumerate(cases):
+            if (index - first) % row.every:
                 item.add_marker(pytest.mark.prove)
 
 

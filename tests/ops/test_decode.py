@@ -24,7 +24,6 @@ def flag_name(flags) -> str:
     return "".join(f"-{letter}" for letter, on in zip("euc", flags) if not on) or "full"
 
 
-@pytest.mark.table
 @modes
 @pytest.mark.parametrize("shape", SHAPES)
 @every_kind
@@ -32,7 +31,6 @@ def test_every_shape(backend, kind, shape, mode):
     check_decode(backend, kind, SHAPES[shape], mode)
 
 
-@pytest.mark.table
 @modes
 @pytest.mark.parametrize("flags", FLAGS, ids=flag_name)
 def test_every_flag(backend, kind, flags, mode):

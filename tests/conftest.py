@@ -24,6 +24,8 @@ def pytest_generate_tests(metafunc):
     rows = backends.selected(metafunc.config.getoption("--backend"))
     if not metafunc.definition.get_closest_marker("with_reference"):
         rows = [row for row in rows if row.name != "reference"]
+    if metafunc.definition.get_closest_marker("one_isa"):
+        rows = [row for row in rows if row.op_backend != "cpu" or row.name == "cpu-portable"] or rows
     if "kind" not in metafunc.fixturenames:
         metafunc.parametrize("backend", rows, ids=lambda row: row.name, indirect=True)
         return

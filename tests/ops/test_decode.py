@@ -224,6 +224,21 @@ def test_nan_in_nan_out_and_only_there(backend, kind, ensemble):
     assert torch.equal(found[finite], wanted[finite])
 
 
+@pytest.mark.kinds("float32", "autocast-bfloat16")
+def test_nan_leaves_the_gradients_of_other_queries_alone(backend, kind):
+    case = SMALL._replace(batch=1, queries=12)
+    clean = make_problem(case, kind, device=backend.device)
+    broken = clean.mapped(torch.clone)
+    with torch.no_grad():
+        broken.coord[0, 9, 1] = float("nan")
+    results = []
+    for problem in (clean, broken):
+        out = decode(problem, backend.op_backend)
+        results.append([out, *torch.autograd.grad(out.sum(), [problem.coord, problem.cell])])
+    rest = [query for query in range(12) if query != 9]
+    assert all(torch.equal(a[0, rest], b[0, rest]) for a, b in zip(*results, strict=True))
+
+
 def strided(tensor: torch.Tensor) -> torch.Tensor:
     """The same values, neither contiguous nor at the beginning of their memory, which is NaN elsewhere."""
     wide = torch.full([2 * size + 1 for size in tensor.shape], float("nan"), dtype=tensor.dtype, device=tensor.device)

@@ -89,7 +89,7 @@ def golden(file: Path) -> Golden:
 
 def build(case: Golden, backend: str, dtype: torch.dtype) -> torch.nn.Module:
     """The model of a golden file with its weights; skips where the backend cannot run here."""
-    if reason := reason_against(backend, "query", dtype):
+    if reason := reason_against(backend, "decode", dtype):
         pytest.skip(reason)
     model = make_model(case.spec).to(dtype)
     model.backend = backend

@@ -19,7 +19,6 @@ from tests.cuda.emulator import build
 from tests.cuda.emulator.ops import Ops
 from tests.helpers import Case, reason_against
 
-
 _MODULES = "liif_fast.ops.backends"
 
 

@@ -118,9 +118,7 @@ def psnr(actual: Tensor, expected: Tensor) -> float:
     return (10 * torch.log10(expected.double().abs().max() ** 2 / mse)).item()
 
 
-def reason_against(
-    backend: str, op: str, dtype: torch.dtype, device: str = "cpu", widths: tuple[int, ...] = ()
-) -> str:
+def reason_against(backend: str, op: str, dtype: torch.dtype, device: str = "cpu", widths: tuple[int, ...] = ()) -> str:
     """Why a backend cannot run an op here, with an imnet of these widths; '' where it can."""
     try:
         backends.BACKENDS[backend](backends.OpRequest(op, device, dtype, widths), raise_error=True)

@@ -127,7 +127,9 @@ def test_the_switch_for_tf32_may_change_between_forward_and_backward(backend):
     for recompute in (None, False, True):
         try:
             switch.fp32_precision = "ieee" if recompute is None else "tf32"
-            out = ops.query(*tensors[:3], tensors[3:6], tensors[6:], recompute=bool(recompute), backend=backend.op_backend)
+            out = ops.query(
+                *tensors[:3], tensors[3:6], tensors[6:], recompute=bool(recompute), backend=backend.op_backend
+            )
             switch.fp32_precision = "ieee"
             grads = torch.autograd.grad(out.sum(), tensors)
         finally:
@@ -217,7 +219,9 @@ def test_nan_in_nan_out_and_only_there(backend, kind, ensemble):
     far = decode(problem, backend.op_backend)
     assert far.shape == (1, 12, 3)
     expected = decode(problem, "reference")
-    assert norm_error(far[0, 6], expected[0, 6]) <= (LIMITS[kind.narrow or torch.float16, "model"] if kind.narrow or kind.tf32 else 1e-5)
+    assert norm_error(far[0, 6], expected[0, 6]) <= (
+        LIMITS[kind.narrow or torch.float16, "model"] if kind.narrow or kind.tf32 else 1e-5
+    )
     problem.feat[0, 2, 3, 3] = float("nan")
     finite = problem.coord.isfinite().all(-1) & (problem.coord.abs() < 1e9).all(-1)
     found, wanted = decode(problem, backend.op_backend).isnan(), decode(problem, "reference").isnan()
@@ -261,7 +265,9 @@ def test_inputs_may_have_any_strides_and_are_not_changed(backend, kind):
         assert all(torch.equal(a, b) for a, b in zip(changed.leaves, before, strict=True))
     one = {name: getattr(problem, name)[:1] for name in ("feat", "coord", "cell")}
     expanded = {name: tensor.expand(3, *tensor.shape[1:]) for name, tensor in one.items()}
-    assert range_error(decode(problem._replace(**expanded), backend.op_backend), expected[:1].expand(3, -1, -1)) <= limit
+    assert (
+        range_error(decode(problem._replace(**expanded), backend.op_backend), expected[:1].expand(3, -1, -1)) <= limit
+    )
 
 
 @modes

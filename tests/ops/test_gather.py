@@ -84,9 +84,7 @@ def test_indices_are_exactly_those_of_grid_sample(backend, size, scale):
     count = 4000 if backend.every == 1 else 200
     axes = [ops.reference.pixel_centers(max(round(side * scale), 1), dtype=torch.float32) for side in size]
     coord = torch.stack([axis[torch.linspace(0, len(axis) - 1, count).long()] for axis in axes], dim=-1)[None]
-    x, _ = ops.gather(
-        feat.to(backend.device), coord.to(backend.device), feat_unfold=False, backend=backend.op_backend
-    )
+    x, _ = ops.gather(feat.to(backend.device), coord.to(backend.device), feat_unfold=False, backend=backend.op_backend)
     for corner, sides in enumerate(((-1, -1), (-1, 1), (1, -1), (1, 1))):
         moved = coord.clone()
         for axis in (0, 1):
@@ -165,7 +163,9 @@ def test_nan_and_far_coordinates(backend, ensemble):
 
 
 @dtypes
-@pytest.mark.parametrize("shape", [(2, 75, 1, 1), (2, 75, 4, 3), (1, 20, 3, 5), (1, 20, 4, 16), (1, 9, 4, 300), (1, 0, 4, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 75, 1, 1), (2, 75, 4, 3), (1, 20, 3, 5), (1, 20, 4, 16), (1, 9, 4, 300), (1, 0, 4, 3)], ids=str
+)
 def test_ensemble(backend, shape, dtype):
     generator = torch.Generator().manual_seed(0)
     geometry = torch.float64 if dtype == torch.float64 else torch.float32

@@ -75,7 +75,9 @@ def test_neighbors_that_share_a_latent(backend, scale, deterministic):
     tensors = problem(torch.float64, hidden=70)
     size = [scale * side for side in tensors[0].shape[2:]]
     coord = ops.reference.window_coord(size, (0, 0, *size), dtype=torch.float64, device=None)[:40].expand(2, -1, 2)
-    check_metasr(backend, [tensors[0], coord, coord.new_tensor([2 / side for side in size]).expand(coord.shape), *tensors[3:]])
+    check_metasr(
+        backend, [tensors[0], coord, coord.new_tensor([2 / side for side in size]).expand(coord.shape), *tensors[3:]]
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 1), (16, 16), (17, 23), (255, 64), (1000, 3)], ids=str)

@@ -12,7 +12,7 @@ import torch
 from liif_fast import ops
 from liif_fast.ops import backends
 from liif_fast.ops.validation import latent_range
-from tests.helpers import Case, random_problem, range_error, reason_against
+from tests.helpers import Case, random_problem, reason_against
 
 WHY_NOT = reason_against("cpu", "decode", torch.float32)
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
-from tests.ops.rounded_model import rounded_query, to_tf32
 from liif_fast import ops
 from liif_fast.ops.backends.triton import decode as triton_query
 from tests.helpers import Case, as_float64, norm_error, random_problem
+from tests.ops.rounded_model import rounded_query, to_tf32
 
 KINDS = ("float64", "float32", "tf32", "bfloat16", "float16")  # of operands
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from bench import tune_triton
-from tests.ops.rounded_model import to_tf32
 from liif_fast import ops
 from liif_fast.ops.backends.triton import decode as triton_query
 from liif_fast.ops.backends.triton import launch as triton_launch
@@ -18,6 +17,7 @@ from liif_fast.ops.backends.triton import pack as triton_pack
 from liif_fast.ops.backends.triton.problem import decode_points
 from liif_fast.ops.backends.triton.rows import as_operand
 from tests.helpers import Case, random_problem
+from tests.ops.rounded_model import to_tf32
 
 
 @triton.jit

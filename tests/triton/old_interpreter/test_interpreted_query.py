@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.rounded_model import rounded_query
 from liif_fast import ops
 from liif_fast.ops import registration as library
 from liif_fast.ops.backends.triton import decode as triton_query
 from liif_fast.ops.backends.triton import launch as triton_launch
 from liif_fast.ops.backends.triton import layerwise as triton_layers
 from tests.helpers import FLAGS, SHAPES, Case, as_float64, norm_error, random_problem
+from tests.ops.rounded_model import rounded_query
 from tests.triton.interpreter.checks import KINDS, check, check_rounded, dtype_of, operands, problem, run
 
 

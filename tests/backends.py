@@ -50,7 +50,7 @@ def _cpu(isa: str) -> Callable:
 
 @contextmanager
 def emulated() -> Iterator[None]:
-    """The CUDA sources compiled for the CPU, in the place of the extension's CUDA part; the table lets CPU tensors in."""
+    """The CUDA sources compiled for the CPU, in the place of the extension's CUDA part, and open to CPU tensors."""
     if reason := build.why_not():
         pytest.skip(reason)
     module = build.load()

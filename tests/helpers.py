@@ -52,7 +52,7 @@ class Case(NamedTuple):
 
 FLAGS = [(e, u, c) for e in (True, False) for u in (True, False) for c in (True, False)]
 
-# Each is awkward in its own way: one query, a remainder of one, no hidden layer, widths that fill no vector, one latent.
+# Each is awkward: one query, a remainder of one, no hidden layer, widths that fill no vector, one latent.
 SHAPES = {
     "plain": Case(),
     "one-query": Case(queries=1, batch=2, hidden=(16, 16)),

@@ -26,7 +26,7 @@ from tests.ops.tolerances import assert_close, check_decode
 
 BACKEND = TABLE["cuda-emulated"]
 # Most blocks of a launch (0: as many as it asks for), and whether they run from last to first.
-SCHEDULES = {"one-block": (1, False), "two-blocks-backwards": (2, True)}
+SCHEDULES = {"one-block": (1, False), "two-blocks-backwards": (2, True), "backwards": (0, True)}
 schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 kinds = pytest.mark.parametrize("kind", [KINDS[index] for index in (1, 2, 5, 6)], ids=lambda kind: kind.name)
 ordered = pytest.mark.parametrize("deterministic", [True], indirect=True)
@@ -77,13 +77,13 @@ RUNS = {
 
 @both_orders
 @schedules
-@pytest.mark.parametrize("train", RUNS.values(), ids=RUNS)
-def test_results_do_not_depend_on_the_launch(kernels, train, schedule, deterministic):
-    out, *grads = train()
+@pytest.mark.parametrize("name", RUNS)
+def test_results_do_not_depend_on_the_launch(kernels, name, schedule, deterministic):
+    out, *grads = RUNS[name]()
     kernels.set_schedule(*schedule)
-    other, *others = train()
+    other, *others = RUNS[name]()
     assert torch.equal(other, out)
-    if deterministic:
+    if deterministic and (schedule[0] == 0 or not name.startswith("decode")):  # which adds its blocks' sums
         assert all(torch.equal(a, b) for a, b in zip(others, grads, strict=True))
     else:
         assert_close(others, grads, 4e-3 if grads[-1].dtype == torch.bfloat16 else 1e-6)
@@ -106,7 +106,8 @@ def test_ordered_gradients_of_gather_are_those_of_the_cpu_backend(kernels, sched
 def test_the_largest_workspace_fits(kernels, device, width, kind):
     """Sixteen outputs, a query a row, gradients of coordinates: what asks for the most shared memory."""
     set_device(device)
-    check_decode(BACKEND, kind, Case(channels=2, queries=2, hidden=(width, 16), outs=16, local_ensemble=False), "points")
+    case = Case(channels=2, queries=2, hidden=(width, 16), outs=16, local_ensemble=False)
+    check_decode(BACKEND, kind, case, "points")
 
 
 @pytest.mark.prove
@@ -160,7 +161,7 @@ def test_a_latent_too_wide_is_refused(kernels):
         kernels.metasr_forward("float32", *(np.empty(size, np.float32) for size in sizes), [0, 0, 1, 1])
 
 
-ef test_gather_counts_offsets_in_64_bits(kernels, tmp_path):
+def test_gather_counts_offsets_in_64_bits(kernels, tmp_path):
     """Maps that lie more than 2^32 elements apart, in a file with holes."""
     map_stride, channel_stride = 2**32 + 77, 2**31 + 13
     memory = np.memmap(tmp_path / "holes", dtype=np.float16, mode="w+", shape=(map_stride + channel_stride + 64,))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from liif_fast import ops
+from tests.backends import KINDS
 from tests.helpers import FLAGS, SHAPES, Case, as_float64, norm_error, psnr, random_problem, range_error
 from tests.ops.decoding import MODES, decode, exact, latent_map_of, make_problem, run
 from tests.ops.rounded_model import rounded_query
@@ -120,18 +121,15 @@ def test_gradients_do_not_depend_on_what_else_is_differentiated(backend, kind, n
 def test_the_switch_for_tf32_may_change_between_forward_and_backward(backend):
     if not backend.has_tf32:
         pytest.skip("this backend has no TF32")
-    feat, coord, cell, weights, biases = random_problem(SMALL, torch.float32, requires_grad=True)
-    tensors = [t.to(backend.device) for t in (feat, coord, cell, *weights, *biases)]
+    problem = make_problem(SMALL, KINDS[1], device=backend.device)
     switch = torch.backends.cuda.matmul
     before, expected = switch.fp32_precision, None
     for recompute in (None, False, True):
         try:
             switch.fp32_precision = "ieee" if recompute is None else "tf32"
-            out = ops.query(
-                *tensors[:3], tensors[3:6], tensors[6:], recompute=bool(recompute), backend=backend.op_backend
-            )
+            out = decode(problem, backend.op_backend, recompute=bool(recompute))
             switch.fp32_precision = "ieee"
-            grads = torch.autograd.grad(out.sum(), tensors)
+            grads = torch.autograd.grad(out.sum(), problem.leaves)
         finally:
             switch.fp32_precision = before
         expected = expected or grads
@@ -218,10 +216,8 @@ def test_nan_in_nan_out_and_only_there(backend, kind, ensemble):
     problem.coord[0, 6] = torch.tensor([1e3, -1e3])
     far = decode(problem, backend.op_backend)
     assert far.shape == (1, 12, 3)
-    expected = decode(problem, "reference")
-    assert norm_error(far[0, 6], expected[0, 6]) <= (
-        LIMITS[kind.narrow or torch.float16, "model"] if kind.narrow or kind.tf32 else 1e-5
-    )
+    limit = LIMITS[kind.narrow or torch.float16, "model"] if kind.narrow or kind.tf32 else 1e-5
+    assert norm_error(far[0, 6], decode(problem, "reference")[0, 6]) <= limit
     problem.feat[0, 2, 3, 3] = float("nan")
     finite = problem.coord.isfinite().all(-1) & (problem.coord.abs() < 1e9).all(-1)
     found, wanted = decode(problem, backend.op_backend).isnan(), decode(problem, "reference").isnan()

@@ -27,6 +27,10 @@ CASES = {
 }
 
 
+# [B, Q, S, O] of what ensemble blends.
+BLENDS = [(2, 75, 1, 1), (2, 75, 4, 3), (1, 20, 3, 5), (1, 20, 4, 16), (1, 9, 4, 300), (1, 0, 4, 3), (1, 5, 4, 0)]
+
+
 def gather(leaves, case, backend):
     cell = leaves[2] if case.cell_decode else None
     flags = {"feat_unfold": case.feat_unfold, "local_ensemble": case.local_ensemble}
@@ -163,9 +167,7 @@ def test_nan_and_far_coordinates(backend, ensemble):
 
 
 @dtypes
-@pytest.mark.parametrize(
-    "shape", [(2, 75, 1, 1), (2, 75, 4, 3), (1, 20, 3, 5), (1, 20, 4, 16), (1, 9, 4, 300), (1, 0, 4, 3)], ids=str
-)
+@pytest.mark.parametrize("shape", BLENDS, ids=str)
 def test_ensemble(backend, shape, dtype):
     generator = torch.Generator().manual_seed(0)
     geometry = torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""The ops inside PyTorch, on every backend: gradcheck, opcheck, torch.compile, autocast, imnets that no kernel takes."""
+"""The ops inside PyTorch, on every backend: gradcheck, opcheck, torch.compile, autocast, any imnet."""
 
 from __future__ import annotations
 

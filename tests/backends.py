@@ -156,7 +156,7 @@ _ROWS = [
     Backend("reference", "reference", _reference),
     *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ("avx512", "avx2", "portable")),
     Backend("cuda-emulated", activate=emulated, every=3, most_queries=40, **_CUDA),
-    Backend("triton-interpreted", activate=interpreted, every=5, most_queries=9, **_TRITON),
+    Backend("triton-interpreted", activate=interpreted, every=11, most_queries=9, **_TRITON),
     Backend("cuda", activate=_on_device("cuda"), device="cuda", **_CUDA),
     Backend("triton", activate=_on_device("triton"), device="cuda", **_TRITON),
 ]

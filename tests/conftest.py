@@ -36,9 +36,14 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Leaves a slow backend one of `every` cases of each test, from varying positions, and `-m prove` the others."""
+def pytest_collection_modifyitems(config, items):
+    """Leaves a slow backend one of `every` cases of each test, from varying positions, and `-m prove` the others.
+
+    With --backend, tests/ops runs nothing that has no backend: the run without the option does.
+    """
     groups: dict[tuple, list] = {}
+    if config.getoption("--backend"):
+        items[:] = [item for item in items if "backend" in item.fixturenames or item.path.parent.name != "ops"]
     for item in items:
         row = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
         if row is not None:

@@ -102,6 +102,8 @@ def test_indices_are_exactly_those_of_grid_sample(backend, size, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_corners_that_a_rounding_moved_apart(backend, dtype, deterministic):
     """On a long axis a tie can put two latents' distance between neighboring corners: 3x3 places make more than 4x4."""
+    if deterministic and backend.name == "triton-interpreted":
+        pytest.skip("one program a latent takes the interpreter minutes")
     height = 4096
     rows = 2 * torch.rand(200_000, generator=torch.Generator().manual_seed(0)) - 1
     index = torch.arange(float(height)).view(1, 1, height, 1)

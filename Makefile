@@ -6,23 +6,31 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
-# Tests of what runs inside the extension: the ones worth running under the sanitisers.
-KERNEL_TESTS = $(wildcard tests/ops/test_cpu_*.py tests/ops/test_ops_*.py tests/cuda/test_cuda_on_cpu.py tests/cuda/test_cuda_metasr.py tests/cuda/test_cuda_query.py)
+# Triton's kernels under its interpreter, which has to be chosen before Triton is imported: a run of its own.
+INTERPRETED = TRITON_INTERPRET=1 $(PY) -m pytest tests/ops tests/triton/test_interpreted.py --backend triton-interpreted
+# Tests of what runs inside the extension: the ones worth running under the sanitizers.
+KERNEL_TESTS = tests/ops/test_decode.py tests/ops/test_gather.py tests/ops/test_metasr.py tests/ops/test_cpu.py tests/cuda/test_emulated.py
 CXX_FILES = find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 # Not $(VENV)/bin/clang-format: an environment that reuses another one's packages has no script of its own for them.
 CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu gpu-packages build wheel sanitize clean
+.PHONY: help demo test prove lint bench gpu gpu-packages build wheel sanitize clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
-demo: build ## upscale the shipped photo by 4 and by 2.7, beside bicubic
+demo: build ## upscale the shipped photo by 4 and by 2.7, next to bicubic
 	$(PY) -m liif_fast.cli.demo
 
 test: build ## build, then run the tests (PYTEST_ARGS='-k name' for some of them)
 	$(PY) -m pytest $(PYTEST_ARGS)
+	$(INTERPRETED) $(PYTEST_ARGS)
+
+prove: build ## the slow proofs: every architecture ahead of time, all cases on slow backends, some under sanitizers
+	$(PY) -m pytest -m prove $(PYTEST_ARGS)
+	$(INTERPRETED) -m prove $(PYTEST_ARGS)
+	$(MAKE) sanitize PYTEST_ARGS='-k "(avx2 or emulated) and (flag or nan or layout or launch or mistakes)"'
 
 lint: $(VENV)/.lint ## ruff, clang-format and mypy; changes nothing
 	$(PY) -m ruff check .
@@ -45,8 +53,7 @@ build: $(VENV)/.installed ## compile what changed into liif_fast/_C.abi3.so
 wheel: $(VENV)/.installed ## a wheel for every Python >= 3.10 and torch >= 2.11, in dist/
 	$(PY) -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
 
-sanitize: $(VENV)/.installed ## the kernels' tests under the address and undefined-behaviour sanitisers (GCC)
-	$(if $(KERNEL_TESTS),,$(error tests/ops holds no test to run))
+sanitize: $(VENV)/.installed ## the kernels' tests under the address and undefined-behavior sanitizers (GCC)
 	LIIF_FAST_SANITIZE=1 $(PY) setup.py -q build_ext --inplace
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

@@ -1,26 +1,81 @@
-"""What tests share: two threads (the results' noise is judged at that), and switches that are put back."""
+"""What all tests share: two threads, the option --backend, and switches that are put back."""
 
 from __future__ import annotations
+
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from liif_fast.ops.backends import extension
+from tests import backends
 
-torch.set_num_threads(2)
-
-ISAS = ("avx512", "avx2", "portable")
+torch.set_num_threads(2)  # results depend on the number in their last bits
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    """Each instruction set of the CPU kernels that this processor runs."""
-    if not extension.is_available():
-        pytest.skip(extension.reason())
-    if not torch.ops.liif_fast_C.cpu_select_isa(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    torch.ops.liif_fast_C.cpu_select_isa("auto")
+def pytest_addoption(parser):
+    names = ", ".join(backends.TABLE)
+    parser.addoption("--backend", help=f"backends for tests/ops, separated by commas: cpu (all its kernels), {names}")
+
+
+def pytest_generate_tests(metafunc):
+    """Parametrizes `backend`, and `kind` with the kinds that the backend knows."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    rows = backends.selected(metafunc.config.getoption("--backend"))
+    if not metafunc.definition.get_closest_marker("with_reference"):
+        rows = [row for row in rows if row.name != "reference"]
+    if metafunc.definition.get_closest_marker("one_isa"):
+        rows = [row for row in rows if row.op_backend != "cpu" or row.name == "cpu-portable"] or rows
+    if "kind" not in metafunc.fixturenames:
+        metafunc.parametrize("backend", rows, ids=lambda row: row.name, indirect=True)
+        return
+    wanted = metafunc.definition.get_closest_marker("kinds")
+    kinds = [kind for kind in backends.KINDS if wanted is None or kind.name in wanted.args]
+    pairs = [(row, kind) for row in rows for kind in kinds if row.has_tf32 or not kind.tf32]
+    metafunc.parametrize(("backend", "kind"), pairs, ids=lambda either: either.name, indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Leaves a slow backend one of `every` cases of each test, from varying positions, and `-m prove` the others.
+
+    With --backend, tests/ops runs nothing that has no backend: the run without the option does.
+    """
+    groups: dict[tuple, list] = {}
+    if config.getoption("--backend"):
+        items[:] = [item for item in items if "backend" in item.fixturenames or item.path.parent.name != "ops"]
+    for item in items:
+        row = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if row is not None:
+            groups.setdefault((item.function, row), []).append(item)
+    for position, ((_, row), cases) in enumerate(groups.items()):
+        first = position % min(row.every, len(cases))
+        for index, item in enumerate(cases):
+            if (index - first) % row.every:
+                item.add_marker(pytest.mark.prove)
+
+
+@pytest.fixture
+def backend(request):
+    """A row of tests.backends.TABLE, ready to run."""
+    with request.param.activate():
+        yield request.param
+
+
+@contextmanager
+def tf32(allowed: bool):
+    """torch's switch for TF32 products."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.fixture
+def kind(request):
+    """A row of tests.backends.KINDS, with the switch for TF32 as it says."""
+    with tf32(request.param.tf32):
+        yield request.param
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Shapes, tolerances and random problems that the tests of every backend share."""
+"""Shapes, random problems and measures of error that the tests of every backend share."""
 
 from __future__ import annotations
 
@@ -34,25 +34,39 @@ class Case(NamedTuple):
         }
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Of an image: three times as many rows as latents, so that some queries lie on latents' centers."""
+        return 3 * self.height, 2 * self.width + 1
+
+    @property
+    def window(self) -> tuple[int, int, int, int]:
+        """A part from the middle of the image, of about as many pixels as there are queries."""
+        cols = min(self.size[1], max(self.queries // 2, 1))
+        rows = min(self.size[0], self.queries // cols)
+        return (self.size[0] - rows) // 2, (self.size[1] - cols) // 2, rows, cols
+
+    @property
     def in_dim(self) -> int:
         return self.channels * (9 if self.feat_unfold else 1) + 2 + (2 if self.cell_decode else 0)
 
 
 FLAGS = [(e, u, c) for e in (True, False) for u in (True, False) for c in (True, False)]
 
-# Awkward on purpose: one query, a remainder of one, no hidden layer, widths that fill no vector, one latent.
+# Each is awkward: one query, a remainder of one, no hidden layer, widths that fill no vector, one latent.
 SHAPES = {
     "plain": Case(),
-    "one-query": Case(queries=1, batch=2),
-    "no-query": Case(queries=0),
-    "batch-and-width-64": Case(batch=2, channels=64, height=6, width=4, queries=200, hidden=(32, 32)),
+    "one-query": Case(queries=1, batch=2, hidden=(16, 16)),
+    "no-query": Case(queries=0, batch=2, hidden=(16, 16)),
+    "batch-and-width-64": Case(batch=2, channels=64, height=6, width=4, queries=60, hidden=(32, 32)),
     "linear": Case(hidden=()),
-    "paper-width": Case(channels=8, hidden=(256, 256, 256, 256), queries=70),
+    "paper-width": Case(channels=8, hidden=(256, 256, 256, 256), queries=20),
+    "mixed-widths": Case(batch=2, channels=2, hidden=(112, 16, 48), outs=16, queries=50),
     "odd-widths": Case(channels=5, hidden=(13, 37, 1), outs=4, queries=77),
-    "many-outputs": Case(outs=37, hidden=(24,)),
-    "one-latent": Case(height=1, width=1, queries=33),
-    "one-row": Case(height=1, width=9, queries=50, batch=2),
-    "deep": Case(hidden=(16,) * 7, queries=40),
+    "wider-than-a-kernel": Case(hidden=(300, 12), queries=16),
+    "many-outputs": Case(outs=37, hidden=(24,), queries=40),
+    "one-latent": Case(height=1, width=1, hidden=(64, 64), queries=33),
+    "one-row": Case(batch=2, height=1, width=9, queries=50),
+    "one-column-and-deep": Case(height=9, width=1, hidden=(16,) * 7, queries=40),
 }
 
 
@@ -104,10 +118,10 @@ def psnr(actual: Tensor, expected: Tensor) -> float:
     return (10 * torch.log10(expected.double().abs().max() ** 2 / mse)).item()
 
 
-def reason_against(backend: str, op: str, dtype: torch.dtype, device: str = "cpu") -> str:
-    """Why a backend cannot run here; '' where it can."""
+def reason_against(backend: str, op: str, dtype: torch.dtype, device: str = "cpu", widths: tuple[int, ...] = ()) -> str:
+    """Why a backend cannot run an op here, with an imnet of these widths; '' where it can."""
     try:
-        backends.BACKENDS[backend](backends.OpRequest(op, device, dtype), raise_error=True)
+        backends.BACKENDS[backend](backends.OpRequest(op, device, dtype, widths), raise_error=True)
     except RuntimeError as error:
         return str(error)
     return ""

@@ -170,7 +170,7 @@ def render(
         )
         for begin in range(0, max(coord.shape[1], 1), _RENDER_CHUNK)
     ]
-    return torch.cat(parts, dim=1).transpose(1, 2).reshape(feat.shape[0], -1, window[2], window[3])
+    return torch.cat(parts, dim=1).transpose(1, 2).reshape(feat.shape[0], weights[-1].shape[0], window[2], window[3])
 
 
 def metasr_query(

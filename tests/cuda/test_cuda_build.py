@@ -18,6 +18,8 @@ import torch
 from liif_fast.ops.backends import extension
 
 ROOT = Path(__file__).resolve().parents[2]
+# What nvcc makes of every architecture takes minutes; the bindings' refusals do not.
+needs_nvcc = pytest.mark.prove
 BUDGET = json.loads((ROOT / "tests" / "cuda" / "budget.json").read_text())
 SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 
@@ -99,6 +101,7 @@ def usages() -> dict[tuple[str, str], Usage]:
     return found
 
 
+@needs_nvcc
 def test_every_kernel_compiles_for_every_architecture_and_has_a_budget():
     assert {kernel for kernel, _ in usages()} == set(BUDGET)
     assert {arch for _, arch in usages()} == set(toolkit().archs)
@@ -107,6 +110,7 @@ def test_every_kernel_compiles_for_every_architecture_and_has_a_budget():
         assert toolkit().archs == list(setup_py().CUDA_ARCHS)
 
 
+@needs_nvcc
 @pytest.mark.parametrize("kernel", BUDGET)
 def test_kernel_stays_within_its_budget(kernel):
     budget = Usage(**BUDGET[kernel])
@@ -118,12 +122,14 @@ def test_kernel_stays_within_its_budget(kernel):
     assert not over, f"{budget} allowed"
 
 
+@needs_nvcc
 def test_nvcc_has_nothing_to_warn_of():
     assert set(reports()) == set(SOURCES)
     for source, report in reports().items():
         assert "warning" not in report.lower(), f"{source.name}: {report}"
 
 
+@needs_nvcc
 @pytest.mark.parametrize("contraction", [False, True], ids=["as-built", "with-contraction"])
 def test_geometry_never_contracts_to_a_fused_multiply_add(contraction, tmp_path):
     """It must round as on the CPU, and would even without setup.py's --fmad=false; the control shows what would not.

@@ -89,7 +89,7 @@ def golden(file: Path) -> Golden:
 
 def build(case: Golden, backend: str, dtype: torch.dtype) -> torch.nn.Module:
     """The model of a golden file with its weights; skips where the backend cannot run here."""
-    if reason := reason_against(backend, "query", dtype):
+    if reason := reason_against(backend, "decode", dtype):
         pytest.skip(reason)
     model = make_model(case.spec).to(dtype)
     model.backend = backend
@@ -113,11 +113,11 @@ def test_all_golden_files_are_here() -> None:
     assert {file.stem for file in FILES} == {f"liif-{name}" for name in liif} | {"metasr"}
 
 
-@pytest.mark.parametrize("backend, dtype, tolerance", RUNS, ids=lambda value: str(value).removeprefix("torch."))
+@pytest.mark.parametrize("name, dtype, tolerance", RUNS, ids=lambda value: str(value).removeprefix("torch."))
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_outputs_and_gradients(file: Path, backend: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_outputs_and_gradients(file: Path, name: str, dtype: torch.dtype, tolerance: float) -> None:
     case = golden(file)
-    model = build(case, backend, dtype)
+    model = build(case, name, dtype)
     inp = case.inp.to(dtype, copy=True).requires_grad_()
     out = model(inp, case.coord.to(dtype), case.cell.to(dtype))
     assert out.dtype == dtype
@@ -132,11 +132,11 @@ def test_outputs_and_gradients(file: Path, backend: str, dtype: torch.dtype, tol
             assert_close(parameters[key.removeprefix("grad.")].grad, expected, tolerance, key)
 
 
-@pytest.mark.parametrize("backend, dtype, tolerance", RUNS, ids=lambda value: str(value).removeprefix("torch."))
+@pytest.mark.parametrize("name, dtype, tolerance", RUNS, ids=lambda value: str(value).removeprefix("torch."))
 @pytest.mark.parametrize("file", GRIDS, ids=lambda file: file.stem)
-def test_render_is_the_original_on_a_grid(file: Path, backend: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_render_is_the_original_on_a_grid(file: Path, name: str, dtype: torch.dtype, tolerance: float) -> None:
     case = golden(file)
-    model = build(case, backend, dtype)
+    model = build(case, name, dtype)
     with torch.no_grad():
         model.gen_feat(case.inp.to(dtype))
         image = model.render(case.size)
@@ -145,12 +145,12 @@ def test_render_is_the_original_on_a_grid(file: Path, backend: str, dtype: torch
     assert_close(image.flatten(2).transpose(1, 2), case.numbers["out_f64"], tolerance, "the image")
 
 
-@pytest.mark.parametrize("backend, dtype, tolerance", RUNS, ids=lambda value: str(value).removeprefix("torch."))
+@pytest.mark.parametrize("name, dtype, tolerance", RUNS, ids=lambda value: str(value).removeprefix("torch."))
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_queries_in_chunks_without_gradients(file: Path, backend: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_queries_in_chunks_without_gradients(file: Path, name: str, dtype: torch.dtype, tolerance: float) -> None:
     """The original's `batched_predict`: one gen_feat, then slices of the queries."""
     case = golden(file)
-    model = build(case, backend, dtype)
+    model = build(case, name, dtype)
     coord, cell = case.coord.to(dtype), case.cell.to(dtype)
     with torch.no_grad():
         model.gen_feat(case.inp.to(dtype))

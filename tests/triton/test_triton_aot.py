@@ -25,7 +25,7 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 GEOMETRY_ONLY = ("gather_forward_kernel", "gather_latent_kernel", "latent_kernel")
 
 VERSION = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else ""
-pytestmark = pytest.mark.skipif(not VERSION, reason="Triton is not installed")
+pytestmark = [pytest.mark.prove, pytest.mark.skipif(not VERSION, reason="Triton is not installed")]
 budgeted = pytest.mark.skipif(
     not VERSION.startswith("3.7."), reason=f"registers and stack are held to what Triton 3.7 needs, this is {VERSION}"
 )

@@ -35,14 +35,14 @@ def test_an_old_triton_is_named(tmp_path, monkeypatch, version, reason):
 
 def test_a_missing_triton_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    monkeypatch.setattr(backends, "_TRITON_TROUBLE", backends._find_triton())
+    monkeypatch.setattr(backends, "_TRITON_PROBLEM", backends._find_triton())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "needs Triton >= 3.6, which is not installed" in reason_against("triton", "query", torch.float32, "cuda")
+    assert "needs Triton >= 3.6, which is not installed" in reason_against("triton", "decode", torch.float32, "cuda")
 
 
-@pytest.mark.parametrize("op", ["gather", "ensemble", "query", "render", "metasr_query"])
+@pytest.mark.parametrize("op", ["gather", "ensemble", "decode", "metasr_query"])
 def test_devices_that_triton_drives_are_taken_whoever_made_them(op, monkeypatch):
-    monkeypatch.setattr(backends, "_TRITON_TROUBLE", "")
+    monkeypatch.setattr(backends, "_TRITON_PROBLEM", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", None)  # as on AMD
@@ -55,17 +55,17 @@ def test_devices_that_triton_drives_are_taken_whoever_made_them(op, monkeypatch)
 
 
 def test_an_old_gpu_and_a_missing_one_are_named(monkeypatch):
-    monkeypatch.setattr(backends, "_TRITON_TROUBLE", "")
+    monkeypatch.setattr(backends, "_TRITON_PROBLEM", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
     for device in ("cuda", "xpu"):
-        assert "needs a GPU, and torch finds none" in reason_against("triton", "query", torch.float32, device)
+        assert "needs a GPU, and torch finds none" in reason_against("triton", "decode", torch.float32, device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "compute capability 8.0" in reason_against("triton", "query", torch.float32, "cuda")
+    assert "compute capability 8.0" in reason_against("triton", "decode", torch.float32, "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert reason_against("triton", "query", torch.float32, "cuda") == ""
+    assert reason_against("triton", "decode", torch.float32, "cuda") == ""
 
 
 def test_triton_stands_after_cuda_in_the_table():

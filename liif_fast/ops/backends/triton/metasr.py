@@ -195,4 +195,6 @@ def metasr_query_backward(
                 T=DTYPES[dtype], COLS=tile, **OPTIONS,
             )  # fmt: skip
     sums = partial.sum(0)
-    return [grad_latent_map, grad_coord, grad_cell, sums[:3].t().contiguous(), sums[3]]
+    # Clones: with one hidden unit the transposed view is contiguous and shares the memory of the bias gradient.
+    weight_grad = sums[:3].t().clone(memory_format=torch.contiguous_format)
+    return [grad_latent_map, grad_coord, grad_cell, weight_grad, sums[3].clone()]

@@ -1,0 +1,123 @@
+"""How far results may be from the exact ones: one table, and one comparison for every decode on every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.backends import Backend, Kind
+from tests.helpers import Case, norm_error, range_error
+from tests.ops.decoding import Problem, decode, exact, gradients, make_problem, rounded, run
+from tests.ops.rounded_model import to_tf32
+
+# (dtype, quantity) -> limit. "result" is the largest error as a fraction of the range, "gradient" the relative error in
+# the 2-norm. Sums run in another order than the reference's, which costs a few units in the last place at these sizes.
+LIMITS = {
+    (torch.float64, "result"): 1e-12,
+    (torch.float32, "result"): 1e-5,
+    (torch.float64, "gradient"): 1e-11,
+    (torch.float32, "gradient"): 1e-5,
+    # Rounding a result to 16 bits: half a unit in its last place.
+    (torch.float16, "rounding"): 5e-4,
+    (torch.bfloat16, "rounding"): 4e-3,
+    # Of an imnet of three layers, to the model that rounds where the kernels round. A sum in another order can round to
+    # the other neighbor and so move an operand by a unit in its last place.
+    (torch.float16, "model"): 2e-3,
+    (torch.bfloat16, "model"): 1e-2,
+    # In dB, the promise for the paper's decoder.
+    (torch.float16, "psnr"): 68.0,
+    (torch.bfloat16, "psnr"): 52.0,
+}
+TIMES_PYTORCH = 2.0  # the error that PyTorch's own layers make in the same dtype, allowed so many times
+
+
+def to_kind(kind: Kind):
+    """How a kernel that multiplies in this kind rounds an operand."""
+    return to_tf32 if kind.tf32 else lambda values: values.to(kind.narrow).float()
+
+
+def assert_close(
+    results: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    limit: float,
+    *,
+    result_limit: float | None = None,
+    pytorch: Callable[[], Sequence[Tensor]] | None = None,
+) -> None:
+    """[result, *gradients] against the expected ones.
+
+    limit: of relative errors in the 2-norm, or twice PyTorch's own error where that is more. result_limit: of the
+    result's largest error as a fraction of its range, instead. pytorch: computes PyTorch's own [result, *gradients].
+    """
+    for position, (result, wanted) in enumerate(zip(results, expected, strict=True)):
+        name = f"gradient {position}" if position else "result"
+        assert result.shape == wanted.shape and result.isfinite().all(), name
+        if not wanted.numel():
+            continue
+        if position == 0 and result_limit is not None:
+            error, allowed = range_error(result, wanted), result_limit
+        elif wanted.norm() < 1e-9:  # coord or cell where nothing depends on it
+            error, allowed = result.norm().item(), 1e-4
+        else:
+            error, allowed = norm_error(result, wanted), limit
+        if error > allowed and pytorch is not None:
+            allowed = max(allowed, TIMES_PYTORCH * norm_error(pytorch()[position], wanted))
+        assert error <= allowed, f"{name} is off by {error:.1e}, {allowed:.1e} allowed"
+
+
+def assert_decode_close(problem: Problem, backend: Backend, results: Sequence[Tensor]) -> None:
+    """The decode and the gradient of every leaf against the exact ones.
+
+    16 bits and TF32: the decode errs at most twice as much as PyTorch's own layers in that dtype. A ReLU whose sign a
+    rounding flips changes the gradients of a small problem more than all roundings together, for PyTorch too. So
+    gradients are compared with a model that rounds where the kernel rounds, and flips the same signs.
+    """
+    case, kind = problem.case, problem.kind
+    assert [t.dtype for t in results] == [kind.dtype, *(leaf.dtype for leaf in problem.leaves)]
+    out, leaves = exact(problem)
+    expected = gradients(out, leaves, kind.dtype)
+    if kind.tf32:  # a CPU has no TF32, and float16 has as many bits
+        plain = decode(problem._replace(kind=kind._replace(narrow=torch.float16, autocast=True)), "reference")
+    else:
+        plain = decode(problem, "reference")
+
+    def pytorch() -> list[Tensor]:
+        return gradients(plain, problem.leaves, kind.dtype)
+
+    if kind.narrow is None and not (kind.tf32 and backend.rounds_to_tf32(case)):
+        limit, result_limit = LIMITS[kind.dtype, "gradient"], LIMITS[kind.dtype, "result"]
+        assert_close(results, expected, limit, result_limit=result_limit, pytorch=pytorch)
+        return
+    narrow = kind.narrow or torch.float16
+    last = LIMITS[narrow, "rounding"] if kind.dtype.itemsize == 2 else 0.0
+    error, limit = norm_error(results[0], out), TIMES_PYTORCH * norm_error(plain, out) + last
+    assert error <= limit, f"the result is off by {error:.1e}, {limit:.1e} allowed"
+    if backend.op_backend == "reference":
+        assert_close(results, expected, 2 * last, pytorch=pytorch)
+    elif backend.op_backend == "cpu" and not multiplies_natively(kind, case):
+        assert_close(results, expected, LIMITS[torch.float32, "gradient"] + last, pytorch=pytorch)
+    else:
+        limit = LIMITS[narrow, "model"] * max(len(case.hidden) / 3, 1)
+        assert_close(results, rounded(problem, to_kind(kind), backend.rounds_edges), limit)
+
+
+def multiplies_natively(kind: Kind, case: Case) -> bool:
+    """Whether the CPU kernels multiply in 16 bits; otherwise they widen operands to float32."""
+    return kind.narrow == torch.bfloat16 and len(case.hidden) > 1 and torch.ops.liif_fast_C.cpu_has_bf16()
+
+
+def require(backend: Backend, kind: Kind, case: Case) -> None:
+    """Skips with the backend's own reason where it refuses to decode the case."""
+    if reason := backend.reason_against("decode", kind.dtype, case):
+        pytest.skip(reason)
+
+
+def check_decode(backend: Backend, kind: Kind, case: Case, mode: str, **options) -> None:
+    """A random decode and all its gradients."""
+    require(backend, kind, case)
+    case = case._replace(queries=min(case.queries, backend.most_queries))
+    problem = make_problem(case, kind, mode, backend.device)
+    assert_decode_close(problem, backend, run(problem, backend, **options))

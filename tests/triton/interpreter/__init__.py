@@ -1,1 +1,0 @@
-"""Tests that run Triton's kernels under its interpreter."""

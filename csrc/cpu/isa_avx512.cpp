@@ -1,5 +1,5 @@
-// Kernels for AVX-512 (F, BW, VL, DQ). The standard headers come first: nothing of theirs may be compiled for this
-// target.
+// Kernels for AVX-512 (F, BW, VL, DQ). The standard headers come first, so that nothing in them is compiled
+// for this target.
 #if defined(__x86_64__)
 #include <cmath>
 #include <cstddef>
@@ -9,7 +9,7 @@
 #include "cpu/target.h"
 LIIF_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #define LIIF_SIMD_AVX512
-#include "cpu/kernel_table.h"
+#include "cpu/make_table.h"
 
 namespace liif_fast {
 

@@ -1,5 +1,5 @@
-// bfloat16 operands by AVX-512-BF16: two products a lane and instruction. The standard headers come first: nothing
-// of theirs may be compiled for this target.
+// bfloat16 operands with AVX-512-BF16: two products a lane and instruction. The standard headers come first, so that
+// nothing in them is compiled for this target.
 #if defined(__x86_64__)
 #include <cmath>
 #include <cstddef>
@@ -12,7 +12,7 @@ LIIF_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
 #define LIIF_SIMD_AVX512_BF16
 #include "cpu/decode_backward.h"
 #include "cpu/decode_forward.h"
-#include "cpu/kernels.h"
+#include "cpu/dispatch.h"
 
 namespace liif_fast {
 namespace {
@@ -20,7 +20,7 @@ namespace {
 double bf16_multiply_add_loop(int64_t repetitions) {
   constexpr int kChains = kRows * kVecs;
   __m512 x[kChains];
-#pragma GCC unroll 32  // all three loops: an index known only at run time would keep x in memory
+#pragma GCC unroll 32  // all three loops: with an index known only at run time x would stay in memory
   for (int i = 0; i < kChains; ++i) x[i] = _mm512_set1_ps(static_cast<float>(i));
   const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3c00), b = (__m512bh)_mm512_set1_epi16(0x3c00);
   for (int64_t n = 0; n < repetitions; ++n) {

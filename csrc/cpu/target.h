@@ -1,4 +1,4 @@
-// Compiles what stands between BEGIN and END for other instructions than the rest of the file.
+// Compiles the code between BEGIN and END for other instructions than the rest of the file.
 #pragma once
 
 #include <immintrin.h>
@@ -11,7 +11,7 @@
 #else
 #define LIIF_BEGIN_TARGET(features) _Pragma("GCC push_options") LIIF_PRAGMA(GCC target(features))
 #define LIIF_END_TARGET _Pragma("GCC pop_options")
-// GCC 12 calls the "undefined" operand of its own intrinsics uninitialised.
+// GCC 12 warns that the "undefined" operand of its own intrinsics is uninitialized.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif

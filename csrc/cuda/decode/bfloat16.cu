@@ -1,8 +1,9 @@
 // The fused decode's kernels with bfloat16 operands on tensor cores.
-#include "cuda/decode/instantiate.cuh"
+#include "cuda/decode/backward.cuh"
+#include "cuda/decode/forward.cuh"
 
 namespace liif_fast {
 
-LIIF_INSTANTIATE_QUERY(BFloat16Products)
+LIIF_INSTANTIATE_DECODE(MmaPolicy::kBFloat16)
 
 }  // namespace liif_fast

@@ -3,19 +3,19 @@
 
 #include "cpu/decode_backward.h"
 #include "cpu/decode_forward.h"
-#include "cpu/kernels.h"
-#include "cpu/metasr.h"
+#include "cpu/dispatch.h"
+#include "cpu/metasr_kernels.h"
 
 namespace liif_fast {
 namespace {
 
-// What the arithmetic units reach when nothing waits for memory: the yardstick of the benchmarks.
+// The rate that the arithmetic units reach when nothing waits for memory: the benchmarks compare with it.
 template <class T>
 static double multiply_add_loop(int64_t repetitions) {
   using V = Vec<T>;
   constexpr int kChains = kRows * kVecs;
   typename V::Reg x[kChains];
-#pragma GCC unroll 32  // all three loops: an index known only at run time would keep x in memory
+#pragma GCC unroll 32  // all three loops: with an index known only at run time x would stay in memory
   for (int i = 0; i < kChains; ++i) x[i] = V::broadcast(T(i));
   auto a = V::broadcast(T(0.999)), b = V::broadcast(T(0.001));
   for (int64_t n = 0; n < repetitions; ++n) {

@@ -25,6 +25,12 @@ using Sizes = std::vector<int64_t>;
 template <class T>
 constexpr ScalarType kDtype = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
+// f(T{}) with the dtype of geometry that belongs to a tensor's dtype.
+template <class F>
+auto with_geometry(const Tensor& tensor, const F& f) {
+  return tensor.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
 // Where a call's tensors must be: a GPU's index, or this.
 constexpr int32_t kCpu = -1;
 

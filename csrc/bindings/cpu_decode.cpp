@@ -14,60 +14,22 @@ void check_decode(const DecodeInputs& inputs, bool bf16) {
   STD_TORCH_CHECK(!bf16 || bf16_kernels(), "this processor has no AVX-512-BF16: multiply in float32");
 }
 
-template <class T>
-Tensor run_decode(const DecodeInputs& inputs, bool bf16) {
-  DecodeProblem<T> p = decode_problem<T>(inputs);
-  const ScalarType dtype = inputs.latent_map.scalar_type();
-  const bool bf16_map = bf16 && dtype == ScalarType::BFloat16;
-  STD_TORCH_CHECK(bf16_map || dtype == kDtype<T>, "latent_map has the wrong dtype");
-  Tensor out = empty<T>(inputs.latent_map, out_sizes(p));
-  p.out = data<T>(out);
-  if constexpr (std::is_same_v<T, float>) {
-    if (bf16) {
-      decode_forward_bf16(p, bf16_map);
-      return out;
-    }
-  }
-  decode_forward(p);
-  return out;
-}
-
 Tensor decode(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTensor& cell,
               const Tensor& weight_geometry, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
               const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble, bool bf16) {
   const DecodeInputs inputs{latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble};
   check_decode(inputs, bf16);
-  return latent_map.scalar_type() == ScalarType::Double ? run_decode<double>(inputs, bf16)
-                                                        : run_decode<float>(inputs, bf16);
-}
-
-template <class T>
-std::vector<Tensor> run_decode_backward(const Tensor& grad_out, const DecodeInputs& inputs, bool bf16) {
-  const Tensor& latent_map = inputs.latent_map;
-  const DecodeProblem<T> p = decode_problem<T>(inputs);
-  STD_TORCH_CHECK(latent_map.scalar_type() == kDtype<T>, "latent_map has the wrong dtype");
-  DecodeGrads<T> grads{};
-  grads.grad_out = checked<T>(grad_out, "grad_out", kCpu, out_sizes(p));
-  // In the order of DecodeInputs.differentiable: latent_map, weight_geometry, weights, biases, coord, cell.
-  std::vector<Tensor> out;
-  const auto make = [&](const Sizes& sizes) {
-    out.push_back(zeros<T>(latent_map, sizes));
-    return data<T>(out.back());
-  };
-  grads.latent_map = make({p.batch, p.region_height, p.region_width, p.width});
-  grads.weight_geometry = make({p.width, p.has_cell ? 4 : 2});
-  for (int layer = 0; layer < p.layers; ++layer) grads.weights[layer] = make({p.widths[layer + 1], p.widths[layer]});
-  for (int layer = 0; layer <= p.layers; ++layer) grads.biases[layer] = make({p.widths[layer]});
-  if (p.coord) grads.coord = make({p.batch, p.queries, 2});
-  if (p.cell) grads.cell = make({p.batch, p.queries, 2});
-  if constexpr (std::is_same_v<T, float>) {
-    if (bf16) {
-      decode_backward_bf16(p, grads);
-      return out;
-    }
-  }
-  decode_backward(p, grads);
-  return out;
+  return with_geometry(latent_map, [&](auto zero) {
+    using T = decltype(zero);
+    DecodeProblem<T> p = decode_problem<T>(inputs);
+    const ScalarType dtype = latent_map.scalar_type();
+    const bool bf16_map = bf16 && dtype == ScalarType::BFloat16;
+    STD_TORCH_CHECK(bf16_map || dtype == kDtype<T>, "latent_map has the wrong dtype");
+    Tensor out = empty<T>(latent_map, out_sizes(p));
+    p.out = data<T>(out);
+    decode_forward(p, bf16, bf16_map);
+    return out;
+  });
 }
 
 std::vector<Tensor> boxed_decode_backward(const Tensor& grad_out, const Tensor& latent_map, const MaybeTensor& coord,
@@ -77,8 +39,27 @@ std::vector<Tensor> boxed_decode_backward(const Tensor& grad_out, const Tensor& 
                                           bool bf16) {
   const DecodeInputs inputs{latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble};
   check_decode(inputs, bf16);
-  return latent_map.scalar_type() == ScalarType::Double ? run_decode_backward<double>(grad_out, inputs, bf16)
-                                                        : run_decode_backward<float>(grad_out, inputs, bf16);
+  return with_geometry(latent_map, [&](auto zero) {
+    using T = decltype(zero);
+    const DecodeProblem<T> p = decode_problem<T>(inputs);
+    STD_TORCH_CHECK(latent_map.scalar_type() == kDtype<T>, "latent_map has the wrong dtype");
+    DecodeGrads<T> grads{};
+    grads.grad_out = checked<T>(grad_out, "grad_out", kCpu, out_sizes(p));
+    // In the order of DecodeInputs.differentiable: latent_map, weight_geometry, weights, biases, coord, cell.
+    std::vector<Tensor> out;
+    const auto make = [&](const Sizes& sizes) {
+      out.push_back(zeros<T>(latent_map, sizes));
+      return data<T>(out.back());
+    };
+    grads.latent_map = make({p.batch, p.region_height, p.region_width, p.width});
+    grads.weight_geometry = make({p.width, p.has_cell ? 4 : 2});
+    for (int layer = 0; layer < p.layers; ++layer) grads.weights[layer] = make({p.widths[layer + 1], p.widths[layer]});
+    for (int layer = 0; layer <= p.layers; ++layer) grads.biases[layer] = make({p.widths[layer]});
+    if (p.coord) grads.coord = make({p.batch, p.queries, 2});
+    if (p.cell) grads.cell = make({p.batch, p.queries, 2});
+    decode_backward(p, grads, bf16);
+    return out;
+  });
 }
 
 // -------------------------------------------------------------------------------------------------------------- MetaSR
@@ -91,40 +72,34 @@ MetasrProblem<T> cpu_metasr_problem(const MetasrInputs& inputs) {
   return p;
 }
 
-template <class T>
-Tensor run_metasr(const MetasrInputs& inputs) {
-  MetasrProblem<T> p = cpu_metasr_problem<T>(inputs);
-  Tensor out = empty<T>(inputs.latent_map, {p.batch, p.queries, p.outs});
-  p.out = data<T>(out);
-  metasr_forward(p);
-  return out;
-}
-
 Tensor metasr_query(const Tensor& latent_map, const Tensor& coord, const Tensor& cell, const Tensor& weight,
                     const Tensor& bias, const Sizes& region) {
-  const auto run = latent_map.scalar_type() == ScalarType::Double ? run_metasr<double> : run_metasr<float>;
-  return run({latent_map, coord, cell, weight, bias, region});
-}
-
-template <class T>
-std::vector<Tensor> run_metasr_backward(const Tensor& grad_out, const MetasrInputs& inputs) {
-  const MetasrProblem<T> p = cpu_metasr_problem<T>(inputs);
-  // In the order of the Python side: latent_map, coord, cell, weight, bias.
-  const Tensor& like = inputs.latent_map;
-  std::vector<Tensor> out{zeros<T>(like, map_sizes(p)), zeros<T>(like, {p.batch, p.queries, 2}),
-                          zeros<T>(like, {p.batch, p.queries, 2}), zeros<T>(like, {p.hidden, 3}),
-                          zeros<T>(like, {p.hidden})};
-  metasr_backward(p, {checked<T>(grad_out, "grad_out", kCpu, {p.batch, p.queries, p.outs}), data<T>(out[0]),
-                      data<T>(out[1]), data<T>(out[2]), data<T>(out[3]), data<T>(out[4])});
-  return out;
+  const MetasrInputs inputs{latent_map, coord, cell, weight, bias, region};
+  return with_geometry(latent_map, [&](auto zero) {
+    using T = decltype(zero);
+    MetasrProblem<T> p = cpu_metasr_problem<T>(inputs);
+    Tensor out = empty<T>(latent_map, {p.batch, p.queries, p.outs});
+    p.out = data<T>(out);
+    metasr_forward(p);
+    return out;
+  });
 }
 
 std::vector<Tensor> metasr_query_backward(const Tensor& grad_out, const Tensor& latent_map, const Tensor& coord,
                                           const Tensor& cell, const Tensor& weight, const Tensor& bias,
                                           const Sizes& region) {
-  const auto run =
-      latent_map.scalar_type() == ScalarType::Double ? run_metasr_backward<double> : run_metasr_backward<float>;
-  return run(grad_out, {latent_map, coord, cell, weight, bias, region});
+  const MetasrInputs inputs{latent_map, coord, cell, weight, bias, region};
+  return with_geometry(latent_map, [&](auto zero) {
+    using T = decltype(zero);
+    const MetasrProblem<T> p = cpu_metasr_problem<T>(inputs);
+    // In the order of the Python side: latent_map, coord, cell, weight, bias.
+    std::vector<Tensor> out{zeros<T>(latent_map, map_sizes(p)), zeros<T>(latent_map, {p.batch, p.queries, 2}),
+                            zeros<T>(latent_map, {p.batch, p.queries, 2}), zeros<T>(latent_map, {p.hidden, 3}),
+                            zeros<T>(latent_map, {p.hidden})};
+    metasr_backward(p, {checked<T>(grad_out, "grad_out", kCpu, {p.batch, p.queries, p.outs}), data<T>(out[0]),
+                        data<T>(out[1]), data<T>(out[2]), data<T>(out[3]), data<T>(out[4])});
+    return out;
+  });
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ namespace {
 
 template <class T, class E>
 std::tuple<Tensor, Tensor> run_gather(const Tensor& feat, const MaybeTensor& cell, const GatherInputs& inputs) {
-  GatherProblem<T> p = gather_problem<T>(inputs);
+  GatherProblem<T> p = gather_problem<T>(inputs, kCpu);
   check_contiguous(feat, "feat", kCpu, {p.batch, p.channels, p.height, p.width});
   p.cell = checked<T>(cell, "cell", kCpu, {p.batch, p.queries, 2});
   Tensor x = torch::stable::new_empty(feat, {p.batch, p.queries, p.corners, p.depth()});
@@ -38,59 +38,48 @@ std::tuple<Tensor, Tensor> gather(const Tensor& feat, const Tensor& coord, const
   }
 }
 
-template <class T>
-std::tuple<Tensor, Tensor, Tensor> run_gather_backward(const Tensor& grad_x, const Tensor& grad_area_weight,
-                                                       const GatherInputs& inputs) {
-  const GatherProblem<T> p = gather_problem<T>(inputs);
-  Tensor grad_feat = zeros<T>(inputs.coord, {p.batch, p.channels, p.height, p.width});
-  Tensor grad_coord = empty<T>(inputs.coord, {p.batch, p.queries, 2});
-  Tensor grad_cell = empty<T>(inputs.coord, p.has_cell ? Sizes{p.batch, p.queries, 2} : Sizes{0});
-  gather_backward(p, {checked<T>(grad_x, "grad_x", kCpu, {p.batch, p.queries, p.corners, p.depth()}),
-                      checked<T>(grad_area_weight, "grad_area_weight", kCpu, {p.batch, p.queries, p.corners}),
-                      data<T>(grad_feat), data<T>(grad_coord), p.has_cell ? data<T>(grad_cell) : nullptr});
-  return {grad_feat, grad_coord, grad_cell};
-}
-
 std::tuple<Tensor, Tensor, Tensor> boxed_gather_backward(const Tensor& grad_x, const Tensor& grad_area_weight,
                                                          const Tensor& coord, int64_t channels, int64_t height,
                                                          int64_t width, bool has_cell, bool feat_unfold,
                                                          bool local_ensemble) {
-  const auto run = coord.scalar_type() == ScalarType::Double ? run_gather_backward<double> : run_gather_backward<float>;
-  return run(grad_x, grad_area_weight, {coord, channels, height, width, has_cell, feat_unfold, local_ensemble});
-}
-
-template <class T>
-Tensor run_ensemble(const Tensor& pred, const Tensor& area_weight) {
-  const EnsembleProblem<T> p = ensemble_problem<T>(pred, area_weight);
-  STD_TORCH_CHECK(pred.scalar_type() == kDtype<T>, "pred has the wrong dtype");
-  Tensor out = empty<T>(pred, {pred.size(0), pred.size(1), p.outs});
-  ensemble_forward(p, data<T>(out));
-  return out;
+  return with_geometry(coord, [&](auto zero) {
+    using T = decltype(zero);
+    const GatherProblem<T> p =
+        gather_problem<T>({coord, channels, height, width, has_cell, feat_unfold, local_ensemble}, kCpu);
+    Tensor grad_feat = zeros<T>(coord, {p.batch, p.channels, p.height, p.width});
+    Tensor grad_coord = empty<T>(coord, {p.batch, p.queries, 2});
+    Tensor grad_cell = empty<T>(coord, p.has_cell ? Sizes{p.batch, p.queries, 2} : Sizes{0});
+    gather_backward(p, {checked<T>(grad_x, "grad_x", kCpu, {p.batch, p.queries, p.corners, p.depth()}),
+                        checked<T>(grad_area_weight, "grad_area_weight", kCpu, {p.batch, p.queries, p.corners}),
+                        data<T>(grad_feat), data<T>(grad_coord), p.has_cell ? data<T>(grad_cell) : nullptr});
+    return std::make_tuple(grad_feat, grad_coord, grad_cell);
+  });
 }
 
 Tensor ensemble(const Tensor& pred, const Tensor& area_weight) {
-  const auto run = pred.scalar_type() == ScalarType::Double ? run_ensemble<double> : run_ensemble<float>;
-  return run(pred, area_weight);
-}
-
-template <class T>
-std::tuple<Tensor, Tensor> run_ensemble_backward(const Tensor& grad_out, const Tensor& pred,
-                                                 const Tensor& area_weight) {
-  const EnsembleProblem<T> p = ensemble_problem<T>(pred, area_weight);
-  STD_TORCH_CHECK(pred.scalar_type() == kDtype<T>, "pred has the wrong dtype");
-  const int64_t batch = pred.size(0), queries = pred.size(1);
-  Tensor grad_pred = empty<T>(pred, {batch, queries, p.corners, p.outs});
-  Tensor grad_area_weight = empty<T>(pred, {batch, queries, p.corners});
-  ensemble_backward(p, {checked<T>(grad_out, "grad_out", kCpu, {batch, queries, p.outs}), data<T>(grad_pred),
-                        data<T>(grad_area_weight)});
-  return {grad_pred, grad_area_weight};
+  return with_geometry(pred, [&](auto zero) {
+    using T = decltype(zero);
+    const EnsembleProblem<T> p = ensemble_problem<T>(pred, area_weight, kCpu);
+    STD_TORCH_CHECK(pred.scalar_type() == kDtype<T>, "pred has the wrong dtype");
+    Tensor out = empty<T>(pred, {pred.size(0), pred.size(1), p.outs});
+    ensemble_forward(p, data<T>(out));
+    return out;
+  });
 }
 
 std::tuple<Tensor, Tensor> boxed_ensemble_backward(const Tensor& grad_out, const Tensor& pred,
                                                    const Tensor& area_weight) {
-  const auto run =
-      pred.scalar_type() == ScalarType::Double ? run_ensemble_backward<double> : run_ensemble_backward<float>;
-  return run(grad_out, pred, area_weight);
+  return with_geometry(pred, [&](auto zero) {
+    using T = decltype(zero);
+    const EnsembleProblem<T> p = ensemble_problem<T>(pred, area_weight, kCpu);
+    STD_TORCH_CHECK(pred.scalar_type() == kDtype<T>, "pred has the wrong dtype");
+    const int64_t batch = pred.size(0), queries = pred.size(1);
+    Tensor grad_pred = empty<T>(pred, {batch, queries, p.corners, p.outs});
+    Tensor grad_area_weight = empty<T>(pred, {batch, queries, p.corners});
+    ensemble_backward(p, {checked<T>(grad_out, "grad_out", kCpu, {batch, queries, p.outs}), data<T>(grad_pred),
+                          data<T>(grad_area_weight)});
+    return std::make_tuple(grad_pred, grad_area_weight);
+  });
 }
 
 }  // namespace

@@ -23,48 +23,24 @@ void* current_stream(int32_t device) {
 
 namespace {
 
-template <class T>
-std::tuple<Tensor, Tensor> run_gather(const Tensor& feat, const MaybeTensor& cell, const GatherInputs& inputs) {
-  const int32_t device = feat.get_device_index();
-  GatherProblem<T> p = gather_problem<T>(inputs);
-  check(inputs.coord, "coord", device, {feat.size(0), p.queries, 2});
-  p.cell = checked<T>(cell, "cell", device, {p.batch, p.queries, 2});
-  const FeatStrides strides{feat.stride(0), feat.stride(1), feat.stride(2), feat.stride(3)};
-  const DeviceGuard guard(device);
-  Tensor x = torch::stable::new_empty(feat, {p.batch, p.queries, p.corners, p.depth()});
-  Tensor area_weight = empty<T>(feat, {p.batch, p.queries, p.corners});
-  check_launch(launch_gather_forward(p, to_dtype(feat, "feat"), feat.const_data_ptr(), strides, x.mutable_data_ptr(),
-                                     data<T>(area_weight), current_stream(device)));
-  return {x, area_weight};
-}
-
 std::tuple<Tensor, Tensor> gather(const Tensor& feat, const Tensor& coord, const MaybeTensor& cell, bool feat_unfold,
                                   bool local_ensemble) {
   check_on_gpu(feat, "feat", 4);
-  const auto run = feat.scalar_type() == ScalarType::Double ? run_gather<double> : run_gather<float>;
-  return run(feat, cell,
-             {coord, feat.size(1), feat.size(2), feat.size(3), cell.has_value(), feat_unfold, local_ensemble});
-}
-
-template <class T>
-std::tuple<Tensor, Tensor, Tensor> run_gather_backward(const Tensor& grad_x, const Tensor& grad_area_weight,
-                                                       const GatherInputs& inputs, bool deterministic,
-                                                       bool channels_last) {
-  const int32_t device = inputs.coord.get_device_index();
-  const GatherProblem<T> p = gather_problem<T>(inputs);
-  check_contiguous(grad_x, "grad_x", device, {p.batch, p.queries, p.corners, p.depth()});
-  const T* const grad_weights =
-      checked<T>(grad_area_weight, "grad_area_weight", device, {p.batch, p.queries, p.corners});
-  const DeviceGuard guard(device);
-  const Sizes first{p.batch, p.channels, p.height, p.width}, last{p.batch, p.height, p.width, p.channels};
-  Tensor grad_feat = zeros<T>(inputs.coord, channels_last ? last : first);
-  Tensor grad_coord = empty<T>(inputs.coord, {p.batch, p.queries, 2});
-  Tensor grad_cell = empty<T>(inputs.coord, p.has_cell ? Sizes{p.batch, p.queries, 2} : Sizes{0});
-  check_launch(launch_gather_backward(p, to_dtype(grad_x, "grad_x"), whole_map(p, channels_last),
-                                      {grad_x.const_data_ptr(), grad_weights, data<T>(grad_feat), data<T>(grad_coord),
-                                       p.has_cell ? data<T>(grad_cell) : nullptr},
-                                      deterministic, current_stream(device)));
-  return {grad_feat, grad_coord, grad_cell};
+  return with_geometry(feat, [&](auto zero) {
+    using T = decltype(zero);
+    const int32_t device = feat.get_device_index();
+    GatherProblem<T> p = gather_problem<T>(
+        {coord, feat.size(1), feat.size(2), feat.size(3), cell.has_value(), feat_unfold, local_ensemble}, device);
+    STD_TORCH_CHECK(feat.size(0) == p.batch, "feat must have coord's batch");
+    p.cell = checked<T>(cell, "cell", device, {p.batch, p.queries, 2});
+    const FeatStrides strides{feat.stride(0), feat.stride(1), feat.stride(2), feat.stride(3)};
+    const DeviceGuard guard(device);
+    Tensor x = torch::stable::new_empty(feat, {p.batch, p.queries, p.corners, p.depth()});
+    Tensor area_weight = empty<T>(feat, {p.batch, p.queries, p.corners});
+    check_launch(launch_gather_forward(p, to_dtype(feat, "feat"), feat.const_data_ptr(), strides, x.mutable_data_ptr(),
+                                       data<T>(area_weight), current_stream(device)));
+    return std::make_tuple(x, area_weight);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> gather_backward(const Tensor& grad_x, const Tensor& grad_area_weight,
@@ -72,51 +48,59 @@ std::tuple<Tensor, Tensor, Tensor> gather_backward(const Tensor& grad_x, const T
                                                    bool has_cell, bool feat_unfold, bool local_ensemble,
                                                    bool deterministic, bool channels_last) {
   check_on_gpu(coord, "coord", 3);
-  const auto run = coord.scalar_type() == ScalarType::Double ? run_gather_backward<double> : run_gather_backward<float>;
-  return run(grad_x, grad_area_weight, {coord, channels, height, width, has_cell, feat_unfold, local_ensemble},
-             deterministic, channels_last);
+  return with_geometry(coord, [&](auto zero) {
+    using T = decltype(zero);
+    const int32_t device = coord.get_device_index();
+    const GatherProblem<T> p =
+        gather_problem<T>({coord, channels, height, width, has_cell, feat_unfold, local_ensemble}, device);
+    check_contiguous(grad_x, "grad_x", device, {p.batch, p.queries, p.corners, p.depth()});
+    const T* const grad_weights =
+        checked<T>(grad_area_weight, "grad_area_weight", device, {p.batch, p.queries, p.corners});
+    const DeviceGuard guard(device);
+    const Sizes first{p.batch, p.channels, p.height, p.width}, last{p.batch, p.height, p.width, p.channels};
+    Tensor grad_feat = zeros<T>(coord, channels_last ? last : first);
+    Tensor grad_coord = empty<T>(coord, {p.batch, p.queries, 2});
+    Tensor grad_cell = empty<T>(coord, p.has_cell ? Sizes{p.batch, p.queries, 2} : Sizes{0});
+    check_launch(launch_gather_backward(p, to_dtype(grad_x, "grad_x"), whole_map(p, channels_last),
+                                        {grad_x.const_data_ptr(), grad_weights, data<T>(grad_feat), data<T>(grad_coord),
+                                         p.has_cell ? data<T>(grad_cell) : nullptr},
+                                        deterministic, current_stream(device)));
+    return std::make_tuple(grad_feat, grad_coord, grad_cell);
+  });
 }
 
 void check_prediction(const Tensor& pred) {
   STD_TORCH_CHECK(pred.is_cuda() && pred.is_contiguous(), "pred must be a contiguous CUDA tensor");
 }
 
-template <class T>
-Tensor run_ensemble(const Tensor& pred, const Tensor& area_weight) {
-  const int32_t device = pred.get_device_index();
-  const EnsembleProblem<T> p = ensemble_problem<T>(pred, area_weight);
-  const DeviceGuard guard(device);
-  Tensor out = empty<T>(pred, {pred.size(0), pred.size(1), p.outs});
-  check_launch(launch_ensemble_forward(p, to_dtype(pred, "pred"), data<T>(out), current_stream(device)));
-  return out;
-}
-
 Tensor ensemble(const Tensor& pred, const Tensor& area_weight) {
   check_prediction(pred);
-  const auto run = pred.scalar_type() == ScalarType::Double ? run_ensemble<double> : run_ensemble<float>;
-  return run(pred, area_weight);
-}
-
-template <class T>
-std::tuple<Tensor, Tensor> run_ensemble_backward(const Tensor& grad_out, const Tensor& pred,
-                                                 const Tensor& area_weight) {
-  const int32_t device = pred.get_device_index();
-  const EnsembleProblem<T> p = ensemble_problem<T>(pred, area_weight);
-  const int64_t batch = pred.size(0), queries = pred.size(1);
-  const T* const grads = checked<T>(grad_out, "grad_out", device, {batch, queries, p.outs});
-  const DeviceGuard guard(device);
-  Tensor grad_pred = empty<T>(pred, {batch, queries, p.corners, p.outs});
-  Tensor grad_area_weight = empty<T>(pred, {batch, queries, p.corners});
-  check_launch(launch_ensemble_backward(
-      p, to_dtype(pred, "pred"), {grads, data<T>(grad_pred), data<T>(grad_area_weight)}, current_stream(device)));
-  return {grad_pred, grad_area_weight};
+  return with_geometry(pred, [&](auto zero) {
+    using T = decltype(zero);
+    const int32_t device = pred.get_device_index();
+    const EnsembleProblem<T> p = ensemble_problem<T>(pred, area_weight, device);
+    const DeviceGuard guard(device);
+    Tensor out = empty<T>(pred, {pred.size(0), pred.size(1), p.outs});
+    check_launch(launch_ensemble_forward(p, to_dtype(pred, "pred"), data<T>(out), current_stream(device)));
+    return out;
+  });
 }
 
 std::tuple<Tensor, Tensor> ensemble_backward(const Tensor& grad_out, const Tensor& pred, const Tensor& area_weight) {
   check_prediction(pred);
-  const auto run =
-      pred.scalar_type() == ScalarType::Double ? run_ensemble_backward<double> : run_ensemble_backward<float>;
-  return run(grad_out, pred, area_weight);
+  return with_geometry(pred, [&](auto zero) {
+    using T = decltype(zero);
+    const int32_t device = pred.get_device_index();
+    const EnsembleProblem<T> p = ensemble_problem<T>(pred, area_weight, device);
+    const int64_t batch = pred.size(0), queries = pred.size(1);
+    const T* const grads = checked<T>(grad_out, "grad_out", device, {batch, queries, p.outs});
+    const DeviceGuard guard(device);
+    Tensor grad_pred = empty<T>(pred, {batch, queries, p.corners, p.outs});
+    Tensor grad_area_weight = empty<T>(pred, {batch, queries, p.corners});
+    check_launch(launch_ensemble_backward(
+        p, to_dtype(pred, "pred"), {grads, data<T>(grad_pred), data<T>(grad_area_weight)}, current_stream(device)));
+    return std::make_tuple(grad_pred, grad_area_weight);
+  });
 }
 
 }  // namespace

@@ -5,39 +5,33 @@
 namespace liif_fast {
 namespace {
 
-template <class T>
-Tensor run_metasr(const MetasrInputs& inputs) {
-  MetasrProblem<T> p = metasr_problem<T>(inputs);
-  const int32_t device = inputs.latent_map.get_device_index();
-  const DeviceGuard guard(device);
-  Tensor out = empty<T>(inputs.coord, {p.batch, p.queries, p.outs});
-  p.out = data<T>(out);
-  check_launch(launch_metasr_forward(p, to_dtype(inputs.latent_map, "latent_map"), current_stream(device)));
-  return out;
-}
-
 Tensor metasr_query(const Tensor& latent_map, const Tensor& coord, const Tensor& cell, const Tensor& weight,
                     const Tensor& bias, const Sizes& region) {
   check_on_gpu(latent_map, "latent_map", 4);
-  const auto run = latent_map.scalar_type() == ScalarType::Double ? run_metasr<double> : run_metasr<float>;
-  return run({latent_map, coord, cell, weight, bias, region});
-}
-
-template <class T>
-Tensor run_latents(const Tensor& coord, const Tensor& cell, const Sizes& region, const Sizes& sizes) {
-  const MetasrProblem<T> p = metasr_points<T>(coord, cell, region, sizes);
-  const int32_t device = coord.get_device_index();
-  const DeviceGuard guard(device);
-  Tensor latents = torch::stable::new_empty(coord, {p.batch * p.queries}, ScalarType::Long);
-  check_launch(launch_metasr_latents(p, data<int64_t>(latents), current_stream(device)));
-  return latents;
+  return with_geometry(latent_map, [&](auto zero) {
+    using T = decltype(zero);
+    MetasrProblem<T> p = metasr_problem<T>({latent_map, coord, cell, weight, bias, region});
+    const int32_t device = latent_map.get_device_index();
+    const DeviceGuard guard(device);
+    Tensor out = empty<T>(coord, {p.batch, p.queries, p.outs});
+    p.out = data<T>(out);
+    check_launch(launch_metasr_forward(p, to_dtype(latent_map, "latent_map"), current_stream(device)));
+    return out;
+  });
 }
 
 // sizes: batch, height, width of the latent map in memory.
 Tensor metasr_latents(const Tensor& coord, const Tensor& cell, const Sizes& region, const Sizes& sizes) {
   check_on_gpu(coord, "coord", 3);
-  const auto run = coord.scalar_type() == ScalarType::Double ? run_latents<double> : run_latents<float>;
-  return run(coord, cell, region, sizes);
+  return with_geometry(coord, [&](auto zero) {
+    using T = decltype(zero);
+    const MetasrProblem<T> p = metasr_points<T>(coord, cell, region, sizes);
+    const int32_t device = coord.get_device_index();
+    const DeviceGuard guard(device);
+    Tensor latents = torch::stable::new_empty(coord, {p.batch * p.queries}, ScalarType::Long);
+    check_launch(launch_metasr_latents(p, data<int64_t>(latents), current_stream(device)));
+    return latents;
+  });
 }
 
 const int64_t* checked_indices(const MaybeTensor& tensor, const char* name, int32_t device, int64_t size) {
@@ -47,36 +41,30 @@ const int64_t* checked_indices(const MaybeTensor& tensor, const char* name, int3
   return static_cast<const int64_t*>(tensor->const_data_ptr());
 }
 
-template <class T>
-std::vector<Tensor> run_metasr_backward(const Tensor& grad_out, const MetasrInputs& inputs, const MaybeTensor& order,
-                                        const MaybeTensor& starts) {
-  const MetasrProblem<T> p = metasr_problem<T>(inputs);
-  const Tensor& like = inputs.coord;
-  const int32_t device = inputs.latent_map.get_device_index();
-  const DeviceGuard guard(device);
-  STD_TORCH_CHECK(order.has_value() == starts.has_value(), "order and starts belong together");
-  // In the order of the Python side: latent_map, coord, cell, weight, bias.
-  std::vector<Tensor> out{order ? empty<T>(like, map_sizes(p)) : zeros<T>(like, map_sizes(p)),
-                          empty<T>(like, {p.batch, p.queries, 2}), empty<T>(like, {p.batch, p.queries, 2}),
-                          empty<T>(like, {p.hidden, 3}), empty<T>(like, {p.hidden})};
-  Tensor workspace = empty<T>(like, {metasr_workspace(p)});
-  const MetasrOrder sorted{checked_indices(order, "order", device, p.batch * p.queries),
-                           checked_indices(starts, "starts", device, p.batch * p.region_height * p.region_width + 1)};
-  check_launch(
-      launch_metasr_backward(p, to_dtype(inputs.latent_map, "latent_map"),
-                             {checked<T>(grad_out, "grad_out", device, {p.batch, p.queries, p.outs}), data<T>(out[0]),
-                              data<T>(out[1]), data<T>(out[2]), data<T>(out[3]), data<T>(out[4])},
-                             sorted, data<T>(workspace), current_stream(device)));
-  return out;
-}
-
 std::vector<Tensor> metasr_query_backward(const Tensor& grad_out, const Tensor& latent_map, const Tensor& coord,
                                           const Tensor& cell, const Tensor& weight, const Tensor& bias,
                                           const Sizes& region, const MaybeTensor& order, const MaybeTensor& starts) {
   check_on_gpu(latent_map, "latent_map", 4);
-  const auto run =
-      latent_map.scalar_type() == ScalarType::Double ? run_metasr_backward<double> : run_metasr_backward<float>;
-  return run(grad_out, {latent_map, coord, cell, weight, bias, region}, order, starts);
+  return with_geometry(latent_map, [&](auto zero) {
+    using T = decltype(zero);
+    const MetasrProblem<T> p = metasr_problem<T>({latent_map, coord, cell, weight, bias, region});
+    const int32_t device = latent_map.get_device_index();
+    const DeviceGuard guard(device);
+    STD_TORCH_CHECK(order.has_value() == starts.has_value(), "order and starts belong together");
+    // In the order of the Python side: latent_map, coord, cell, weight, bias.
+    std::vector<Tensor> out{order ? empty<T>(coord, map_sizes(p)) : zeros<T>(coord, map_sizes(p)),
+                            empty<T>(coord, {p.batch, p.queries, 2}), empty<T>(coord, {p.batch, p.queries, 2}),
+                            empty<T>(coord, {p.hidden, 3}), empty<T>(coord, {p.hidden})};
+    Tensor workspace = empty<T>(coord, {metasr_workspace(p)});
+    const MetasrOrder sorted{checked_indices(order, "order", device, p.batch * p.queries),
+                             checked_indices(starts, "starts", device, p.batch * p.region_height * p.region_width + 1)};
+    check_launch(
+        launch_metasr_backward(p, to_dtype(latent_map, "latent_map"),
+                               {checked<T>(grad_out, "grad_out", device, {p.batch, p.queries, p.outs}), data<T>(out[0]),
+                                data<T>(out[1]), data<T>(out[2]), data<T>(out[3]), data<T>(out[4])},
+                               sorted, data<T>(workspace), current_stream(device)));
+    return out;
+  });
 }
 
 }  // namespace

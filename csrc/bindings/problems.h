@@ -19,7 +19,7 @@ struct GatherInputs {
 };
 
 template <class T>
-GatherProblem<T> gather_problem(const GatherInputs& in) {
+GatherProblem<T> gather_problem(const GatherInputs& in, int32_t device) {
   GatherProblem<T> p{};
   STD_TORCH_CHECK(in.coord.dim() == 3, "coord must have 3 dimensions");
   STD_TORCH_CHECK(in.channels > 0 && in.height > 0 && in.width > 0, "feat must not be empty");
@@ -31,15 +31,14 @@ GatherProblem<T> gather_problem(const GatherInputs& in) {
   p.corners = in.local_ensemble ? 4 : 1;
   p.feat_unfold = in.feat_unfold;
   p.has_cell = in.has_cell;
-  p.coord = checked<T>(in.coord, "coord", device_index(in.coord), {p.batch, p.queries, 2});
+  p.coord = checked<T>(in.coord, "coord", device, {p.batch, p.queries, 2});
   return p;
 }
 
-// With pred [batch, queries, corners, outs], contiguous and already checked for its dtype.
+// pred: [batch, queries, corners, outs]. Its dtype is the caller's to check.
 template <class T>
-EnsembleProblem<T> ensemble_problem(const Tensor& pred, const Tensor& area_weight) {
+EnsembleProblem<T> ensemble_problem(const Tensor& pred, const Tensor& area_weight, int32_t device) {
   STD_TORCH_CHECK(pred.dim() == 4, "pred must have 4 dimensions");
-  const int32_t device = device_index(pred);
   check_contiguous(pred, "pred", device, {pred.size(0), pred.size(1), pred.size(2), pred.size(3)});
   return {pred.size(0) * pred.size(1), pred.size(2), pred.size(3), pred.const_data_ptr(),
           checked<T>(area_weight, "area_weight", device, {pred.size(0), pred.size(1), pred.size(2)})};

@@ -1,6 +1,7 @@
 // The fused decodes on the CPU, LIIF's and MetaSR's: weights are packed once, tiles are cut into one shard a thread.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/dispatch.h"
 #include "cpu/entry_points.h"
@@ -26,9 +27,9 @@ int64_t tile_count(const DecodeProblem<T>& p, int tile_rows) {
   return p.batch * ((p.queries + queries - 1) / queries);
 }
 
-// K: MatrixKernels<T> or Bf16Kernels. forward_tiles: one of its forwards.
-template <class T, class K, class F>
-void run_forward(const DecodeProblem<T>& p, const K& kernels, F forward_tiles, int tile_rows) {
+// forward_tiles: one of the kernels' forwards.
+template <class T, class F>
+void run_forward(const DecodeProblem<T>& p, const DecodeKernels<T>& kernels, F forward_tiles, int tile_rows) {
   const int64_t tiles = tile_count(p, tile_rows), shards = std::min(thread_count(), tiles);
   if (tiles == 0) return;
   const ThreadBuffers packed(1, kernels.packed_bytes(p, false));
@@ -43,9 +44,9 @@ void run_forward(const DecodeProblem<T>& p, const K& kernels, F forward_tiles, i
 // channels.
 constexpr int64_t kChunkTiles = 32;
 
-// K: MatrixKernels<T> or Bf16Kernels. common: the functions that both share.
-template <class T, class K>
-void run_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, const K& kernels,
+// common: the functions that do not depend on the operands' dtype.
+template <class T>
+void run_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, const DecodeKernels<T>& kernels,
                   const MatrixKernels<T>& common) {
   const int64_t tiles = tile_count(p, common.tile_rows), shards = std::min(thread_count(), tiles);
   if (tiles == 0) return;
@@ -78,29 +79,29 @@ void run_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, const 
 }  // namespace
 
 template <class T>
-void decode_forward(const DecodeProblem<T>& p) {
+void decode_forward(const DecodeProblem<T>& p, bool bf16, bool bf16_map) {
   const MatrixKernels<T>& kernels = matrix_kernels<T>();
-  run_forward(p, kernels, kernels.forward_tiles, kernels.tile_rows);
+  if constexpr (std::is_same_v<T, float>) {
+    if (bf16) {
+      const Bf16Kernels& narrow = *bf16_kernels();
+      return run_forward<float>(p, narrow, bf16_map ? narrow.forward_tiles_bf16_map : narrow.forward_tiles,
+                                kernels.tile_rows);
+    }
+  }
+  run_forward<T>(p, kernels, kernels.forward_tiles, kernels.tile_rows);
 }
-template void decode_forward(const DecodeProblem<float>&);
-template void decode_forward(const DecodeProblem<double>&);
-
-void decode_forward_bf16(const DecodeProblem<float>& p, bool bf16_map) {
-  const Bf16Kernels& kernels = *bf16_kernels();
-  run_forward(p, kernels, bf16_map ? kernels.forward_tiles_bf16_map : kernels.forward_tiles,
-              matrix_kernels<float>().tile_rows);
-}
+template void decode_forward(const DecodeProblem<float>&, bool, bool);
+template void decode_forward(const DecodeProblem<double>&, bool, bool);
 
 template <class T>
-void decode_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads) {
-  run_backward(p, grads, matrix_kernels<T>(), matrix_kernels<T>());
+void decode_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, bool bf16) {
+  const MatrixKernels<T>& kernels = matrix_kernels<T>();
+  if constexpr (std::is_same_v<T, float>)
+    if (bf16) return run_backward<float>(p, grads, *bf16_kernels(), kernels);
+  run_backward<T>(p, grads, kernels, kernels);
 }
-template void decode_backward(const DecodeProblem<float>&, const DecodeGrads<float>&);
-template void decode_backward(const DecodeProblem<double>&, const DecodeGrads<double>&);
-
-void decode_backward_bf16(const DecodeProblem<float>& p, const DecodeGrads<float>& grads) {
-  run_backward(p, grads, *bf16_kernels(), matrix_kernels<float>());
-}
+template void decode_backward(const DecodeProblem<float>&, const DecodeGrads<float>&, bool);
+template void decode_backward(const DecodeProblem<double>&, const DecodeGrads<double>&, bool);
 
 template <class T>
 void metasr_forward(const MetasrProblem<T>& p) {

@@ -186,20 +186,6 @@ static void geometry_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& g
   }
 }
 
-template <class Op>
-static size_t backward_scratch_bytes(const DecodeProblem<typename Op::Acc>& p) {
-  Arena arena{nullptr};
-  BackwardScratch<Op>(p, arena);
-  return arena.used;
-}
-
-template <class T>
-static size_t sums_bytes(const DecodeProblem<T>& p) {
-  Arena arena{nullptr};
-  Sums<T>(p, arena);
-  return arena.used;
-}
-
 // Activations of a tile, computed as in the forward: with other roundings the ReLU masks would differ.
 template <class Op, class Latent, class T = typename Op::Acc>
 static void recompute(const DecodeProblem<T>& p, const Packed<Op>& packed, const TileSpan& span,

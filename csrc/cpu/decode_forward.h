@@ -69,13 +69,6 @@ static void pack(const DecodeProblem<typename Op::Acc>& p, bool gradients, char*
   Packed<Op>(p, gradients, arena).fill(p);
 }
 
-template <class Op>
-static size_t forward_scratch_bytes(const DecodeProblem<typename Op::Acc>& p) {
-  Arena arena{nullptr};
-  ForwardScratch<Op>(p, arena);
-  return arena.used;
-}
-
 template <class Op, class Latent>
 static void forward_tiles(const DecodeProblem<typename Op::Acc>& p, char* weights, int64_t begin, int64_t end,
                           char* buffer) {

@@ -15,18 +15,23 @@ struct BackwardTiles {
   int64_t* row_latent;  // the latent of each row, -1: no such row
 };
 
+// The decode with operands of one dtype.
 template <class T>
-struct MatrixKernels {
-  int tile_rows;
-
+struct DecodeKernels {
   size_t (*packed_bytes)(const DecodeProblem<T>&, bool gradients);
   void (*pack)(const DecodeProblem<T>&, bool gradients, char* packed);
   size_t (*forward_scratch_bytes)(const DecodeProblem<T>&);
   void (*forward_tiles)(const DecodeProblem<T>&, char* packed, int64_t begin, int64_t end, char* scratch);
-
   size_t (*backward_scratch_bytes)(const DecodeProblem<T>&);
-  size_t (*sums_bytes)(const DecodeProblem<T>&);
   void (*backward_tiles)(const DecodeProblem<T>&, const DecodeGrads<T>&, const BackwardTiles<T>&);
+  double (*multiply_add_loop)(int64_t repetitions);  // registers only; returns the floating point operations done
+};
+
+template <class T>
+struct MatrixKernels : DecodeKernels<T> {
+  int tile_rows;
+
+  size_t (*sums_bytes)(const DecodeProblem<T>&);
   void (*scatter_rows)(const T* latent_rows, const int64_t* row_latent, int64_t count, int64_t width, int64_t owner,
                        int64_t owners, T* grad_latent_map);
   void (*add_sums)(const DecodeProblem<T>&, char* sums, const DecodeGrads<T>&);
@@ -36,20 +41,11 @@ struct MatrixKernels {
   void (*metasr_backward)(const MetasrProblem<T>&, const MetasrGrads<T>&, int64_t begin, int64_t end, char* scratch);
   void (*metasr_add_sums)(const MetasrProblem<T>&, char* scratch, const MetasrGrads<T>&);
   void (*metasr_scatter)(const MetasrProblem<T>&, const MetasrGrads<T>&, int64_t owner, int64_t owners, char* scratch);
-
-  double (*multiply_add_loop)(int64_t repetitions);  // registers only; returns the floating point operations done
 };
 
 // The decode with bfloat16 operands; everything else is float. MatrixKernels<float> has the functions that both share.
-struct Bf16Kernels {
-  size_t (*packed_bytes)(const DecodeProblem<float>&, bool gradients);
-  void (*pack)(const DecodeProblem<float>&, bool gradients, char* packed);
-  size_t (*forward_scratch_bytes)(const DecodeProblem<float>&);
-  void (*forward_tiles)(const DecodeProblem<float>&, char* packed, int64_t begin, int64_t end, char* scratch);
+struct Bf16Kernels : DecodeKernels<float> {
   void (*forward_tiles_bf16_map)(const DecodeProblem<float>&, char* packed, int64_t begin, int64_t end, char* scratch);
-  size_t (*backward_scratch_bytes)(const DecodeProblem<float>&);
-  void (*backward_tiles)(const DecodeProblem<float>&, const DecodeGrads<float>&, const BackwardTiles<float>&);
-  double (*multiply_add_loop)(int64_t repetitions);
 };
 
 struct Kernels {

@@ -19,14 +19,12 @@ void ensemble_forward(const EnsembleProblem<T>& p, T* out);  // out: [rows, outs
 template <class T>
 void ensemble_backward(const EnsembleProblem<T>& p, const EnsembleGrads<T>& grads);
 
+// bf16: whether products have bfloat16 operands, which needs bf16_kernels(); ignored in double. bf16_map: whether the
+// latent map is bfloat16, which needs bf16. The backward takes a latent map of T.
 template <class T>
-void decode_forward(const DecodeProblem<T>& p);
+void decode_forward(const DecodeProblem<T>& p, bool bf16, bool bf16_map);
 template <class T>
-void decode_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads);  // grads zeroed
-
-// The same with bfloat16 operands; needs bf16_kernels(). The backward takes a float latent map.
-void decode_forward_bf16(const DecodeProblem<float>& p, bool bf16_map);
-void decode_backward_bf16(const DecodeProblem<float>& p, const DecodeGrads<float>& grads);
+void decode_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, bool bf16);  // grads zeroed
 
 template <class T>
 void metasr_forward(const MetasrProblem<T>& p);

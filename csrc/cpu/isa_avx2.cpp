@@ -1,10 +1,5 @@
-// Kernels for AVX2 and FMA. The standard headers come first, so that nothing in them is compiled for this target.
+// Kernels for AVX2 and FMA.
 #if defined(__x86_64__)
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-
 #include "cpu/target.h"
 LIIF_BEGIN_TARGET("avx2,fma")
 #define LIIF_SIMD_AVX2

@@ -33,23 +33,19 @@ static double multiply_add_loop(int64_t repetitions) {
 
 template <class T>
 constexpr MatrixKernels<T> make_table() {
+  using Op = FloatOp<T>;
   return {
+      {packed_bytes<Op>, pack<Op>, layout_bytes<ForwardScratch<Op>, DecodeProblem<T>>, forward_tiles<Op, T>,
+       layout_bytes<BackwardScratch<Op>, DecodeProblem<T>>, backward_tiles<Op, T>, multiply_add_loop<T>},
       kTileRows,
-      packed_bytes<FloatOp<T>>,
-      pack<FloatOp<T>>,
-      forward_scratch_bytes<FloatOp<T>>,
-      forward_tiles<FloatOp<T>, T>,
-      backward_scratch_bytes<FloatOp<T>>,
-      sums_bytes<T>,
-      backward_tiles<FloatOp<T>, T>,
+      layout_bytes<Sums<T>, DecodeProblem<T>>,
       scatter_rows<T>,
       add_sums<T>,
-      metasr_scratch_bytes<T>,
+      layout_bytes<MetasrScratch<T>, MetasrProblem<T>>,
       metasr_forward<T>,
       metasr_backward<T>,
       metasr_add_sums<T>,
       metasr_scatter<T>,
-      multiply_add_loop<T>,
   };
 }
 

@@ -67,13 +67,6 @@ LIIF_INLINE void for_vectors(const T* row, int64_t count, F f) {
 }
 
 template <class T>
-static size_t metasr_scratch_bytes(const MetasrProblem<T>& p) {
-  Arena arena{nullptr};
-  MetasrScratch<T>(p, arena);
-  return arena.used;
-}
-
-template <class T>
 static void metasr_forward(const MetasrProblem<T>& p, int64_t begin, int64_t end, char* buffer) {
   using V = Vec<T>;
   Arena arena{buffer};

@@ -1,7 +1,13 @@
-// Compiles the code between BEGIN and END for other instructions than the rest of the file.
+// Compiles the code between BEGIN and END for other instructions than the rest of the file. The standard headers are
+// included here, before BEGIN, so that nothing in them is compiled for that target.
 #pragma once
 
 #include <immintrin.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
 
 #define LIIF_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)

@@ -24,6 +24,14 @@ struct Arena {
   }
 };
 
+// Bytes of the buffer that a Layout's constructor takes its arrays from.
+template <class Layout, class Problem>
+static size_t layout_bytes(const Problem& p) {
+  Arena arena{nullptr};
+  Layout(p, arena);
+  return arena.used;
+}
+
 template <class T>
 LIIF_INLINE int hidden_layers(const DecodeProblem<T>& p) {
   return p.layers > 0 ? p.layers - 1 : 0;

@@ -26,15 +26,26 @@ inline unsigned blocks_for(int64_t warps) {
   return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
-// nullptr, or CUDA's sentence why the kernel was not launched.
+// nullptr, or CUDA's sentence why the kernel was not launched. bytes: of dynamic shared memory.
+template <class... Parameters, class... Arguments>
+const char* launch_with_shared(void (*kernel)(Parameters...), unsigned blocks, int bytes, void* stream,
+                               const Arguments&... arguments) {
+  cudaError_t error = cudaSuccess;
+  if (bytes > 0) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), unsigned blocks, void* stream, const Arguments&... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_with_shared(kernel, blocks, 0, stream, arguments...);
 }
 
 // The index of this thread's warp in the grid, and the number of warps in the grid.

@@ -372,7 +372,8 @@ const char* launch_backward(const DecodeTask& task, const DecodeVariant& variant
     static_assert(T::kWarpRows == warp_rows(T::kRows, T::kWidth, sizeof(typename T::Element)), "as the host counts");
     const int bytes =
         shared_bytes<T>() + T::kRows / task.corners * task.outs * 4 + (backward.coord ? row_dots_bytes<T>() : 0);
-    return launch_tiles(decode_backward_kernel<T>, variant, bytes, stream, task, saved, backward);
+    return launch_with_shared(decode_backward_kernel<T>, block_count(variant, task), bytes, stream, task, saved,
+                              backward);
   });
 }
 

@@ -164,34 +164,37 @@ DecodeTask make_task(const DecodeProblem<float>& p, const DecodeVariant& variant
   return task;
 }
 
+namespace {
+
+// f(std::integral_constant<MmaPolicy, policy>{}).
+template <class F>
+const char* dispatch_policy(MmaPolicy policy, const F& f) {
+  switch (policy) {
+    case MmaPolicy::kFloat16:
+      return f(std::integral_constant<MmaPolicy, MmaPolicy::kFloat16>{});
+    case MmaPolicy::kBFloat16:
+      return f(std::integral_constant<MmaPolicy, MmaPolicy::kBFloat16>{});
+    case MmaPolicy::kTf32:
+      return f(std::integral_constant<MmaPolicy, MmaPolicy::kTf32>{});
+    default:
+      return f(std::integral_constant<MmaPolicy, MmaPolicy::kFloat32>{});
+  }
+}
+
+}  // namespace
+
 const char* launch_decode_forward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
                                   void* stream) {
   if (task.tiles == 0) return nullptr;
-  switch (variant.policy) {
-    case MmaPolicy::kFloat16:
-      return launch_forward<MmaPolicy::kFloat16>(task, variant, saved, stream);
-    case MmaPolicy::kBFloat16:
-      return launch_forward<MmaPolicy::kBFloat16>(task, variant, saved, stream);
-    case MmaPolicy::kTf32:
-      return launch_forward<MmaPolicy::kTf32>(task, variant, saved, stream);
-    default:
-      return launch_forward<MmaPolicy::kFloat32>(task, variant, saved, stream);
-  }
+  return dispatch_policy(variant.policy,
+                         [&](auto policy) { return launch_forward<policy()>(task, variant, saved, stream); });
 }
 
 const char* launch_decode_backward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
                                    const BackwardArrays& backward, void* stream) {
   if (task.tiles == 0) return nullptr;
-  switch (variant.policy) {
-    case MmaPolicy::kFloat16:
-      return launch_backward<MmaPolicy::kFloat16>(task, variant, saved, backward, stream);
-    case MmaPolicy::kBFloat16:
-      return launch_backward<MmaPolicy::kBFloat16>(task, variant, saved, backward, stream);
-    case MmaPolicy::kTf32:
-      return launch_backward<MmaPolicy::kTf32>(task, variant, saved, backward, stream);
-    default:
-      return launch_backward<MmaPolicy::kFloat32>(task, variant, saved, backward, stream);
-  }
+  return dispatch_policy(
+      variant.policy, [&](auto policy) { return launch_backward<policy()>(task, variant, saved, backward, stream); });
 }
 
 }  // namespace liif_fast

@@ -190,7 +190,8 @@ const char* launch_forward(const DecodeTask& task, const DecodeVariant& variant,
                            void* stream) {
   return with_tile<kPolicy>(variant, [&](auto tile) {
     using T = decltype(tile);
-    return launch_tiles(decode_forward_kernel<T>, variant, shared_bytes<T>(), stream, task, saved);
+    return launch_with_shared(decode_forward_kernel<T>, block_count(variant, task), shared_bytes<T>(), stream, task,
+                              saved);
   });
 }
 

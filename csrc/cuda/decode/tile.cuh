@@ -238,20 +238,8 @@ __device__ __forceinline__ uint4* saved_blended(const SavedActivations& saved, i
 // ---------------------------------------------------------------------------------------------------------------
 // launch
 
-// nullptr, or CUDA's sentence why the kernel was not launched. bytes: of shared memory.
-template <class Kernel, class... Arguments>
-const char* launch_tiles(Kernel kernel, const DecodeVariant& variant, int bytes, void* stream, const DecodeTask& task,
-                         const Arguments&... arguments) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(variant.blocks < task.tiles ? variant.blocks : task.tiles));
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = static_cast<size_t>(bytes);
-    config.stream = static_cast<cudaStream_t>(stream);
-    error = cudaLaunchKernelEx(&config, kernel, task, arguments...);
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+inline unsigned block_count(const DecodeVariant& variant, const DecodeTask& task) {
+  return static_cast<unsigned>(variant.blocks < task.tiles ? variant.blocks : task.tiles);
 }
 
 // f(Tile{}) with the tile of a variant.

@@ -11,28 +11,24 @@ namespace liif_fast {
 
 // ------------------------------------------------------------------------------------------------- gather and ensemble
 
-// The arguments of gather and of its backward that are no gradients. cell is only known to exist in the backward.
+// The arguments that gather and its backward share.
 struct GatherInputs {
   const Tensor& coord;
   int64_t channels, height, width;  // of feat
   bool has_cell, feat_unfold, local_ensemble;
 };
 
+// All but `cell`.
 template <class T>
 GatherProblem<T> gather_problem(const GatherInputs& in, int32_t device) {
-  GatherProblem<T> p{};
   STD_TORCH_CHECK(in.coord.dim() == 3, "coord must have 3 dimensions");
   STD_TORCH_CHECK(in.channels > 0 && in.height > 0 && in.width > 0, "feat must not be empty");
-  p.batch = in.coord.size(0);
-  p.queries = in.coord.size(1);
-  p.channels = in.channels;
-  p.height = in.height;
-  p.width = in.width;
-  p.corners = in.local_ensemble ? 4 : 1;
-  p.feat_unfold = in.feat_unfold;
-  p.has_cell = in.has_cell;
-  p.coord = checked<T>(in.coord, "coord", device, {p.batch, p.queries, 2});
-  return p;
+  const int64_t batch = in.coord.size(0), queries = in.coord.size(1);
+  return {batch,          in.channels,
+          in.height,      in.width,
+          queries,        in.local_ensemble ? 4 : 1,
+          in.feat_unfold, checked<T>(in.coord, "coord", device, {batch, queries, 2}),
+          nullptr,        in.has_cell};
 }
 
 // pred: [batch, queries, corners, outs]. Its dtype is the caller's to check.

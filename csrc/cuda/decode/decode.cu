@@ -83,13 +83,9 @@ DecodeVariant choose_variant(MmaPolicy policy, int width, const char** error) {
   const int bytes = operand_bytes(policy), padded = padded_width(width);
   const bool small =
       padded == 256 && (has_small_tiles_only(major * 100 + minor * 10) || block_bytes < kLargeSharedBytes);
-  DecodeVariant variant;
-  variant.policy = policy;
-  variant.width = padded;
-  variant.rows = small ? small_rows(bytes) : large_rows(bytes);
-  variant.blocks = processors * (padded == 64 && sm_bytes >= kLargeSharedBytes ? 2 : 1);
-  variant.row_sums = warp_rows(variant.rows, padded, bytes);
-  return variant;
+  const int rows = small ? small_rows(bytes) : large_rows(bytes);
+  const int blocks = processors * (padded == 64 && sm_bytes >= kLargeSharedBytes ? 2 : 1);
+  return {policy, padded, rows, blocks, warp_rows(rows, padded, bytes)};
 }
 
 int64_t packed_bytes(const DecodeVariant& variant, int hidden, int outs) {
@@ -132,16 +128,12 @@ SavedActivations saved_at(void* buffer, const DecodeVariant& variant, const Save
 
 const char* launch_pack(const DecodeProblem<float>& problem, const DecodeVariant& variant, bool transposed,
                         void* packed, void* stream) {
-  PackTask task;
-  task.problem = problem;
-  task.policy = variant.policy;
-  task.width = variant.width;
-  task.groups = group_count(variant.policy, variant.width);
-  task.transposed = transposed;
-  task.units = static_cast<int64_t>(problem.layers - 1) * task.groups * chunk_units(variant.width);
-  task.chunks = static_cast<uint4*>(packed);
-  task.packed_vectors = reinterpret_cast<float*>(task.chunks + task.units);
-  return launch(pack_kernel, blocks_for(task.units / kWarp + 1), stream, task);
+  const int groups = group_count(variant.policy, variant.width);
+  const int64_t units = static_cast<int64_t>(problem.layers - 1) * groups * chunk_units(variant.width);
+  uint4* const chunks = static_cast<uint4*>(packed);
+  const PackTask task{problem,    variant.policy, variant.width, groups,
+                      transposed, units,          chunks,        reinterpret_cast<float*>(chunks + units)};
+  return launch(pack_kernel, blocks_for(units / kWarp + 1), stream, task);
 }
 
 DecodeTask make_task(const DecodeProblem<float>& p, const DecodeVariant& variant, const void* packed,

@@ -2,8 +2,4 @@
 #include "cuda/decode/backward.cuh"
 #include "cuda/decode/forward.cuh"
 
-namespace liif_fast {
-
-LIIF_INSTANTIATE_DECODE(MmaPolicy::kTf32)
-
-}  // namespace liif_fast
+LIIF_INSTANTIATE_DECODE(kTf32)

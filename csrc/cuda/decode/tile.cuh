@@ -235,9 +235,7 @@ __device__ __forceinline__ uint4* saved_blended(const SavedActivations& saved, i
   return reinterpret_cast<uint4*>(static_cast<typename T::Element*>(saved.blended) + at);
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// launch
-
+// Blocks of a launch.
 inline unsigned block_count(const DecodeVariant& variant, const DecodeTask& task) {
   return static_cast<unsigned>(variant.blocks < task.tiles ? variant.blocks : task.tiles);
 }
@@ -252,10 +250,13 @@ const char* with_tile(const DecodeVariant& variant, const F& f) {
   return f(Tile<kPolicy, 256, small_rows(kBytes)>{});
 }
 
-#define LIIF_INSTANTIATE_DECODE(kPolicy)                                                                          \
-  template const char* launch_forward<kPolicy>(const DecodeTask&, const DecodeVariant&, const SavedActivations&,  \
-                                               void*);                                                            \
-  template const char* launch_backward<kPolicy>(const DecodeTask&, const DecodeVariant&, const SavedActivations&, \
-                                                const BackwardArrays&, void*);
+// Outside the namespace: the launches of one policy, a name of MmaPolicy.
+#define LIIF_INSTANTIATE_DECODE(policy)                                                                           \
+  namespace liif_fast {                                                                                           \
+  template const char* launch_forward<MmaPolicy::policy>(const DecodeTask&, const DecodeVariant&,                 \
+                                                         const SavedActivations&, void*);                         \
+  template const char* launch_backward<MmaPolicy::policy>(const DecodeTask&, const DecodeVariant&,                \
+                                                          const SavedActivations&, const BackwardArrays&, void*); \
+  }
 
 }  // namespace liif_fast

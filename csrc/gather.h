@@ -5,7 +5,8 @@
 
 namespace liif_fast {
 
-// T is the dtype of geometry: float or double. All arrays are contiguous.
+// T is the dtype of geometry: float or double. All arrays are contiguous. A void pointer is to the dtype of features
+// (gather) or predictions (ensemble): T on the CPU, any float dtype on a GPU.
 template <class T>
 struct GatherProblem {
   int64_t batch, channels, height, width, queries;
@@ -20,8 +21,22 @@ struct GatherProblem {
 
 template <class T>
 struct GatherGrads {
-  const T *x, *area_weight;  // [batch, queries, corners, depth], [batch, queries, corners]
-  T *feat, *coord, *cell;    // feat: [batch, channels, height, width], zeroed; cell may be null
+  const void* x;           // [batch, queries, corners, depth]
+  const T* area_weight;    // [batch, queries, corners]
+  T *feat, *coord, *cell;  // feat: [batch, channels, height, width], zeroed; cell may be null
+};
+
+template <class T>
+struct EnsembleProblem {
+  int64_t rows, corners, outs;
+  const void* pred;      // [rows, corners, outs]
+  const T* area_weight;  // [rows, corners]
+};
+
+template <class T>
+struct EnsembleGrads {
+  const T* out;           // [rows, outs]
+  T *pred, *area_weight;  // as in the problem, both in T
 };
 
 }  // namespace liif_fast

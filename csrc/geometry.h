@@ -1,7 +1,8 @@
-// Where a query finds its latents: centres, shifts, nearest indices, relative coordinates, areas, blending weights.
+// Where a query finds its latents: centers, shifts, nearest indices, relative coordinates, areas, blending weights. The
+// kernels of csrc/cpu and csrc/cuda both use it; csrc/bindings fills the problems of decode.h, gather.h and metasr.h.
 //
 // Every line follows the original's order of operations in the dtype T of the coordinates, because a rounding decides
-// which latent is nearest (on odd scales a query lies exactly on a latent's centre). FMA contraction is off for the CPU
+// which latent is nearest (on odd scales a query lies exactly on a latent's center). FMA contraction is off for the CPU
 // (setup.py) and impossible on the GPU (the _rn intrinsics). One axis at a time: rows and columns never mix.
 #pragma once
 
@@ -32,7 +33,7 @@ LIIF_HOST_DEVICE double mul_rounded(double a, double b) { return a * b; }
 constexpr double kEpsShift = 1e-6;  // breaks ties between two equally near latents, as in the original
 constexpr double kEpsArea = 1e-9;   // keeps the weights finite where all areas vanish
 
-// Centre of pixel `index` of `size` that tile [-1, 1].
+// Center of pixel `index` of `size` pixels that tile [-1, 1].
 template <class T>
 LIIF_HOST_DEVICE T pixel_center(int64_t index, int64_t size) {
   const double half = 1.0 / static_cast<double>(size);
@@ -57,30 +58,37 @@ LIIF_HOST_DEVICE int64_t nearest_index(T coord, int64_t size) {
   return rounded < static_cast<T>(size) ? static_cast<int64_t>(rounded) : size - 1;
 }
 
+// Offset of latent `index` of the map in the region [first, first + count) that is in memory. The Python ops check that
+// the region covers every latent under a query. Clamp anyway, so that a wrong call cannot read out of bounds.
+LIIF_HOST_DEVICE int64_t clamp_to_region(int64_t index, int64_t first, int64_t count) {
+  const int64_t local = index - first;
+  return local < 0 ? 0 : (local < count ? local : count - 1);
+}
+
 // A latent seen from a query, along one axis.
 template <class T>
-struct Neighbour {
+struct Neighbor {
   int64_t index;  // in the whole map
-  T rel;          // (coord - centre) * size; inside the image |rel| <= 2
+  T rel;          // (coord - center) * size; inside the image |rel| <= 2
 };
 
 // The latent on `side` (-1 or +1; 0 without local ensemble) of a query.
 template <class T>
-LIIF_HOST_DEVICE Neighbour<T> find_neighbour(T coord, int side, int64_t size) {
+LIIF_HOST_DEVICE Neighbor<T> find_neighbor(T coord, int side, int64_t size) {
   T shifted = coord;
   if (side != 0)
     shifted = add_rounded(coord, static_cast<T>(side * (2.0 / static_cast<double>(size) / 2.0) + kEpsShift));
-  Neighbour<T> found;
+  Neighbor<T> found;
   found.index = nearest_index(clamp_coord(shifted), size);
   found.rel = mul_rounded(add_rounded(coord, -pixel_center<T>(found.index, size)), static_cast<T>(size));
   return found;
 }
 
-// MetaSR's: the latent under the query's upper left corner, relative to the latent's own upper left corner.
+// For MetaSR: the latent under the query's upper left corner, relative to the latent's own upper left corner.
 template <class T>
-LIIF_HOST_DEVICE Neighbour<T> find_metasr_neighbour(T coord, T cell, int64_t size) {
+LIIF_HOST_DEVICE Neighbor<T> find_metasr_neighbor(T coord, T cell, int64_t size) {
   const T corner = add_rounded(coord, -mul_rounded(cell, T(0.5)));
-  Neighbour<T> found;
+  Neighbor<T> found;
   found.index = nearest_index(clamp_coord(add_rounded(corner, static_cast<T>(kEpsShift))), size);
   const T origin = add_rounded(pixel_center<T>(found.index, size), -static_cast<T>(1.0 / static_cast<double>(size)));
   found.rel = mul_rounded(add_rounded(corner, -origin), static_cast<T>(static_cast<double>(size) / 2.0));
@@ -98,6 +106,12 @@ LIIF_HOST_DEVICE void area_weights(const T rel_row[2], const T rel_col[2], T wei
     total = add_rounded(total, area[corner]);
   }
   for (int corner = 0; corner < 4; ++corner) weight[corner] = area[3 - corner] / total;
+}
+
+// Blending weight without local ensemble, the original's area / area: 1, or NaN where the area is not finite.
+template <class T>
+LIIF_HOST_DEVICE T single_corner_weight(T rel_row, T rel_col) {
+  return add_rounded(mul_rounded(mul_rounded(rel_row, rel_col), T(0)), T(1));
 }
 
 // Adds the gradients of area_weights to those of the relative coordinates.

@@ -1,41 +1,28 @@
-// The checks of the CUDA bindings, and torch's current stream. They need no CUDA torch and no CUDA header.
+// Launches and torch's current stream, for the CUDA bindings. Neither a CUDA torch nor a CUDA header is needed.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include "bindings/common.h"
+#include "bindings/problems.h"
 #include "cuda/launch.h"
 
 namespace liif_fast {
 
 using torch::stable::accelerator::DeviceGuard;
 
-// torch's current stream of a device. Defined in bindings_cuda.cpp.
+// torch's current stream of a device. Defined in cuda_gather.cpp.
 void* current_stream(int32_t device);
 
 inline void check_launch(const char* error) {
   STD_TORCH_CHECK(!error, "a CUDA kernel could not be launched: ", error ? error : "", " (sm_80 or newer is needed)");
 }
 
-inline void check(const Tensor& tensor, const char* name, int32_t device, const Sizes& sizes) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == device, name, " must be on cuda:", device);
-  check_sizes(tensor, name, sizes);
+inline void check_on_gpu(const Tensor& tensor, const char* name, int64_t dimensions) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.dim() == dimensions, name, " must be a CUDA tensor of ", dimensions,
+                  " dimensions");
 }
 
-inline void check_contiguous(const Tensor& tensor, const char* name, int32_t device, const Sizes& sizes) {
-  check(tensor, name, device, sizes);
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-}
-
-// The data of a contiguous tensor of geometry's dtype. bindings_cpu.h has the CPU's function of this name.
-template <class T>
-const T* checked(const Tensor& tensor, const char* name, int32_t device, const Sizes& sizes) {
-  check_contiguous(tensor, name, device, sizes);
-  STD_TORCH_CHECK(tensor.scalar_type() == kDtype<T>, name, " has the wrong dtype");
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-inline Dtype dtype_of(const Tensor& tensor, const char* name) {
+inline Dtype to_dtype(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Double:
       return Dtype::kFloat64;

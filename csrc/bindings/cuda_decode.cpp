@@ -1,43 +1,33 @@
-// The fused decode's CUDA bindings: checks, workspaces, launches. liif_fast/ops/backends/cuda/ is the only caller.
+// The fused decode on a GPU: checks, workspaces, launches.
 #ifdef LIIF_FAST_WITH_CUDA
 #include <algorithm>
 
 #include "bindings/cuda.h"
-#include "bindings/decode_problem.h"
-#include "cuda/decode/variant.h"
+#include "cuda/decode/launch.h"
 
 namespace liif_fast {
 namespace {
 
 // A problem on a GPU, and the kernels that run it there.
-struct CudaProblem {
+struct CudaDecode {
   int32_t device;
-  QueryProblem<float> problem;
-  QueryVariant variant;
+  DecodeProblem<float> problem;
+  DecodeVariant variant;
   int hidden, outs;
   bool latent_is_float;
 };
 
-Operands operands_of(int64_t number) {
-  STD_TORCH_CHECK(number >= 0 && number <= 3, "operands must be 0 (float16), 1 (bfloat16), 2 (tf32) or 3 (float32)");
-  return static_cast<Operands>(number);
+MmaPolicy to_policy(int64_t number) {
+  STD_TORCH_CHECK(number >= 0 && number <= 3, "policy must be 0 (float16), 1 (bfloat16), 2 (tf32) or 3 (float32)");
+  return static_cast<MmaPolicy>(number);
 }
 
-CudaProblem cuda_problem(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTensor& cell,
-                         const Tensor& weight_geometry, const std::vector<Tensor>& weights,
-                         const std::vector<Tensor>& biases, const Sizes& grid, const std::vector<double>& grid_cell,
-                         bool local_ensemble, int64_t operands) {
-  STD_TORCH_CHECK(latent_map.is_cuda(), "latent_map must be a CUDA tensor");
-  CudaProblem c{};
-  c.device = latent_map.get_device_index();
-  const auto on_gpu = [&](const Tensor& tensor, const char* name, const Sizes& sizes) {
-    static const float nothing = 0;  // an empty tensor's own pointer is null, and null means that there is no tensor
-    const float* values = checked<float>(tensor, name, c.device, sizes);
-    return values ? values : &nothing;
-  };
-  c.problem = query_problem<float>(latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell,
-                                   local_ensemble, on_gpu);
-  const QueryProblem<float>& p = c.problem;
+CudaDecode cuda_decode(const DecodeInputs& inputs, int64_t policy_number) {
+  STD_TORCH_CHECK(inputs.latent_map.is_cuda(), "latent_map must be a CUDA tensor");
+  CudaDecode c{};
+  c.device = inputs.latent_map.get_device_index();
+  c.problem = decode_problem<float>(inputs);
+  const DecodeProblem<float>& p = c.problem;
   c.hidden = p.layers - 1;
   STD_TORCH_CHECK(p.layers > 0 && p.out_width() <= kMaxFusedOuts, "the fused decode has a last layer of at most ",
                   kMaxFusedOuts, " outputs");
@@ -49,105 +39,115 @@ CudaProblem cuda_problem(const Tensor& latent_map, const MaybeTensor& coord, con
     widest = std::max(widest, p.widths[layer]);
   }
   c.outs = static_cast<int>(p.out_width());
-  const Operands kind = operands_of(operands);
-  c.latent_is_float = latent_map.scalar_type() == ScalarType::Float;
-  const ScalarType narrow = kind == Operands::kFloat16 ? ScalarType::Half : ScalarType::BFloat16;
-  STD_TORCH_CHECK(c.latent_is_float || (operand_bytes(kind) == 2 && latent_map.scalar_type() == narrow),
+  const MmaPolicy policy = to_policy(policy_number);
+  const ScalarType dtype = inputs.latent_map.scalar_type();
+  const ScalarType narrow = policy == MmaPolicy::kFloat16 ? ScalarType::Half : ScalarType::BFloat16;
+  c.latent_is_float = dtype == ScalarType::Float;
+  STD_TORCH_CHECK(c.latent_is_float || (is_16_bit(policy) && dtype == narrow),
                   "latent_map must be float32 or in the operands' 16 bits");
   const char* error = nullptr;
   const DeviceGuard guard(c.device);
-  c.variant = choose_variant(kind, static_cast<int>(widest), &error);
+  c.variant = choose_variant(policy, static_cast<int>(widest), &error);
   check_launch(error);
   return c;
 }
 
-Tensor bytes(const Tensor& like, int64_t size) { return torch::stable::new_empty(like, {size}, ScalarType::Byte); }
+// The packed weights of one direction.
+Tensor pack(const CudaDecode& c, const Tensor& like, bool transposed) {
+  Tensor packed = torch::stable::new_empty(like, {packed_bytes(c.variant, c.hidden, c.outs)}, ScalarType::Byte);
+  check_launch(launch_pack(c.problem, c.variant, transposed, packed.mutable_data_ptr(), current_stream(c.device)));
+  return packed;
+}
 
-// Rows [first, first + count) of the problem, whole paddings of them.
-void check_rows(int64_t first, int64_t count) {
-  STD_TORCH_CHECK(first >= 0 && count >= 0 && first % kRowPadding == 0 && count % kRowPadding == 0,
+void check_rows(const RowRange& rows) {
+  STD_TORCH_CHECK(rows.first >= 0 && rows.count >= 0 && rows.first % kRowPadding == 0 && rows.count % kRowPadding == 0,
                   "rows come in multiples of ", kRowPadding);
 }
 
-Saved saved_of(const CudaProblem& c, const Tensor& saved, bool last_layer, int64_t first_row, int64_t rows) {
-  check_rows(first_row, rows);
-  const int corners = c.problem.corners;
+SavedActivations unpack_saved(const CudaDecode& c, const Tensor& saved, bool last_layer, const RowRange& rows) {
+  check_rows(rows);
   check_contiguous(saved, "saved", c.device, {saved.size(0)});
-  STD_TORCH_CHECK(saved.scalar_type() == ScalarType::Byte &&
-                      saved.size(0) >= saved_bytes(c.variant, c.hidden, corners, last_layer, rows),
+  const SavedShape shape{c.hidden, c.problem.corners, last_layer, rows};
+  STD_TORCH_CHECK(saved.scalar_type() == ScalarType::Byte && saved.size(0) >= saved_bytes(c.variant, shape),
                   "saved is too small");
-  return saved_at(saved.mutable_data_ptr(), c.variant, c.hidden, corners, last_layer, first_row, rows);
+  return saved_at(saved.mutable_data_ptr(), c.variant, shape);
 }
 
-// The whole output, or with `saved` what the backward needs of rows [first_row, first_row + rows).
-Tensor query(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTensor& cell, const Tensor& weight_geometry,
-             const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const Sizes& grid,
-             const std::vector<double>& grid_cell, bool local_ensemble, int64_t operands, const Tensor& saved,
-             bool last_layer, int64_t first_row, int64_t rows, bool with_out) {
-  CudaProblem c = cuda_problem(latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell,
-                               local_ensemble, operands);
+// The whole output, or with `saved` the activations that the backward needs of rows [first_row, first_row + rows).
+Tensor decode(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTensor& cell,
+              const Tensor& weight_geometry, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+              const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble, int64_t policy,
+              const Tensor& saved, bool last_layer, int64_t first_row, int64_t rows, bool with_out) {
+  CudaDecode c =
+      cuda_decode({latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble}, policy);
   const DeviceGuard guard(c.device);
   Tensor out = empty<float>(latent_map, with_out ? out_sizes(c.problem) : Sizes{0});
   c.problem.out = with_out ? data<float>(out) : nullptr;
   if (c.problem.batch * c.problem.queries == 0) return out;
-  void* const stream = current_stream(c.device);
-  Tensor packed = bytes(latent_map, packed_bytes(c.variant, c.hidden, c.outs));
-  check_launch(launch_pack(c.problem, c.variant, false, packed.mutable_data_ptr(), stream));
-  Saved kept{};
-  if (saved.numel() > 0) kept = saved_of(c, saved, last_layer, first_row, rows);
-  const QueryTask task = make_task(c.problem, c.variant, packed.const_data_ptr(), c.latent_is_float, first_row, rows);
-  check_launch(launch_query_forward(task, c.variant, kept, stream));
+  const Tensor packed = pack(c, latent_map, false);
+  const RowRange range{first_row, rows};
+  SavedActivations activations{};
+  if (saved.numel() > 0) activations = unpack_saved(c, saved, last_layer, range);
+  const DecodeTask task = make_task(c.problem, c.variant, packed.const_data_ptr(), c.latent_is_float, range);
+  check_launch(launch_decode_forward(task, c.variant, activations, current_stream(c.device)));
+  return out;
+}
+
+// The tensors that a backward writes or adds to. Empty where no gradient is wanted; latent_map: in the fixed order.
+struct OutputGrads {
+  const Tensor &latent_map, &coord, &cell;
+};
+
+std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& grad_out, const SavedActivations& saved,
+                                 const RowRange& rows, const OutputGrads& grads) {
+  const DecodeProblem<float>& p = c.problem;
+  const DeviceGuard guard(c.device);
+  const bool in_rows = grads.latent_map.numel() == 0;
+  const int64_t width = c.variant.width, latent_rows = in_rows ? rows.count : 0;
+  const ScalarType dtype = !is_16_bit(c.variant.policy)              ? ScalarType::Float
+                           : c.variant.policy == MmaPolicy::kFloat16 ? ScalarType::Half
+                                                                     : ScalarType::BFloat16;
+  std::vector<Tensor> out{
+      torch::stable::new_empty(grad_out, {c.hidden, rows.count, width}, dtype),
+      zeros<float>(grad_out, {int64_t{c.variant.blocks} * c.variant.row_sums, sum_count(c.hidden, c.outs), width}),
+      empty<float>(grad_out, {latent_rows, width}),
+      torch::stable::new_empty(grad_out, {latent_rows}, ScalarType::Long)};
+  const auto written = [&](const Tensor& tensor, const char* name, const Sizes& sizes) {
+    return tensor.numel() > 0 ? const_cast<float*>(checked<float>(tensor, name, c.device, sizes)) : nullptr;
+  };
+  BackwardArrays backward{};
+  backward.grad_out = checked<float>(grad_out, "grad_out", c.device, out_sizes(p));
+  backward.latent_map =
+      written(grads.latent_map, "grad_latent_map", {p.batch, p.region_height, p.region_width, p.width});
+  backward.rows = out[0].mutable_data_ptr();
+  backward.sums = data<float>(out[1]);
+  backward.latent_rows = data<float>(out[2]);
+  backward.latent_index = data<int64_t>(out[3]);
+  backward.coord = written(grads.coord, "grad_coord", {p.batch, p.queries, 2});
+  backward.cell = written(grads.cell, "grad_cell", {p.batch, p.queries, 2});
+  const Tensor packed = pack(c, grad_out, true);
+  const DecodeTask task = make_task(p, c.variant, packed.const_data_ptr(), c.latent_is_float, rows);
+  check_launch(launch_decode_backward(task, c.variant, saved, backward, current_stream(c.device)));
   return out;
 }
 
 // Of rows [first_row, first_row + rows): gradients before every hidden ReLU [hidden, rows, padded width], partial sums
-// [parts, lines, padded width], and with an empty grad_latent_map the latents' gradients row by row [rows, padded
-// width] with their places in the map [rows]. grad_latent_map is added to; grad_coord and grad_cell are written, or
-// empty where nobody asks.
-std::vector<Tensor> query_backward(const Tensor& grad_out, const Tensor& saved, int64_t saved_first_row,
-                                   int64_t saved_rows, const Tensor& latent_map, const MaybeTensor& coord,
-                                   const MaybeTensor& cell, const Tensor& weight_geometry,
-                                   const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-                                   const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble,
-                                   int64_t operands, int64_t first_row, int64_t rows, const Tensor& grad_latent_map,
-                                   const Tensor& grad_coord, const Tensor& grad_cell) {
-  const CudaProblem c = cuda_problem(latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell,
-                                     local_ensemble, operands);
-  const QueryProblem<float>& p = c.problem;
-  const DeviceGuard guard(c.device);
-  check_rows(first_row, rows);
+// [blocks * row_sums, sum_count, padded width], and with an empty grad_latent_map the latents' gradients row by row
+// [rows, padded width] and each row's latent [rows]. grad_latent_map is added to; grad_coord and grad_cell are written.
+std::vector<Tensor> decode_backward(const Tensor& grad_out, const Tensor& saved, int64_t saved_first_row,
+                                    int64_t saved_rows, const Tensor& latent_map, const MaybeTensor& coord,
+                                    const MaybeTensor& cell, const Tensor& weight_geometry,
+                                    const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                                    const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble,
+                                    int64_t policy, int64_t first_row, int64_t rows, const Tensor& grad_latent_map,
+                                    const Tensor& grad_coord, const Tensor& grad_cell) {
+  const CudaDecode c =
+      cuda_decode({latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble}, policy);
+  check_rows({first_row, rows});
   STD_TORCH_CHECK(first_row >= saved_first_row && first_row + rows <= saved_first_row + saved_rows,
                   "saved does not hold these rows");
-  const bool in_rows = grad_latent_map.numel() == 0, last_layer = grad_coord.numel() > 0;
-  const Saved kept = saved_of(c, saved, last_layer, saved_first_row, saved_rows);
-  const int64_t width = c.variant.width;
-  std::vector<Tensor> out{
-      torch::stable::new_empty(latent_map, {c.hidden, rows, width},
-                               operand_bytes(c.variant.operands) == 4     ? ScalarType::Float
-                               : c.variant.operands == Operands::kFloat16 ? ScalarType::Half
-                                                                          : ScalarType::BFloat16),
-      zeros<float>(latent_map, {int64_t{c.variant.blocks} * c.variant.row_sums, sum_lines(c.hidden, c.outs), width}),
-      empty<float>(latent_map, {in_rows ? rows : 0, width}),
-      torch::stable::new_empty(latent_map, {in_rows ? rows : 0}, ScalarType::Long)};
-  QueryBackward gradients{};
-  gradients.grad_out = checked<float>(grad_out, "grad_out", c.device, out_sizes(p));
-  if (!in_rows)
-    gradients.latent_map = const_cast<float*>(checked<float>(grad_latent_map, "grad_latent_map", c.device,
-                                                             {p.batch, p.region_height, p.region_width, p.width}));
-  gradients.rows = out[0].mutable_data_ptr();
-  gradients.sums = data<float>(out[1]);
-  gradients.latent_rows = data<float>(out[2]);
-  gradients.latent_places = data<int64_t>(out[3]);
-  if (last_layer)
-    gradients.coord = const_cast<float*>(checked<float>(grad_coord, "grad_coord", c.device, {p.batch, p.queries, 2}));
-  if (grad_cell.numel() > 0)
-    gradients.cell = const_cast<float*>(checked<float>(grad_cell, "grad_cell", c.device, {p.batch, p.queries, 2}));
-  void* const stream = current_stream(c.device);
-  Tensor packed = bytes(latent_map, packed_bytes(c.variant, c.hidden, c.outs));
-  check_launch(launch_pack(p, c.variant, true, packed.mutable_data_ptr(), stream));
-  const QueryTask task = make_task(p, c.variant, packed.const_data_ptr(), c.latent_is_float, first_row, rows);
-  check_launch(launch_query_backward(task, c.variant, kept, gradients, stream));
-  return out;
+  const SavedActivations activations = unpack_saved(c, saved, grad_coord.numel() > 0, {saved_first_row, saved_rows});
+  return run_backward(c, grad_out, activations, {first_row, rows}, {grad_latent_map, grad_coord, grad_cell});
 }
 
 }  // namespace
@@ -156,17 +156,17 @@ std::vector<Tensor> query_backward(const Tensor& grad_out, const Tensor& saved, 
 STABLE_TORCH_LIBRARY_FRAGMENT(liif_fast_C, m) {
   m.def(
       "cuda_decode(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, "
-      "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, int operands, Tensor(a!) saved, "
+      "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, int policy, Tensor(a!) saved, "
       "bool last_layer, int first_row, int rows, bool with_out) -> Tensor");
   m.def(
       "cuda_decode_backward(Tensor grad_out, Tensor saved, int saved_first_row, int saved_rows, Tensor latent_map, "
       "Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, Tensor[] biases, int[] grid, "
-      "float[] grid_cell, bool local_ensemble, int operands, int first_row, int rows, Tensor(a!) grad_latent_map, "
+      "float[] grid_cell, bool local_ensemble, int policy, int first_row, int rows, Tensor(a!) grad_latent_map, "
       "Tensor(b!) grad_coord, Tensor(c!) grad_cell) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liif_fast_C, CUDA, m) {
-  m.impl("cuda_decode", TORCH_BOX(&liif_fast::query));
-  m.impl("cuda_decode_backward", TORCH_BOX(&liif_fast::query_backward));
+  m.impl("cuda_decode", TORCH_BOX(&liif_fast::decode));
+  m.impl("cuda_decode_backward", TORCH_BOX(&liif_fast::decode_backward));
 }
 #endif

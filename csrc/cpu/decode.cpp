@@ -1,9 +1,10 @@
-// query, render and metasr_query on the CPU: packs the weights once, cuts the tiles into one share a thread.
+// The fused decodes on the CPU, LIIF's and MetaSR's: weights are packed once, tiles are cut into one shard a thread.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
-#include "cpu/kernels.h"
-#include "cpu/ops.h"
+#include "cpu/dispatch.h"
+#include "cpu/entry_points.h"
 #include "cpu/parallel.h"
 
 namespace liif_fast {
@@ -13,7 +14,7 @@ template <class T>
 const MatrixKernels<T>& matrix_kernels();
 template <>
 const MatrixKernels<float>& matrix_kernels<float>() {
-  return kernels().single_kernels;
+  return kernels().float_kernels;
 }
 template <>
 const MatrixKernels<double>& matrix_kernels<double>() {
@@ -21,113 +22,115 @@ const MatrixKernels<double>& matrix_kernels<double>() {
 }
 
 template <class T>
-int64_t tile_count(const QueryProblem<T>& p, int tile_rows) {
+int64_t tile_count(const DecodeProblem<T>& p, int tile_rows) {
   const int64_t queries = tile_rows / p.corners;
   return p.batch * ((p.queries + queries - 1) / queries);
 }
 
-// K: MatrixKernels<T> or Bf16Kernels. forward_tiles: which of its forwards.
-template <class T, class K, class F>
-void run_forward(const QueryProblem<T>& p, const K& kernels, F forward_tiles, int tile_rows) {
-  const int64_t tiles = tile_count(p, tile_rows), shares = std::min(thread_count(), tiles);
+// forward_tiles: one of the kernels' forwards.
+template <class T, class F>
+void run_forward(const DecodeProblem<T>& p, const DecodeKernels<T>& kernels, F forward_tiles, int tile_rows) {
+  const int64_t tiles = tile_count(p, tile_rows), shards = std::min(thread_count(), tiles);
   if (tiles == 0) return;
-  const Blocks packed(1, kernels.packed_bytes(p, false));
+  const ThreadBuffers packed(1, kernels.packed_bytes(p, false));
   kernels.pack(p, false, packed[0]);
-  const Blocks scratch(shares, kernels.forward_scratch_bytes(p));
-  parallel_shares(tiles, shares, [&](int64_t share, int64_t begin, int64_t end) {
-    forward_tiles(p, packed[0], begin, end, scratch[share]);
+  const ThreadBuffers scratch(shards, kernels.forward_scratch_bytes(p));
+  parallel_shards(tiles, shards, [&](int64_t shard, int64_t begin, int64_t end) {
+    forward_tiles(p, packed[0], begin, end, scratch[shard]);
   });
 }
 
-// Tiles whose latent gradients are kept before they are added up: 4 MB a thread at 256 channels.
-constexpr int64_t kStepTiles = 32;
+// Tiles of a thread in a chunk. The latent gradients of a chunk are stored, then added up: 4 MB a thread at 256
+// channels.
+constexpr int64_t kChunkTiles = 32;
 
-// K: MatrixKernels<T> or Bf16Kernels. common: what both share.
-template <class T, class K>
-void run_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads, const K& kernels,
+// common: the functions that do not depend on the operands' dtype.
+template <class T>
+void run_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, const DecodeKernels<T>& kernels,
                   const MatrixKernels<T>& common) {
-  const int64_t tiles = tile_count(p, common.tile_rows), shares = std::min(thread_count(), tiles);
+  const int64_t tiles = tile_count(p, common.tile_rows), shards = std::min(thread_count(), tiles);
   if (tiles == 0) return;
-  const Blocks packed(1, kernels.packed_bytes(p, true));
+  const ThreadBuffers packed(1, kernels.packed_bytes(p, true));
   kernels.pack(p, true, packed[0]);
-  const Blocks scratch(shares, kernels.backward_scratch_bytes(p));
+  const ThreadBuffers scratch(shards, kernels.backward_scratch_bytes(p));
   const size_t sums_bytes = common.sums_bytes(p);
-  const Blocks sums(shares, sums_bytes);
-  for (int64_t share = 0; share < shares; ++share) std::memset(sums[share], 0, sums_bytes);
+  const ThreadBuffers sums(shards, sums_bytes);
+  for (int64_t shard = 0; shard < shards; ++shard) std::memset(sums[shard], 0, sums_bytes);
 
-  const int64_t step_tiles = std::min(kStepTiles * shares, tiles), step_rows = step_tiles * common.tile_rows;
-  const Blocks rows(1, static_cast<size_t>(step_rows * p.width) * sizeof(T));
-  const Blocks latents(1, static_cast<size_t>(step_rows) * sizeof(int64_t));
+  const int64_t chunk_tiles = std::min(kChunkTiles * shards, tiles), chunk_rows = chunk_tiles * common.tile_rows;
+  const ThreadBuffers rows(1, static_cast<size_t>(chunk_rows * p.width) * sizeof(T));
+  const ThreadBuffers latents(1, static_cast<size_t>(chunk_rows) * sizeof(int64_t));
   T* const latent_rows = reinterpret_cast<T*>(rows[0]);
   int64_t* const row_latent = reinterpret_cast<int64_t*>(latents[0]);
-  for (int64_t step = 0; step < tiles; step += step_tiles) {
-    const int64_t count = std::min(step_tiles, tiles - step);
-    parallel_shares(count, shares, [&](int64_t share, int64_t begin, int64_t end) {
-      kernels.backward_tiles(p, grads, packed[0], step + begin, step + end, scratch[share], sums[share], step,
-                             latent_rows, row_latent);
+  for (int64_t chunk = 0; chunk < tiles; chunk += chunk_tiles) {
+    const int64_t count = std::min(chunk_tiles, tiles - chunk);
+    parallel_shards(count, shards, [&](int64_t shard, int64_t begin, int64_t end) {
+      kernels.backward_tiles(
+          p, grads,
+          {chunk + begin, chunk + end, chunk, packed[0], scratch[shard], sums[shard], latent_rows, row_latent});
     });
-    parallel_shares(shares, shares, [&](int64_t share, int64_t, int64_t) {
-      common.scatter_rows(latent_rows, row_latent, count * common.tile_rows, p.width, share, shares, grads.latent_map);
+    parallel_shards(shards, shards, [&](int64_t shard, int64_t, int64_t) {
+      common.scatter_rows(latent_rows, row_latent, count * common.tile_rows, p.width, shard, shards, grads.latent_map);
     });
   }
-  for (int64_t share = 0; share < shares; ++share) common.add_sums(p, sums[share], grads);
+  for (int64_t shard = 0; shard < shards; ++shard) common.add_sums(p, sums[shard], grads);
 }
 
 }  // namespace
 
 template <class T>
-void query_forward(const QueryProblem<T>& p) {
+void decode_forward(const DecodeProblem<T>& p, bool bf16, bool bf16_map) {
   const MatrixKernels<T>& kernels = matrix_kernels<T>();
-  run_forward(p, kernels, kernels.forward_tiles, kernels.tile_rows);
+  if constexpr (std::is_same_v<T, float>) {
+    if (bf16) {
+      const Bf16Kernels& narrow = *bf16_kernels();
+      return run_forward<float>(p, narrow, bf16_map ? narrow.forward_tiles_bf16_map : narrow.forward_tiles,
+                                kernels.tile_rows);
+    }
+  }
+  run_forward<T>(p, kernels, kernels.forward_tiles, kernels.tile_rows);
 }
-template void query_forward(const QueryProblem<float>&);
-template void query_forward(const QueryProblem<double>&);
-
-void query_forward_bf16(const QueryProblem<float>& p, bool bf16_map) {
-  const Bf16Kernels& kernels = *bf16_kernels();
-  run_forward(p, kernels, bf16_map ? kernels.forward_tiles_bf16_map : kernels.forward_tiles,
-              matrix_kernels<float>().tile_rows);
-}
+template void decode_forward(const DecodeProblem<float>&, bool, bool);
+template void decode_forward(const DecodeProblem<double>&, bool, bool);
 
 template <class T>
-void query_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads) {
-  run_backward(p, grads, matrix_kernels<T>(), matrix_kernels<T>());
+void decode_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, bool bf16) {
+  const MatrixKernels<T>& kernels = matrix_kernels<T>();
+  if constexpr (std::is_same_v<T, float>)
+    if (bf16) return run_backward<float>(p, grads, *bf16_kernels(), kernels);
+  run_backward<T>(p, grads, kernels, kernels);
 }
-template void query_backward(const QueryProblem<float>&, const QueryGrads<float>&);
-template void query_backward(const QueryProblem<double>&, const QueryGrads<double>&);
-
-void query_backward_bf16(const QueryProblem<float>& p, const QueryGrads<float>& grads) {
-  run_backward(p, grads, *bf16_kernels(), matrix_kernels<float>());
-}
+template void decode_backward(const DecodeProblem<float>&, const DecodeGrads<float>&, bool);
+template void decode_backward(const DecodeProblem<double>&, const DecodeGrads<double>&, bool);
 
 template <class T>
-void metasr_query_forward(const MetasrProblem<T>& p) {
+void metasr_forward(const MetasrProblem<T>& p) {
   const MatrixKernels<T>& kernels = matrix_kernels<T>();
-  const int64_t count = p.batch * p.queries, shares = std::min(thread_count(), count);
+  const int64_t count = p.batch * p.queries, shards = std::min(thread_count(), count);
   if (count == 0) return;
-  const Blocks scratch(shares, kernels.metasr_scratch_bytes(p));
-  parallel_shares(count, shares, [&](int64_t share, int64_t begin, int64_t end) {
-    kernels.metasr_forward(p, begin, end, scratch[share]);
+  const ThreadBuffers scratch(shards, kernels.metasr_scratch_bytes(p));
+  parallel_shards(count, shards, [&](int64_t shard, int64_t begin, int64_t end) {
+    kernels.metasr_forward(p, begin, end, scratch[shard]);
   });
 }
-template void metasr_query_forward(const MetasrProblem<float>&);
-template void metasr_query_forward(const MetasrProblem<double>&);
+template void metasr_forward(const MetasrProblem<float>&);
+template void metasr_forward(const MetasrProblem<double>&);
 
 template <class T>
-void metasr_query_backward(const MetasrProblem<T>& p, const MetasrGrads<T>& grads) {
+void metasr_backward(const MetasrProblem<T>& p, const MetasrGrads<T>& grads) {
   const MatrixKernels<T>& kernels = matrix_kernels<T>();
-  const int64_t count = p.batch * p.queries, shares = std::min(thread_count(), count);
+  const int64_t count = p.batch * p.queries, shards = std::min(thread_count(), count);
   if (count == 0) return;
-  const Blocks scratch(shares, kernels.metasr_scratch_bytes(p));
-  parallel_shares(count, shares, [&](int64_t share, int64_t begin, int64_t end) {
-    kernels.metasr_backward(p, grads, begin, end, scratch[share]);
+  const ThreadBuffers scratch(shards, kernels.metasr_scratch_bytes(p));
+  parallel_shards(count, shards, [&](int64_t shard, int64_t begin, int64_t end) {
+    kernels.metasr_backward(p, grads, begin, end, scratch[shard]);
   });
-  for (int64_t share = 0; share < shares; ++share) kernels.metasr_add_sums(p, scratch[share], grads);
-  parallel_shares(shares, shares, [&](int64_t share, int64_t, int64_t) {
-    kernels.metasr_scatter(p, grads, share, shares, scratch[share]);
+  for (int64_t shard = 0; shard < shards; ++shard) kernels.metasr_add_sums(p, scratch[shard], grads);
+  parallel_shards(shards, shards, [&](int64_t shard, int64_t, int64_t) {
+    kernels.metasr_scatter(p, grads, shard, shards, scratch[shard]);
   });
 }
-template void metasr_query_backward(const MetasrProblem<float>&, const MetasrGrads<float>&);
-template void metasr_query_backward(const MetasrProblem<double>&, const MetasrGrads<double>&);
+template void metasr_backward(const MetasrProblem<float>&, const MetasrGrads<float>&);
+template void metasr_backward(const MetasrProblem<double>&, const MetasrGrads<double>&);
 
 }  // namespace liif_fast

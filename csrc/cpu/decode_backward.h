@@ -1,8 +1,9 @@
-// Backward tiles of the fused decode. Activations are computed again, tile by tile, so that nothing is kept between
-// forward and backward. Weight gradients go to sums of the thread's own; gradients of latents leave as rows, which a
-// second step adds up latent by latent in a fixed order: the result does not depend on how threads interleave.
+// Backward tiles of the fused decode. Activations are computed again, tile by tile, so that the forward saves nothing.
+// Weight gradients are added to the thread's own sums. Gradients of latents are stored row by row, and a second pass
+// adds them up latent by latent in a fixed order, so the result does not depend on how threads interleave.
 #pragma once
 
+#include "cpu/dispatch.h"
 #include "cpu/tile.h"
 
 namespace liif_fast {
@@ -12,7 +13,7 @@ namespace {
 template <class T>
 struct Sums {
   T *geometry[4], *weights[kMaxLayers], *biases[kMaxLayers + 1];
-  Sums(const QueryProblem<T>& p, Arena& arena) {
+  Sums(const DecodeProblem<T>& p, Arena& arena) {
     const int64_t stride = row_stride(p), outs = round_up(p.out_width(), kCols<T>);
     for (int i = 0; i < 4; ++i) geometry[i] = arena.take<T>(stride);
     for (int layer = 0; layer < p.layers; ++layer) weights[layer] = arena.take<T>(p.widths[layer + 1] * stride);
@@ -28,12 +29,12 @@ struct BackwardScratch {
   Geometry<T> geometry;
   T *base, *blended, *grad_blended;
   Value* rows[kMaxLayers];        // activations after ReLU that a hidden layer multiplies
-  T* last_rows;                   // those that the blend reads
-  Value *grad_rows, *grad_below;  // of a hidden layer's result, taken in turns
-  T* grad_first;                  // of the first layer's
-  Elem *row_steps, *grad_steps;   // room for pack_rows
+  T* last_rows;                   // activations that the blend reads
+  Value *grad_rows, *grad_below;  // gradients of a hidden layer's result, taken in turns
+  T* grad_first;                  // gradients of the first layer's result
+  Elem *row_steps, *grad_steps;   // buffers of pack_rows
   T *grad_weight, *grad_rel;      // [kTileRows], [kTileRows, 4]
-  BackwardScratch(const QueryProblem<T>& p, Arena& arena) : geometry(arena) {
+  BackwardScratch(const DecodeProblem<T>& p, Arena& arena) : geometry(arena) {
     const int64_t stride = row_stride(p);
     base = arena.take<T>(stride);
     blended = arena.take<T>(stride);
@@ -51,9 +52,9 @@ struct BackwardScratch {
   }
 };
 
-// Through last layer and blend: fills grad_rows (masked by ReLU) and grad_weight.
+// Through the last layer and the blend: fills grad_rows (masked by ReLU) and grad_weight.
 template <class Op, class Out, class T = typename Op::Acc>
-static void blend_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads, const Packed<Op>& packed,
+static void blend_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, const Packed<Op>& packed,
                            const TileSpan& span, BackwardScratch<Op>& s, Sums<T>& sums, Out* grad_rows) {
   using V = Vec<T>;
   const int hidden = hidden_layers(p);
@@ -89,9 +90,9 @@ static void blend_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads,
   }
 }
 
-// Through hidden layer `layer`: weight and bias gradients from grad_rows, then those of the rows below.
+// Through hidden layer `layer`: weight and bias gradients from grad_rows, then gradients of the rows below.
 template <class Op, class Out, class T = typename Op::Acc>
-static void hidden_backward(const QueryProblem<T>& p, const Packed<Op>& packed, int layer, int64_t count,
+static void hidden_backward(const DecodeProblem<T>& p, const Packed<Op>& packed, int layer, int64_t count,
                             BackwardScratch<Op>& s, Sums<T>& sums, Out* grad_below) {
   using V = Vec<T>;
   const int64_t stride = packed.stride, in = p.widths[layer], out = p.widths[layer + 1];
@@ -132,7 +133,7 @@ static void hidden_backward(const QueryProblem<T>& p, const Packed<Op>& packed, 
 // Through the first layer: latent rows for the scatter, weight_geometry, its bias, and grad_rel (row, col, cell row,
 // cell col).
 template <class Op, class T = typename Op::Acc>
-static void first_layer_backward(const QueryProblem<T>& p, const Packed<Op>& packed, const TileSpan& span,
+static void first_layer_backward(const DecodeProblem<T>& p, const Packed<Op>& packed, const TileSpan& span,
                                  BackwardScratch<Op>& s, Sums<T>& sums, T* latent_rows) {
   using V = Vec<T>;
   const int64_t count = span.count * p.corners, width = round_up(p.width, V::kLanes);
@@ -156,7 +157,7 @@ static void first_layer_backward(const QueryProblem<T>& p, const Packed<Op>& pac
 }
 
 template <class Op, class T = typename Op::Acc>
-static void geometry_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads, const TileSpan& span,
+static void geometry_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, const TileSpan& span,
                               const BackwardScratch<Op>& s) {
   const T height = static_cast<T>(p.map_height), width = static_cast<T>(p.map_width);
   for (int64_t q = 0; q < span.count; ++q) {
@@ -185,23 +186,9 @@ static void geometry_backward(const QueryProblem<T>& p, const QueryGrads<T>& gra
   }
 }
 
-template <class Op>
-static size_t backward_scratch_bytes(const QueryProblem<typename Op::Acc>& p) {
-  Arena arena{nullptr};
-  BackwardScratch<Op>(p, arena);
-  return arena.used;
-}
-
-template <class T>
-static size_t sums_bytes(const QueryProblem<T>& p) {
-  Arena arena{nullptr};
-  Sums<T>(p, arena);
-  return arena.used;
-}
-
-// Activations of a tile, as the forward computes them: with other roundings other ReLUs would be open.
+// Activations of a tile, computed as in the forward: with other roundings the ReLU masks would differ.
 template <class Op, class Latent, class T = typename Op::Acc>
-static void recompute(const QueryProblem<T>& p, const Packed<Op>& packed, const TileSpan& span,
+static void recompute(const DecodeProblem<T>& p, const Packed<Op>& packed, const TileSpan& span,
                       BackwardScratch<Op>& s) {
   const int64_t count = span.count * p.corners;
   const int hidden = hidden_layers(p);
@@ -218,7 +205,7 @@ static void recompute(const QueryProblem<T>& p, const Packed<Op>& packed, const 
 
 // Through all layers of a tile, down to grad_first.
 template <class Op, class T = typename Op::Acc>
-static void layers_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads, const Packed<Op>& packed,
+static void layers_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, const Packed<Op>& packed,
                             const TileSpan& span, BackwardScratch<Op>& s, Sums<T>& sums) {
   const int64_t count = span.count * p.corners;
   const int hidden = hidden_layers(p);
@@ -236,30 +223,26 @@ static void layers_backward(const QueryProblem<T>& p, const QueryGrads<T>& grads
   hidden_backward(p, packed, 0, count, s, sums, s.grad_first);
 }
 
-// Tiles [begin, end) of a step that started with tile `step_begin`: its row r goes to latent_rows[r], for latent
-// row_latent[r] (-1: no such row).
 template <class Op, class Latent, class T = typename Op::Acc>
-static void backward_tiles(const QueryProblem<T>& p, const QueryGrads<T>& grads, char* weights, int64_t begin,
-                           int64_t end, char* buffer, char* sum_buffer, int64_t step_begin, T* latent_rows,
-                           int64_t* row_latent) {
-  Arena packed_arena{weights}, scratch_arena{buffer}, sum_arena{sum_buffer};
+static void backward_tiles(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, const BackwardTiles<T>& tiles) {
+  Arena packed_arena{tiles.packed}, scratch_arena{tiles.scratch}, sum_arena{tiles.sums};
   const Packed<Op> packed(p, true, packed_arena);
   BackwardScratch<Op> s(p, scratch_arena);
   Sums<T> sums(p, sum_arena);
-  for (int64_t tile = begin; tile < end; ++tile) {
+  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
     const TileSpan span = tile_span(p, tile);
-    const int64_t count = span.count * p.corners, step_row = (tile - step_begin) * kTileRows;
+    const int64_t count = span.count * p.corners, first_row = (tile - tiles.chunk_begin) * kTileRows;
     locate(p, span, s.geometry);
     recompute<Op, Latent>(p, packed, span, s);
     layers_backward(p, grads, packed, span, s, sums);
-    first_layer_backward(p, packed, span, s, sums, latent_rows + step_row * p.width);
+    first_layer_backward(p, packed, span, s, sums, tiles.latent_rows + first_row * p.width);
     if (grads.coord || grads.cell) geometry_backward(p, grads, span, s);
     for (int64_t row = 0; row < kTileRows; ++row)
-      row_latent[step_row + row] = row < count ? s.geometry.latent[row] : -1;
+      tiles.row_latent[first_row + row] = row < count ? s.geometry.latent[row] : -1;
   }
 }
 
-// Adds the step's rows to the latents that `owner` of `owners` owns, in the order of the rows.
+// Adds the chunk's rows to the latents that `owner` of `owners` owns, in the order of the rows.
 template <class T>
 static void scatter_rows(const T* latent_rows, const int64_t* row_latent, int64_t count, int64_t width, int64_t owner,
                          int64_t owners, T* grad_latent_map) {
@@ -274,7 +257,7 @@ static void scatter_rows(const T* latent_rows, const int64_t* row_latent, int64_
 
 // Adds a thread's sums to the gradients of the weights.
 template <class T>
-static void add_sums(const QueryProblem<T>& p, char* sum_buffer, const QueryGrads<T>& grads) {
+static void add_sums(const DecodeProblem<T>& p, char* sum_buffer, const DecodeGrads<T>& grads) {
   Arena arena{sum_buffer};
   const Sums<T> sums(p, arena);
   const int64_t stride = row_stride(p);

@@ -1,4 +1,4 @@
-// Forward tiles of the fused decode: gather, geometry terms, ReLU, hidden layers, blend, last layer; one pass.
+// Forward tiles of the fused decode: gather, geometry terms, ReLU, hidden layers, blend, last layer, in one pass.
 #pragma once
 
 #include "cpu/tile.h"
@@ -10,9 +10,9 @@ template <class Op>
 struct ForwardScratch {
   using T = typename Op::Acc;
   Geometry<T> geometry;
-  T *base, *blended, *last_rows;    // last_rows: what the blend reads, always T
+  T *base, *blended, *last_rows;    // last_rows: the blend's input, always T
   typename Op::Value *rows, *next;  // hidden activations, taken in turns
-  ForwardScratch(const QueryProblem<T>& p, Arena& arena) : geometry(arena) {
+  ForwardScratch(const DecodeProblem<T>& p, Arena& arena) : geometry(arena) {
     const int64_t stride = row_stride(p);
     base = arena.take<T>(stride);
     blended = arena.take<T>(stride);
@@ -23,7 +23,7 @@ struct ForwardScratch {
 };
 
 template <class Op, class Latent>
-static void forward_tile(const QueryProblem<typename Op::Acc>& p, const Packed<Op>& packed, int64_t tile,
+static void forward_tile(const DecodeProblem<typename Op::Acc>& p, const Packed<Op>& packed, int64_t tile,
                          ForwardScratch<Op>& s) {
   using T = typename Op::Acc;
   const TileSpan span = tile_span(p, tile);
@@ -44,7 +44,7 @@ static void forward_tile(const QueryProblem<typename Op::Acc>& p, const Packed<O
     }
     hidden_layer(p, packed, hidden - 1, count, s.rows, s.last_rows);
   }
-  // The weights sum to 1 and the last layer is linear, so it is applied once, behind the blend.
+  // The weights sum to 1 and the last layer is linear, so it is applied once, after the blend.
   const int64_t width = p.widths[hidden], outs = p.out_width();
   for (int64_t q = 0; q < span.count; ++q) {
     blend(s.last_rows + q * p.corners * packed.stride, packed.stride, s.geometry.weight + q * p.corners, p.corners,
@@ -57,27 +57,20 @@ static void forward_tile(const QueryProblem<typename Op::Acc>& p, const Packed<O
 }
 
 template <class Op>
-static size_t packed_bytes(const QueryProblem<typename Op::Acc>& p, bool gradients) {
+static size_t packed_bytes(const DecodeProblem<typename Op::Acc>& p, bool gradients) {
   Arena arena{nullptr};
   Packed<Op>(p, gradients, arena);
   return arena.used;
 }
 
 template <class Op>
-static void pack(const QueryProblem<typename Op::Acc>& p, bool gradients, char* buffer) {
+static void pack(const DecodeProblem<typename Op::Acc>& p, bool gradients, char* buffer) {
   Arena arena{buffer};
   Packed<Op>(p, gradients, arena).fill(p);
 }
 
-template <class Op>
-static size_t forward_scratch_bytes(const QueryProblem<typename Op::Acc>& p) {
-  Arena arena{nullptr};
-  ForwardScratch<Op>(p, arena);
-  return arena.used;
-}
-
 template <class Op, class Latent>
-static void forward_tiles(const QueryProblem<typename Op::Acc>& p, char* weights, int64_t begin, int64_t end,
+static void forward_tiles(const DecodeProblem<typename Op::Acc>& p, char* weights, int64_t begin, int64_t end,
                           char* buffer) {
   Arena packed_arena{weights}, scratch_arena{buffer};
   const Packed<Op> packed(p, false, packed_arena);

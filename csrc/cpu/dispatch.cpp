@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/dispatch.h"
 
 namespace liif_fast {
 namespace {

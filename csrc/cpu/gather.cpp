@@ -1,11 +1,12 @@
-// gather and ensemble on the CPU: from feat, coord and cell to imnet inputs and area weights in one pass, and back.
+// gather and ensemble on the CPU. gather makes imnet inputs and area weights from feat, coord and cell in one pass;
+// both have a backward.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/ops.h"
+#include "cpu/entry_points.h"
 #include "cpu/parallel.h"
 #include "geometry.h"
 
@@ -24,8 +25,8 @@ Corners<T> find_corners(const GatherProblem<T>& p, int64_t at) {
   const int sides = p.corners == 4 ? 2 : 1;
   for (int side = 0; side < sides; ++side) {
     const int direction = sides == 1 ? 0 : 2 * side - 1;
-    const Neighbour<T> row = find_neighbour(p.coord[2 * at], direction, p.height);
-    const Neighbour<T> col = find_neighbour(p.coord[2 * at + 1], direction, p.width);
+    const Neighbor<T> row = find_neighbor(p.coord[2 * at], direction, p.height);
+    const Neighbor<T> col = find_neighbor(p.coord[2 * at + 1], direction, p.width);
     found.row[side] = row.index;
     found.col[side] = col.index;
     found.rel_row[side] = row.rel;
@@ -34,16 +35,15 @@ Corners<T> find_corners(const GatherProblem<T>& p, int64_t at) {
   if (sides == 2) {
     area_weights(found.rel_row, found.rel_col, found.area_weight);
   } else {
-    const T product = found.rel_row[0] * found.rel_col[0];
-    found.area_weight[0] = product * T(0) + T(1);  // 1, or NaN where area / area is
+    found.area_weight[0] = single_corner_weight(found.rel_row[0], found.rel_col[0]);
   }
   return found;
 }
 
-// f(source row, first source column, first neighbour of that row of the 3x3, count): the parts of the neighbourhood
-// inside the map.
+// Calls f(source row, first source column, first neighbor of the 3x3's row, count) for every row of the neighborhood,
+// cut to the map.
 template <class F>
-void for_neighbour_rows(int64_t row, int64_t col, int64_t height, int64_t width, const F& f) {
+void for_neighbor_rows(int64_t row, int64_t col, int64_t height, int64_t width, const F& f) {
   const int64_t first = col > 0 ? col - 1 : 0, last = col + 1 < width ? col + 1 : width - 1;
   for (int64_t ky = 0; ky < 3; ++ky) {
     const int64_t source = row + ky - 1;
@@ -51,17 +51,17 @@ void for_neighbour_rows(int64_t row, int64_t col, int64_t height, int64_t width,
   }
 }
 
-constexpr int64_t kGrain = 64;         // queries a thread takes at least
-constexpr int64_t kChannelBlock = 16;  // channels whose gradient one piece of work owns
+constexpr int64_t kGrain = 64;         // fewest queries of a shard
+constexpr int64_t kChannelBlock = 16;  // channels whose gradient one shard owns
 
-int64_t shares_for(int64_t count) { return std::max<int64_t>(1, std::min(thread_count(), count / kGrain)); }
+int64_t shards_for(int64_t count) { return std::max<int64_t>(1, std::min(thread_count(), count / kGrain)); }
 
 }  // namespace
 
 template <class T, class E>
 void gather_forward(const GatherProblem<T>& p, const E* feat, E* x, T* area_weight) {
   const int64_t count = p.batch * p.queries, features = p.features(), depth = p.depth();
-  parallel_shares(count, shares_for(count), [&](int64_t, int64_t begin, int64_t end) {
+  parallel_shards(count, shards_for(count), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const Corners<T> found = find_corners(p, at);
       const E* entry = feat + at / p.queries * p.channels * p.height * p.width;
@@ -72,7 +72,7 @@ void gather_forward(const GatherProblem<T>& p, const E* feat, E* x, T* area_weig
           std::fill(out, out + features, E(0));
           for (int64_t channel = 0; channel < p.channels; ++channel) {
             const E* plane = entry + channel * p.height * p.width;
-            for_neighbour_rows(row, col, p.height, p.width, [&](int64_t source, int64_t first, int64_t k, int64_t n) {
+            for_neighbor_rows(row, col, p.height, p.width, [&](int64_t source, int64_t first, int64_t k, int64_t n) {
               std::copy_n(plane + source * p.width + first, n, out + channel * 9 + k);
             });
           }
@@ -91,6 +91,7 @@ void gather_forward(const GatherProblem<T>& p, const E* feat, E* x, T* area_weig
     }
   });
 }
+
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 template void gather_forward(const GatherProblem<double>&, const double*, double*, double*);
@@ -101,13 +102,14 @@ template void gather_forward(const GatherProblem<float>&, const Half*, Half*, fl
 template <class T>
 void gather_backward(const GatherProblem<T>& p, const GatherGrads<T>& grads) {
   const int64_t count = p.batch * p.queries, features = p.features(), depth = p.depth();
+  const T* const grad_x = static_cast<const T*>(grads.x);
   const T height = static_cast<T>(p.height), width = static_cast<T>(p.width);
-  parallel_shares(count, shares_for(count), [&](int64_t, int64_t begin, int64_t end) {
+  parallel_shards(count, shards_for(count), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const Corners<T> found = find_corners(p, at);
       T grad_row[2] = {0, 0}, grad_col[2] = {0, 0}, grad_cell[2] = {0, 0};
       for (int corner = 0; corner < p.corners; ++corner) {
-        const T* grad = grads.x + (at * p.corners + corner) * depth + features;
+        const T* grad = grad_x + (at * p.corners + corner) * depth + features;
         grad_row[corner >> 1] += grad[0];
         grad_col[corner & 1] += grad[1];
         if (p.has_cell) {
@@ -126,12 +128,12 @@ void gather_backward(const GatherProblem<T>& p, const GatherGrads<T>& grads) {
     }
   });
 
-  // A block of channels belongs to one thread, which walks the queries in order: no atomics, no dependence on the
-  // threads.
-  const int64_t blocks = (p.channels + kChannelBlock - 1) / kChannelBlock, pieces = p.batch * blocks;
-  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t batch = piece / blocks, first = piece % blocks * kChannelBlock;
+  // A block of channels belongs to one thread, which walks the queries in order. That needs no atomics, and the result
+  // does not depend on the threads.
+  const int64_t blocks = (p.channels + kChannelBlock - 1) / kChannelBlock, shards = p.batch * blocks;
+  torch::stable::parallel_for(0, shards, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t shard = begin; shard < end; ++shard) {
+      const int64_t batch = shard / blocks, first = shard % blocks * kChannelBlock;
       const int64_t last = std::min(first + kChannelBlock, p.channels);
       T* entry = grads.feat + batch * p.channels * p.height * p.width;
       for (int64_t q = 0; q < p.queries; ++q) {
@@ -139,15 +141,13 @@ void gather_backward(const GatherProblem<T>& p, const GatherGrads<T>& grads) {
         const Corners<T> found = find_corners(p, at);
         for (int corner = 0; corner < p.corners; ++corner) {
           const int64_t row = found.row[corner >> 1], col = found.col[corner & 1];
-          const T* grad = grads.x + (at * p.corners + corner) * depth;
+          const T* grad = grad_x + (at * p.corners + corner) * depth;
           for (int64_t channel = first; channel < last; ++channel) {
             T* plane = entry + channel * p.height * p.width;
             if (p.feat_unfold)
-              for_neighbour_rows(row, col, p.height, p.width,
-                                 [&](int64_t source, int64_t column, int64_t k, int64_t n) {
-                                   for (int64_t i = 0; i < n; ++i)
-                                     plane[source * p.width + column + i] += grad[channel * 9 + k + i];
-                                 });
+              for_neighbor_rows(row, col, p.height, p.width, [&](int64_t source, int64_t column, int64_t k, int64_t n) {
+                for (int64_t i = 0; i < n; ++i) plane[source * p.width + column + i] += grad[channel * 9 + k + i];
+              });
             else
               plane[row * p.width + col] += grad[channel];
           }
@@ -160,10 +160,12 @@ template void gather_backward(const GatherProblem<double>&, const GatherGrads<do
 template void gather_backward(const GatherProblem<float>&, const GatherGrads<float>&);
 
 template <class T>
-void ensemble_forward(const T* pred, const T* area_weight, int64_t rows, int64_t corners, int64_t outs, T* out) {
-  parallel_shares(rows, shares_for(rows), [&](int64_t, int64_t begin, int64_t end) {
+void ensemble_forward(const EnsembleProblem<T>& p, T* out) {
+  const int64_t corners = p.corners, outs = p.outs;
+  parallel_shards(p.rows, shards_for(p.rows), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const T *const values = pred + row * corners * outs, *const weight = area_weight + row * corners;
+      const T* const values = static_cast<const T*>(p.pred) + row * corners * outs;
+      const T* const weight = p.area_weight + row * corners;
       T* const blended = out + row * outs;
       if (corners == 4) {  // the sum stays in a register
         const T w0 = weight[0], w1 = weight[1], w2 = weight[2], w3 = weight[3];
@@ -177,18 +179,19 @@ void ensemble_forward(const T* pred, const T* area_weight, int64_t rows, int64_t
     }
   });
 }
-template void ensemble_forward(const double*, const double*, int64_t, int64_t, int64_t, double*);
-template void ensemble_forward(const float*, const float*, int64_t, int64_t, int64_t, float*);
+template void ensemble_forward(const EnsembleProblem<double>&, double*);
+template void ensemble_forward(const EnsembleProblem<float>&, float*);
 
 namespace {
 
-// kOuts: how many outputs, 0 for any number; a colour's three in a loop that the compiler knows are half the time.
+// kOuts: the number of outputs, 0 for any number. The three of a color as a constant halve the time.
 template <int kOuts, class T>
-void ensemble_backward_rows(const T* grad_out, const T* pred, const T* area_weight, int64_t begin, int64_t end,
-                            int64_t corners, int64_t any_outs, T* grad_pred, T* grad_area_weight) {
-  const int64_t outs = kOuts ? kOuts : any_outs;
+void ensemble_backward_rows(const EnsembleProblem<T>& p, const EnsembleGrads<T>& grads, int64_t begin, int64_t end) {
+  const int64_t corners = p.corners, outs = kOuts ? kOuts : p.outs;
+  const T *const pred = static_cast<const T*>(p.pred), *const area_weight = p.area_weight;
+  T *const grad_pred = grads.pred, *const grad_area_weight = grads.area_weight;
   for (int64_t row = begin; row < end; ++row) {
-    const T* grad = grad_out + row * outs;
+    const T* grad = grads.out + row * outs;
     for (int64_t corner = row * corners; corner < (row + 1) * corners; ++corner) {
       T sum = T(0);
       for (int64_t o = 0; o < outs; ++o) {
@@ -203,15 +206,12 @@ void ensemble_backward_rows(const T* grad_out, const T* pred, const T* area_weig
 }  // namespace
 
 template <class T>
-void ensemble_backward(const T* grad_out, const T* pred, const T* area_weight, int64_t rows, int64_t corners,
-                       int64_t outs, T* grad_pred, T* grad_area_weight) {
-  const auto rows_backward = outs == 3 ? ensemble_backward_rows<3, T> : ensemble_backward_rows<0, T>;
-  parallel_shares(rows, shares_for(rows), [&](int64_t, int64_t begin, int64_t end) {
-    rows_backward(grad_out, pred, area_weight, begin, end, corners, outs, grad_pred, grad_area_weight);
-  });
+void ensemble_backward(const EnsembleProblem<T>& p, const EnsembleGrads<T>& grads) {
+  const auto rows_backward = p.outs == 3 ? ensemble_backward_rows<3, T> : ensemble_backward_rows<0, T>;
+  parallel_shards(p.rows, shards_for(p.rows),
+                  [&](int64_t, int64_t begin, int64_t end) { rows_backward(p, grads, begin, end); });
 }
-template void ensemble_backward(const double*, const double*, const double*, int64_t, int64_t, int64_t, double*,
-                                double*);
-template void ensemble_backward(const float*, const float*, const float*, int64_t, int64_t, int64_t, float*, float*);
+template void ensemble_backward(const EnsembleProblem<double>&, const EnsembleGrads<double>&);
+template void ensemble_backward(const EnsembleProblem<float>&, const EnsembleGrads<float>&);
 
 }  // namespace liif_fast

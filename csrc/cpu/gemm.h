@@ -10,7 +10,7 @@
 namespace liif_fast {
 namespace {
 
-enum class Start { kZero, kBias, kAccumulate };  // what the accumulators begin with
+enum class Start { kZero, kBias, kAccumulate };  // initial value of the accumulators
 enum class Finish { kPlain, kRelu, kMask };      // kMask: keep C where `mask` is positive (ReLU's backward)
 
 template <class T>
@@ -142,7 +142,7 @@ static void pack_panels(const float* weight, int64_t n, int64_t k, bool transpos
 #endif
 
 // Rows [count, stride] as operands of a product that sums over the rows: an Elem holds kPack rows of a column, zeros
-// behind the last one. `packed` is room for them, unused where the rows are such operands already.
+// after the last one. `packed` is a buffer for them, unused where the rows already have this layout.
 template <class Op>
 static const typename Op::Elem* pack_rows(const typename Op::Value* rows, int64_t stride, int64_t count, int64_t width,
                                           typename Op::Elem* packed) {

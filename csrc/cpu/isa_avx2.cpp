@@ -1,14 +1,9 @@
-// Kernels for AVX2 and FMA. The standard headers come first: nothing of theirs may be compiled for this target.
+// Kernels for AVX2 and FMA.
 #if defined(__x86_64__)
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-
 #include "cpu/target.h"
 LIIF_BEGIN_TARGET("avx2,fma")
 #define LIIF_SIMD_AVX2
-#include "cpu/kernel_table.h"
+#include "cpu/make_table.h"
 
 namespace liif_fast {
 

@@ -1,15 +1,9 @@
-// Kernels for AVX-512 (F, BW, VL, DQ). The standard headers come first: nothing of theirs may be compiled for this
-// target.
+// Kernels for AVX-512 (F, BW, VL, DQ).
 #if defined(__x86_64__)
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-
 #include "cpu/target.h"
 LIIF_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #define LIIF_SIMD_AVX512
-#include "cpu/kernel_table.h"
+#include "cpu/make_table.h"
 
 namespace liif_fast {
 

@@ -1,18 +1,12 @@
-// bfloat16 operands by AVX-512-BF16: two products a lane and instruction. The standard headers come first: nothing
-// of theirs may be compiled for this target.
+// bfloat16 operands with AVX-512-BF16: two products a lane and instruction.
 #if defined(__x86_64__)
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-
 #include "cpu/target.h"
 LIIF_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
 #define LIIF_SIMD_AVX512
 #define LIIF_SIMD_AVX512_BF16
 #include "cpu/decode_backward.h"
 #include "cpu/decode_forward.h"
-#include "cpu/kernels.h"
+#include "cpu/dispatch.h"
 
 namespace liif_fast {
 namespace {
@@ -20,7 +14,7 @@ namespace {
 double bf16_multiply_add_loop(int64_t repetitions) {
   constexpr int kChains = kRows * kVecs;
   __m512 x[kChains];
-#pragma GCC unroll 32  // all three loops: an index known only at run time would keep x in memory
+#pragma GCC unroll 32  // all three loops: with an index known only at run time x would stay in memory
   for (int i = 0; i < kChains; ++i) x[i] = _mm512_set1_ps(static_cast<float>(i));
   const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3c00), b = (__m512bh)_mm512_set1_epi16(0x3c00);
   for (int64_t n = 0; n < repetitions; ++n) {
@@ -39,10 +33,11 @@ double bf16_multiply_add_loop(int64_t repetitions) {
 }  // namespace
 
 const Bf16Kernels& avx512_bf16_kernels() {
-  static const Bf16Kernels table{packed_bytes<Bf16Op>,          pack<Bf16Op>,
-                                 forward_scratch_bytes<Bf16Op>, forward_tiles<Bf16Op, float>,
-                                 forward_tiles<Bf16Op, Bf16>,   backward_scratch_bytes<Bf16Op>,
-                                 backward_tiles<Bf16Op, float>, bf16_multiply_add_loop};
+  using Op = Bf16Op;
+  static const Bf16Kernels table{
+      {packed_bytes<Op>, pack<Op>, layout_bytes<ForwardScratch<Op>, DecodeProblem<float>>, forward_tiles<Op, float>,
+       layout_bytes<BackwardScratch<Op>, DecodeProblem<float>>, backward_tiles<Op, float>, bf16_multiply_add_loop},
+      forward_tiles<Op, Bf16>};
   return table;
 }
 

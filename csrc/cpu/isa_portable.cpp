@@ -1,6 +1,6 @@
-// Kernels for any processor: 16-byte vectors, whatever the compiler makes of them.
+// Kernels for any processor: 16-byte vectors, which the compiler maps to its instructions.
 #define LIIF_SIMD_PORTABLE
-#include "cpu/kernel_table.h"
+#include "cpu/make_table.h"
 
 namespace liif_fast {
 

@@ -161,7 +161,7 @@ struct Vec {
 
 #endif
 
-// What a matrix micro-kernel multiplies: Elem is one element of the reduction dimension (a pair for bfloat16).
+// The operands of a matrix micro-kernel. Elem is one element of the reduction dimension (a pair for bfloat16).
 template <class T>
 struct FloatOp {
   using Elem = T;
@@ -200,7 +200,7 @@ LIIF_INLINE __m512i pair_values(__m256i low, __m256i high) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
-// Elems of 32 values of one row and those of the next; null: zeros.
+// Elems that pair 32 values of one row with those of the next row; high is null: zeros.
 LIIF_INLINE void store_pairs(uint32_t* p, const Bf16* low, const Bf16* high) {
   const __m512i a = _mm512_loadu_si512(low), b = high ? _mm512_loadu_si512(high) : _mm512_setzero_si512();
   _mm512_storeu_si512(p, pair_values(_mm512_castsi512_si256(a), _mm512_castsi512_si256(b)));

@@ -1,7 +1,13 @@
-// Compiles what stands between BEGIN and END for other instructions than the rest of the file.
+// Compiles the code between BEGIN and END for other instructions than the rest of the file. The standard headers are
+// included here, before BEGIN, so that nothing in them is compiled for that target.
 #pragma once
 
 #include <immintrin.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
 
 #define LIIF_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
@@ -11,7 +17,7 @@
 #else
 #define LIIF_BEGIN_TARGET(features) _Pragma("GCC push_options") LIIF_PRAGMA(GCC target(features))
 #define LIIF_END_TARGET _Pragma("GCC pop_options")
-// GCC 12 calls the "undefined" operand of its own intrinsics uninitialised.
+// GCC 12 warns that the "undefined" operand of its own intrinsics is uninitialized.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif

@@ -1,5 +1,6 @@
-// What the tiles of the fused decode share: packed weights, scratch, geometry of a tile, first layer, hidden layers.
-// A tile is kTileRows rows (query x corner, the corner fastest) and belongs to one thread; nothing in here is larger.
+// The parts of the fused decode that forward and backward share: packed weights, scratch, geometry of a tile, first
+// layer, hidden layers. A tile is kTileRows rows (query x corner, the corner fastest) and belongs to one thread; no
+// array here is larger than a tile.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -11,47 +12,55 @@ namespace {
 
 constexpr int kTileRows = 96;  // 8 register tiles of 12 rows; activations and one layer's weights fit a 1 MB L2
 
-// Hands out 64-byte aligned pieces of a buffer; with a null base it only counts.
+// Allocates 64-byte aligned arrays from a buffer. With a null base it only counts the bytes.
 struct Arena {
   char* base;
   size_t used = 0;
   template <class P>
   P* take(int64_t count) {
-    P* piece = base ? reinterpret_cast<P*>(base + used) : nullptr;
+    P* array = base ? reinterpret_cast<P*>(base + used) : nullptr;
     used += (static_cast<size_t>(count) * sizeof(P) + 63) & ~size_t(63);
-    return piece;
+    return array;
   }
 };
 
+// Bytes of the buffer that a Layout's constructor takes its arrays from.
+template <class Layout, class Problem>
+static size_t layout_bytes(const Problem& p) {
+  Arena arena{nullptr};
+  Layout(p, arena);
+  return arena.used;
+}
+
 template <class T>
-LIIF_INLINE int hidden_layers(const QueryProblem<T>& p) {
+LIIF_INLINE int hidden_layers(const DecodeProblem<T>& p) {
   return p.layers > 0 ? p.layers - 1 : 0;
 }
 
 // Row stride of activations, in values. Past the widest layer's whole panels, and not a multiple of 4 KB: rows of a
 // power of two would fall on few cache sets.
 template <class T>
-static int64_t row_stride(const QueryProblem<T>& p) {
+static int64_t row_stride(const DecodeProblem<T>& p) {
   int64_t widest = p.width;
   for (int layer = 0; layer < hidden_layers(p); ++layer)
     widest = widest > p.widths[layer + 1] ? widest : p.widths[layer + 1];
   return round_up(widest, kCols<T>) + Vec<T>::kLanes;
 }
 
-// Weights as the kernels read them, made once a call. Padding is zero everywhere.
+// The weights in the layout that the kernels read, packed once a call. Padding is zero everywhere.
 template <class Op>
 struct Packed {
   using T = typename Op::Acc;
   using Elem = typename Op::Elem;
   int64_t stride;
   T* geometry[4];  // weight_geometry's columns, [stride] each
-  T* first_bias;   // [stride]; with a grid's constant cell its terms are in here
+  T* first_bias;   // [stride]; a grid's constant cell is already added
   Elem* forward[kMaxLayers];
   Elem* backward[kMaxLayers];  // only for gradients
   T* bias[kMaxLayers];
   T* last;  // [out_width, stride]
 
-  Packed(const QueryProblem<T>& p, bool gradients, Arena& arena) {
+  Packed(const DecodeProblem<T>& p, bool gradients, Arena& arena) {
     stride = row_stride(p);
     for (int i = 0; i < 4; ++i) geometry[i] = arena.take<T>(stride);
     first_bias = arena.take<T>(stride);
@@ -65,7 +74,7 @@ struct Packed {
     last = p.layers > 0 ? arena.take<T>(p.out_width() * stride) : nullptr;
   }
 
-  void fill(const QueryProblem<T>& p) {
+  void fill(const DecodeProblem<T>& p) {
     const int terms = p.has_cell ? 4 : 2;
     for (int64_t i = 0; i < stride; ++i) {
       const bool inside = i < p.width;
@@ -93,7 +102,7 @@ struct Packed {
 // A tile's geometry: one entry a row, rel_cell one a query.
 template <class T>
 struct Geometry {
-  int64_t* latent;  // which latent of the map in memory
+  int64_t* latent;  // index in the map in memory
   T *rel_row, *rel_col, *weight, *rel_cell;
   explicit Geometry(Arena& arena) {
     latent = arena.take<int64_t>(kTileRows);
@@ -104,26 +113,26 @@ struct Geometry {
   }
 };
 
-// Which queries a tile holds.
+// The queries of a tile.
 struct TileSpan {
   int64_t batch, first, count;
 };
 
 template <class T>
-LIIF_INLINE int64_t tiles_per_entry(const QueryProblem<T>& p) {
+LIIF_INLINE int64_t tiles_per_entry(const DecodeProblem<T>& p) {
   const int64_t queries = kTileRows / p.corners;
   return (p.queries + queries - 1) / queries;
 }
 
 template <class T>
-LIIF_INLINE TileSpan tile_span(const QueryProblem<T>& p, int64_t tile) {
+LIIF_INLINE TileSpan tile_span(const DecodeProblem<T>& p, int64_t tile) {
   const int64_t queries = kTileRows / p.corners, tiles = tiles_per_entry(p), first = tile % tiles * queries;
   return {tile / tiles, first, first + queries < p.queries ? queries : p.queries - first};
 }
 
-// Centre of a query; also says where it stands in coord and cell.
+// Center of the tile's query q.
 template <class T>
-LIIF_INLINE void query_center(const QueryProblem<T>& p, const TileSpan& span, int64_t q, T center[2]) {
+LIIF_INLINE void query_center(const DecodeProblem<T>& p, const TileSpan& span, int64_t q, T center[2]) {
   if (p.coord) {
     const T* coord = p.coord + 2 * (span.batch * p.queries + span.first + q);
     center[0] = coord[0];
@@ -135,13 +144,8 @@ LIIF_INLINE void query_center(const QueryProblem<T>& p, const TileSpan& span, in
   }
 }
 
-LIIF_INLINE int64_t inside_region(int64_t index, int64_t first, int64_t count) {
-  const int64_t local = index - first;
-  return local < 0 ? 0 : (local < count ? local : count - 1);
-}
-
 template <class T>
-static void locate(const QueryProblem<T>& p, const TileSpan& span, Geometry<T>& g) {
+static void locate(const DecodeProblem<T>& p, const TileSpan& span, Geometry<T>& g) {
   for (int64_t q = 0; q < span.count; ++q) {
     T center[2];
     query_center(p, span, q, center);
@@ -150,19 +154,18 @@ static void locate(const QueryProblem<T>& p, const TileSpan& span, Geometry<T>& 
     int64_t row[2], col[2];
     for (int side = 0; side < sides; ++side) {
       const int direction = sides == 1 ? 0 : 2 * side - 1;
-      const Neighbour<T> r = find_neighbour(center[0], direction, p.map_height);
-      const Neighbour<T> c = find_neighbour(center[1], direction, p.map_width);
+      const Neighbor<T> r = find_neighbor(center[0], direction, p.map_height);
+      const Neighbor<T> c = find_neighbor(center[1], direction, p.map_width);
       rel_row[side] = r.rel;
       rel_col[side] = c.rel;
-      row[side] = inside_region(r.index, p.region_top, p.region_height);
-      col[side] = inside_region(c.index, p.region_left, p.region_width);
+      row[side] = clamp_to_region(r.index, p.region_top, p.region_height);
+      col[side] = clamp_to_region(c.index, p.region_left, p.region_width);
     }
     T* weight = g.weight + q * p.corners;
     if (sides == 2) {
       area_weights(rel_row, rel_col, weight);
     } else {
-      const T product = rel_row[0] * rel_col[0];
-      weight[0] = product * T(0) + T(1);  // 1, or NaN where area / area is
+      weight[0] = single_corner_weight(rel_row[0], rel_col[0]);
     }
     for (int corner = 0; corner < p.corners; ++corner) {
       const int64_t at = q * p.corners + corner;
@@ -187,9 +190,9 @@ LIIF_INLINE void store_values(Bf16* p, __m512 a) { store_bf16(p, a); }
 #endif
 
 // rows[query, corner] = latent + geometry terms + bias, with ReLU unless it is the only layer. Columns up to a whole
-// panel are written (zeros behind the width), so that what reads them as pairs or panels finds nothing else.
+// panel are written (zeros after the width), because the next layer reads pairs and whole panels.
 template <bool kRelu, class Op, class Latent, class Out>
-static void first_layer(const QueryProblem<typename Op::Acc>& p, const Packed<Op>& packed, const TileSpan& span,
+static void first_layer(const DecodeProblem<typename Op::Acc>& p, const Packed<Op>& packed, const TileSpan& span,
                         const Geometry<typename Op::Acc>& g, typename Op::Acc* base, Out* rows) {
   using T = typename Op::Acc;
   using V = Vec<T>;
@@ -229,7 +232,7 @@ static void first_layer(const QueryProblem<typename Op::Acc>& p, const Packed<Op
 
 // next = relu(rows * weights[layer]^T + bias)
 template <class Op, class Out>
-static void hidden_layer(const QueryProblem<typename Op::Acc>& p, const Packed<Op>& packed, int layer, int64_t count,
+static void hidden_layer(const DecodeProblem<typename Op::Acc>& p, const Packed<Op>& packed, int layer, int64_t count,
                          const typename Op::Value* rows, Out* next) {
   using T = typename Op::Acc;
   const int64_t steps = round_up(p.widths[layer], Op::kPack) / Op::kPack;

@@ -1,4 +1,4 @@
-// What every .cu shares: the size of a launch, the launch itself, conversions at loads and stores, the dtype switch.
+// Shared by every .cu: the size of a launch, the launch, conversions at loads and stores, the dtype switch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,34 +16,45 @@ constexpr int kWarp = 32;
 constexpr int kWarps = 8;  // of a block
 constexpr int kThreads = kWarp * kWarps;
 constexpr unsigned kAllLanes = 0xffffffffu;
-// Kernels stride over their work by the grid, so this bounds nothing but the launch. With 2^19 warps in it the rounding
-// of the last wave is lost in the noise on any device.
+// Kernels stride over their work by the grid, so this limits only the launch. With 2^19 warps, the last wave's share of
+// the time is negligible on any device.
 constexpr int64_t kMaxBlocks = int64_t{1} << 16;
 
-// Blocks for `warps` independent pieces of a warp's work.
+// Blocks for the independent work of `warps` warps.
 inline unsigned blocks_for(int64_t warps) {
   const int64_t blocks = (warps + kWarps - 1) / kWarps;
   return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
-// nullptr, or CUDA's sentence why the kernel was not launched.
+// nullptr, or CUDA's sentence why the kernel was not launched. bytes: of dynamic shared memory.
 template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), unsigned blocks, void* stream, const Arguments&... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+const char* launch_with_shared(void (*kernel)(Parameters...), unsigned blocks, int bytes, void* stream,
+                               const Arguments&... arguments) {
+  cudaError_t error = cudaSuccess;
+  if (bytes > 0) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = static_cast<size_t>(bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// This thread's warp among all of the grid, and how many there are.
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), unsigned blocks, void* stream, const Arguments&... arguments) {
+  return launch_with_shared(kernel, blocks, 0, stream, arguments...);
+}
+
+// The index of this thread's warp in the grid, and the number of warps in the grid.
 __device__ __forceinline__ int64_t grid_warp() {
   return static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int64_t>(threadIdx.x) / kWarp;
 }
 __device__ __forceinline__ int64_t grid_warps() { return static_cast<int64_t>(gridDim.x) * kWarps; }
 
-// Between the stored dtype and the one that is computed in; rounds to nearest even.
+// Conversions between the stored dtype and the dtype of arithmetic; they round to nearest even.
 __device__ __forceinline__ double widen(double value) { return value; }
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -60,7 +71,7 @@ __device__ __forceinline__ E narrow(T value) {
   }
 }
 
-// f(E{}) with the C++ type of a dtype; only the types that go with geometry in T are compiled.
+// f(E{}) with the C++ type of a dtype; only the types that belong to geometry in T are compiled.
 template <class T, class F>
 const char* with_type(Dtype dtype, const F& f) {
   if constexpr (std::is_same_v<T, double>) {
@@ -70,7 +81,7 @@ const char* with_type(Dtype dtype, const F& f) {
     if (dtype == Dtype::kBFloat16) return f(__nv_bfloat16{});
     if (dtype == Dtype::kFloat16) return f(__half{});
   }
-  return "this dtype does not go with the geometry's";
+  return "this dtype does not belong to the geometry's dtype";
 }
 
 }  // namespace liif_fast

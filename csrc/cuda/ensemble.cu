@@ -1,8 +1,8 @@
-// ensemble on the GPU: the area-weighted blend of the corners' predictions, and back.
+// ensemble on the GPU: the area-weighted blend of the corners' predictions, and its backward.
 //
-// A few neighbouring lanes share a query: as many as it has outputs, rounded up to a power of two, at most a warp.
-// Their reads and writes lie side by side, nothing is divided, and the backward's sums over the outputs are a fixed
-// tree of shuffles, so that results never depend on the launch.
+// A few neighboring lanes share a query: as many as it has outputs, rounded up to a power of two, at most a warp. Their
+// reads and writes are consecutive, no index needs a division, and the backward's sums over the outputs are a fixed
+// tree of shuffles, so results never depend on the launch.
 #include "cuda/common.cuh"
 
 namespace liif_fast {
@@ -15,10 +15,21 @@ __host__ __device__ inline int lanes_for(int64_t outs) {
   return lanes;
 }
 
+struct Sizes {
+  int64_t rows, corners, outs;
+  int lanes;
+};
+
+template <class T>
+Sizes make_sizes(const EnsembleProblem<T>& p) {
+  return {p.rows, p.corners, p.outs, lanes_for(p.outs)};
+}
+
 template <class T, class E>
 __global__ void __launch_bounds__(kThreads)
-    ensemble_forward_kernel(const E* __restrict__ pred, const T* __restrict__ area_weight, int64_t rows,
-                            int64_t corners, int64_t outs, int lanes, T* __restrict__ out) {
+    ensemble_forward_kernel(Sizes sizes, const E* __restrict__ pred, const T* __restrict__ area_weight,
+                            T* __restrict__ out) {
+  const auto [rows, corners, outs, lanes] = sizes;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, rows_a_warp = kWarp / lanes;
   for (int64_t row = grid_warp() * rows_a_warp + lane / lanes; row < rows; row += grid_warps() * rows_a_warp) {
     for (int64_t o = lane % lanes; o < outs; o += lanes) {
@@ -33,11 +44,12 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, class E>
 __global__ void __launch_bounds__(kThreads)
-    ensemble_backward_kernel(const T* __restrict__ grad_out, const E* __restrict__ pred,
-                             const T* __restrict__ area_weight, int64_t rows, int64_t corners, int64_t outs, int lanes,
-                             T* __restrict__ grad_pred, T* __restrict__ grad_area_weight) {
+    ensemble_backward_kernel(Sizes sizes, const T* __restrict__ grad_out, const E* __restrict__ pred,
+                             const T* __restrict__ area_weight, T* __restrict__ grad_pred,
+                             T* __restrict__ grad_area_weight) {
+  const auto [rows, corners, outs, lanes] = sizes;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, rows_a_warp = kWarp / lanes;
-  // All lanes stay until the warp's last row is done: they take part in its shuffles.
+  // All lanes stay until the warp's last row is done, because they take part in its shuffles.
   for (int64_t first = grid_warp() * rows_a_warp; first < rows; first += grid_warps() * rows_a_warp) {
     const int64_t row = first + lane / lanes;
     const bool active = row < rows;
@@ -58,42 +70,39 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-unsigned blocks_for_rows(int64_t rows, int lanes) {
-  const int64_t rows_a_warp = kWarp / lanes;
-  return blocks_for((rows + rows_a_warp - 1) / rows_a_warp);
+unsigned blocks_for_rows(const Sizes& sizes) {
+  const int64_t rows_a_warp = kWarp / sizes.lanes;
+  return blocks_for((sizes.rows + rows_a_warp - 1) / rows_a_warp);
 }
 
 }  // namespace
 
 template <class T>
-const char* launch_ensemble_forward(Dtype dtype, const void* pred, const T* area_weight, int64_t rows, int64_t corners,
-                                    int64_t outs, T* out, void* stream) {
-  if (rows == 0 || outs == 0) return nullptr;
-  const int lanes = lanes_for(outs);
+const char* launch_ensemble_forward(const EnsembleProblem<T>& p, Dtype dtype, T* out, void* stream) {
+  if (p.rows == 0 || p.outs == 0) return nullptr;
+  const Sizes sizes = make_sizes(p);
   return with_type<T>(dtype, [&](auto element) {
     using E = decltype(element);
-    return launch(ensemble_forward_kernel<T, E>, blocks_for_rows(rows, lanes), stream, static_cast<const E*>(pred),
-                  area_weight, rows, corners, outs, lanes, out);
+    return launch(ensemble_forward_kernel<T, E>, blocks_for_rows(sizes), stream, sizes, static_cast<const E*>(p.pred),
+                  p.area_weight, out);
   });
 }
 
 template <class T>
-const char* launch_ensemble_backward(Dtype dtype, const T* grad_out, const void* pred, const T* area_weight,
-                                     int64_t rows, int64_t corners, int64_t outs, T* grad_pred, T* grad_area_weight,
+const char* launch_ensemble_backward(const EnsembleProblem<T>& p, Dtype dtype, const EnsembleGrads<T>& grads,
                                      void* stream) {
-  if (rows == 0 || corners == 0) return nullptr;
-  const int lanes = lanes_for(outs);
+  if (p.rows == 0 || p.corners == 0) return nullptr;
+  const Sizes sizes = make_sizes(p);
   return with_type<T>(dtype, [&](auto element) {
     using E = decltype(element);
-    return launch(ensemble_backward_kernel<T, E>, blocks_for_rows(rows, lanes), stream, grad_out,
-                  static_cast<const E*>(pred), area_weight, rows, corners, outs, lanes, grad_pred, grad_area_weight);
+    return launch(ensemble_backward_kernel<T, E>, blocks_for_rows(sizes), stream, sizes, grads.out,
+                  static_cast<const E*>(p.pred), p.area_weight, grads.pred, grads.area_weight);
   });
 }
 
-#define LIIF_INSTANTIATE(T)                                                                                            \
-  template const char* launch_ensemble_forward(Dtype, const void*, const T*, int64_t, int64_t, int64_t, T*, void*);    \
-  template const char* launch_ensemble_backward(Dtype, const T*, const void*, const T*, int64_t, int64_t, int64_t, T*, \
-                                                T*, void*);
+#define LIIF_INSTANTIATE(T)                                                                  \
+  template const char* launch_ensemble_forward(const EnsembleProblem<T>&, Dtype, T*, void*); \
+  template const char* launch_ensemble_backward(const EnsembleProblem<T>&, Dtype, const EnsembleGrads<T>&, void*);
 LIIF_INSTANTIATE(double)
 LIIF_INSTANTIATE(float)
 #undef LIIF_INSTANTIATE

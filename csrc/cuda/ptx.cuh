@@ -1,5 +1,5 @@
-// The instructions that C++ has no words for: matrix products, asynchronous copies, packed conversions, vector
-// reductions. tests/cuda/emulator has the same functions for the CPU in ptx_on_cpu.h.
+// Instructions that C++ cannot express: matrix products, asynchronous copies, packed conversions, vector reductions.
+// ptx_on_cpu.h of tests/cuda/emulator has the same functions for the CPU.
 #pragma once
 
 #ifndef __CUDACC__
@@ -63,7 +63,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
       "l"(global)
       : "memory");
 }
-// Ends a group of copies; wait_copies returns when at most `kPending` of this thread's groups are under way.
+// Ends a group of copies. wait_copies returns when at most `kPending` of this thread's groups are unfinished.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
@@ -103,7 +103,7 @@ __device__ __forceinline__ float2 unpack(uint32_t word, __nv_bfloat16) {
   return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
 }
 
-// Adds four values at a 16-byte aligned address of global memory; nobody waits for the sums.
+// Adds four values at a 16-byte aligned address of global memory. No thread waits for the sums.
 __device__ __forceinline__ void reduce_add(float* address, float4 value) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(address), "f"(value.x), "f"(value.y), "f"(value.z),

@@ -50,6 +50,17 @@ class DecodeInputs(NamedTuple):
             return batch, outs, self.grid[4], self.grid[5]
         return batch, self.coord.shape[1], outs
 
+    def for_kernels(self, latent_map: Tensor, dtype: torch.dtype) -> "DecodeInputs":
+        """The same decode of `latent_map` with contiguous tensors, and the layers' weights and biases in `dtype`."""
+        return self._replace(
+            latent_map=latent_map.contiguous(),
+            coord=None if self.coord is None else self.coord.contiguous(),
+            cell=None if self.cell is None else self.cell.contiguous(),
+            weight_geometry=self.weight_geometry.to(dtype).contiguous(),
+            weights=[weight.to(dtype).contiguous() for weight in self.weights],
+            biases=[bias.to(dtype).contiguous() for bias in self.biases],
+        )
+
     def differentiable(self, coord_grad: bool) -> list[Tensor]:
         """The tensors that `decode_backward` returns a gradient for, in its order."""
         points = [tensor for tensor in (self.coord, self.cell) if tensor is not None] if coord_grad else []

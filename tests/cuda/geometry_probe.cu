@@ -6,8 +6,8 @@ namespace liif_fast {
 
 template <class T>
 __global__ void geometry_kernel(const T* in, int64_t size, T* out, int64_t* index) {
-  const Neighbour<T> liif = find_neighbour(in[0], threadIdx.x ? 1 : -1, size);
-  const Neighbour<T> metasr = find_metasr_neighbour(in[1], in[2], size);
+  const Neighbor<T> liif = find_neighbor(in[0], threadIdx.x ? 1 : -1, size);
+  const Neighbor<T> metasr = find_metasr_neighbor(in[1], in[2], size);
   index[0] = liif.index;
   index[1] = metasr.index;
   out[0] = liif.rel;

@@ -1,33 +1,33 @@
-// The fused decode, backward: from gradients of the outputs to those of the latents, tile by tile, over what the
-// forward saved. Weight gradients are products over all rows, which a library makes from the gradients written here and
-// the saved activations; column sums (biases, geometry terms, last layer) are made on the way.
+// The fused decode, backward: from gradients of the outputs to gradients of the latents, tile by tile, with the
+// activations that the forward saved. Weight gradients are matrix products over all rows, which the caller computes
+// from the gradients written here and the saved activations. Column sums (biases, geometry terms, last layer) are
+// computed here.
 //
-// A column's sum is added to by one thread of one block in a fixed order, so sums repeat bit for bit. Gradients of
-// latents are added by the hardware in any order, or written row by row for a caller who adds them in a fixed one.
+// One thread of one block adds to a column's sum, in a fixed order, so sums repeat bit for bit. Gradients of latents
+// are added by atomics in any order, or written row by row for a caller that adds them in a fixed order.
 #pragma once
 
 #include "cuda/decode/layers.cuh"
-#include "cuda/decode/saved.cuh"
 
 namespace liif_fast {
 
-// What gradients of coordinates need in shared memory: per warp column and row, the products of the row's gradient with
-// the four geometry terms, and of its hidden vector with the blend's gradient.
+// Shared memory for gradients of coordinates: per warp column and row, the products of the row's gradient with the four
+// geometry terms, and of its hidden vector with the blend's gradient.
 constexpr int kRowDots = 5;
 template <class T>
 constexpr int row_dots_bytes() {
   return T::kWarpCols * T::kRows * kRowDots * 4;
 }
 
-// The gradients of the tile's outputs, zeros behind the last query: [slot][out].
+// The gradients of the tile's outputs, zeros after the last query: [slot][out].
 template <class T>
-__device__ __forceinline__ void load_grad_out(const QueryTask& task, const QueryBackward& backward, int64_t tile,
+__device__ __forceinline__ void load_grad_out(const DecodeTask& task, const BackwardArrays& backward, int64_t tile,
                                               float* grad_out) {
   const int slots = T::kRows / task.corners, count = slots * task.outs;
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
     const int slot = task.out_channel == 1 ? i / task.outs : i % slots;
     const int o = task.out_channel == 1 ? i % task.outs : i / slots;
-    const int64_t query = query_of<T>(task, tile, slot);
+    const int64_t query = find_query<T>(task, tile, slot);
     float grad = 0.0f;
     if (query >= 0) {
       const int64_t batch = query / task.queries, at = query - batch * task.queries;
@@ -37,21 +37,22 @@ __device__ __forceinline__ void load_grad_out(const QueryTask& task, const Query
   }
 }
 
-// Adds a lane's column values to the block's sums `line`: first over the eight rows of a fragment by halving, so that
-// each lane ends with one channel (or two lanes with the same one), then to memory that this thread alone writes.
+// Adds a lane's column values to the block's partial sums number `index`. A butterfly over the eight rows of a fragment
+// leaves one channel to each lane (or the same one to two lanes), which the thread adds to memory that no other writes.
 template <class T>
-__device__ __forceinline__ void add_column_sums(const QueryTask& task, const QueryBackward& backward, int line,
-                                                const Place<T>& place, float (&column)[T::kColGroups][T::kVector]) {
-  const int warp_row = place.warp / T::kWarpCols;
+__device__ __forceinline__ void add_column_sums(const DecodeTask& task, const BackwardArrays& backward, int index,
+                                                const FragmentCoords<T>& coords,
+                                                float (&column)[T::kColGroups][T::kVector]) {
+  const int warp_row = coords.warp / T::kWarpCols;
   const int64_t block = static_cast<int64_t>(blockIdx.x) * T::kWarpRows + warp_row;
-  float* const sums = backward.sums + (block * sum_lines(task.hidden, task.outs) + line) * T::kWidth;
+  float* const sums = backward.sums + (block * sum_count(task.hidden, task.outs) + index) * T::kWidth;
 #pragma unroll
   for (int group = 0; group < T::kColGroups; ++group) {
     float (&v)[T::kVector] = column[group];
     int channel = 0;
 #pragma unroll
     for (int count = T::kVector / 2, lanes = 16; lanes >= 4; count /= 2, lanes /= 2) {
-      const bool upper = place.lane & lanes;
+      const bool upper = coords.lane & lanes;
       if (count == 0) {  // four channels for eight rows: the last step only adds
         v[0] += __shfl_xor_sync(kAllLanes, v[0], lanes);
       } else {
@@ -63,20 +64,21 @@ __device__ __forceinline__ void add_column_sums(const QueryTask& task, const Que
         channel += upper ? count : 0;
       }
     }
-    if (T::kVector == 8 || !(place.lane & 4)) sums[place.channel_of(group) + channel] += v[0];
+    if (T::kVector == 8 || !(coords.lane & 4)) sums[coords.channel(group) + channel] += v[0];
   }
 }
 
-// Sum over a row's channels of this lane, over the four lanes that share the row.
+// Sums a value over the four lanes that share a row.
 __device__ __forceinline__ float sum_over_quad(float value) {
   value += __shfl_xor_sync(kAllLanes, value, 1);
   return value + __shfl_xor_sync(kAllLanes, value, 2);
 }
 
-// A finished layer's gradients: to act for the next product, to memory for the weights' gradient, to the bias' sums.
+// Stores a finished layer's gradients: in act for the next product, in memory for the weights' gradient, in the bias's
+// sums.
 template <class T, class Values>
-__device__ __forceinline__ void store_layer(const QueryTask& task, const QueryBackward& backward, int layer,
-                                            int64_t tile, const Place<T>& place, unsigned char* act,
+__device__ __forceinline__ void store_layer(const DecodeTask& task, const BackwardArrays& backward, int layer,
+                                            int64_t tile, const FragmentCoords<T>& coords, unsigned char* act,
                                             const Values& values) {
   float column[T::kColGroups][T::kVector] = {};
 #pragma unroll
@@ -89,26 +91,26 @@ __device__ __forceinline__ void store_layer(const QueryTask& task, const QueryBa
         float v[T::kVector];
         values(m, group, half, v);
         words[half] = to_words<T>(v);
-        *row_at<T>(backward.rows, {task.first_tile, task.tiles}, layer - 1, tile, place.row_of(m, half),
-                   place.channel_of(group)) = words[half];
+        *row_at<T>(backward.rows, {task.first_tile, task.tiles}, layer - 1, tile, coords.tile_row(m, half),
+                   coords.channel(group)) = words[half];
 #pragma unroll
         for (int i = 0; i < T::kVector; ++i) column[group][i] += v[i];
       }
-      store_act<T>(act, place.first_row_tile + m, place.first_group + group, place.lane, words);
+      store_act<T>(act, coords.first_row_tile + m, coords.first_group + group, coords.lane, words);
     }
-  add_column_sums<T>(task, backward, layer, place, column);
+  add_column_sums<T>(task, backward, layer, coords, column);
 }
 
 // The gradient of the blended hidden vector of a row's query.
 template <class T>
-__device__ __forceinline__ void blended_gradient(const QueryTask& task, const float* grad_out, int slot, int channel,
+__device__ __forceinline__ void blended_gradient(const DecodeTask& task, const float* grad_out, int slot, int channel,
                                                  float (&v)[T::kVector]) {
 #pragma unroll
   for (int i = 0; i < T::kVector; ++i) v[i] = 0.0f;
   for (int o = 0; o < task.outs; ++o) {
     const float grad = grad_out[slot * task.outs + o];
     float last[T::kVector];
-    load_floats(last_line<T>(task, o) + channel, last);
+    load_floats(last_vector<T>(task, o) + channel, last);
 #pragma unroll
     for (int i = 0; i < T::kVector; ++i) v[i] = fmaf(grad, last[i], v[i]);
   }
@@ -116,51 +118,51 @@ __device__ __forceinline__ void blended_gradient(const QueryTask& task, const fl
 
 // Gradients of the last layer's rows: blended hidden vectors times gradients of the outputs.
 template <class T>
-__device__ __forceinline__ void last_layer_sums(const QueryTask& task, const Saved& saved,
-                                                const QueryBackward& backward, int64_t tile, const Place<T>& place,
-                                                const float* grad_out) {
+__device__ __forceinline__ void last_layer_sums(const DecodeTask& task, const SavedActivations& saved,
+                                                const BackwardArrays& backward, int64_t tile,
+                                                const FragmentCoords<T>& coords, const float* grad_out) {
   const int corners = task.corners, slots = T::kRows / corners;
   for (int o = 0; o < task.outs; ++o) {
     float column[T::kColGroups][T::kVector] = {};
 #pragma unroll
     for (int pair = 0; pair < T::kRowTiles / 2; ++pair)
       for (int sub = 0; sub < (corners == 4 ? 1 : 4); ++sub) {
-        const int slot = slot_of(place.row_of(2 * pair + sub / 2, sub % 2), corners);
+        const int slot = query_slot(coords.tile_row(2 * pair + sub / 2, sub % 2), corners);
         const float grad = grad_out[slot * task.outs + o];
-        if (query_of<T>(task, tile, slot) < 0) continue;  // its hidden vector may be anything
+        if (find_query<T>(task, tile, slot) < 0) continue;  // its hidden vector is undefined
 #pragma unroll
         for (int group = 0; group < T::kColGroups; ++group) {
           float v[T::kVector];
-          from_words<T>(*saved_blended<T>(saved, tile, slots, slot, place.channel_of(group)), v);
+          from_words<T>(*saved_blended<T>(saved, tile, slots, slot, coords.channel(group)), v);
 #pragma unroll
           for (int i = 0; i < T::kVector; ++i) column[group][i] = fmaf(grad, v[i], column[group][i]);
         }
       }
     __syncwarp();
-    add_column_sums<T>(task, backward, task.hidden + 5 + o, place, column);
+    add_column_sums<T>(task, backward, task.hidden + 5 + o, coords, column);
   }
 }
 
 // acc = gradients of the last hidden layer before its ReLU; with row_dots also the gradient of every row's weight.
 template <class T>
-__device__ __forceinline__ void through_blend(const QueryTask& task, const Saved& saved, int64_t tile,
-                                              const Geometry<T>& geometry, const Place<T>& place, const float* grad_out,
-                                              float* row_dots, Accumulators<T>& acc) {
+__device__ __forceinline__ void through_blend(const DecodeTask& task, const SavedActivations& saved, int64_t tile,
+                                              const Geometry<T>& geometry, const FragmentCoords<T>& coords,
+                                              const float* grad_out, float* row_dots, Accumulators<T>& acc) {
   Mask<T> mask;
   mask.load(saved, task.hidden, tile);
-  const int warp_col = place.first_group / T::kColGroups;
+  const int warp_col = coords.first_group / T::kColGroups;
 #pragma unroll
   for (int pair = 0; pair < T::kRowTiles / 2; ++pair) {
     float dots[4] = {};
 #pragma unroll
     for (int group = 0; group < T::kColGroups; ++group) {
-      const int channel = place.channel_of(group);
+      const int channel = coords.channel(group);
       float gradient[T::kVector];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {  // the four corners of one query, or four queries
-        const int m = 2 * pair + k / 2, half = k % 2, row = place.row_of(m, half);
+        const int m = 2 * pair + k / 2, half = k % 2, row = coords.tile_row(m, half);
         if (k == 0 || task.corners == 1)
-          blended_gradient<T>(task, grad_out, slot_of(row, task.corners), channel, gradient);
+          blended_gradient<T>(task, grad_out, query_slot(row, task.corners), channel, gradient);
         if (row_dots) {
           float hidden[T::kVector];
           from_words<T>(*saved_row<T>(saved, task.hidden, tile, row, channel), hidden);
@@ -178,19 +180,19 @@ __device__ __forceinline__ void through_blend(const QueryTask& task, const Saved
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float dot = sum_over_quad(dots[k]);
-        const int row = place.row_of(2 * pair + k / 2, k % 2);
-        if (place.quad == 0) row_dots[(warp_col * T::kRows + row) * kRowDots + 4] = dot;
+        const int row = coords.tile_row(2 * pair + k / 2, k % 2);
+        if (coords.quad == 0) row_dots[(warp_col * T::kRows + row) * kRowDots + 4] = dot;
       }
     }
   }
 }
 
-// The first layer's gradients in acc: to the latents, and times the geometry to its sums.
+// Adds the first layer's gradients (in acc) to the latents, and their products with the geometry to its sums.
 template <class T>
-__device__ __forceinline__ void finish_first_layer(const QueryTask& task, const QueryBackward& backward, int64_t tile,
-                                                   const Geometry<T>& geometry, const Place<T>& place, float* row_dots,
-                                                   const Accumulators<T>& acc) {
-  const int warp_col = place.first_group / T::kColGroups;
+__device__ __forceinline__ void finish_first_layer(const DecodeTask& task, const BackwardArrays& backward, int64_t tile,
+                                                   const Geometry<T>& geometry, const FragmentCoords<T>& coords,
+                                                   float* row_dots, const Accumulators<T>& acc) {
+  const int warp_col = coords.first_group / T::kColGroups;
 #pragma unroll 1
   for (int term = -1; term < 4; ++term) {  // the bias, rel_row, rel_col, and the cell's two
     if (term >= 2 && !task.has_cell) break;
@@ -199,22 +201,22 @@ __device__ __forceinline__ void finish_first_layer(const QueryTask& task, const 
     for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = place.row_of(m, half);
-        const Row& seen = geometry.rows[row];
+        const int row = coords.tile_row(m, half);
+        const CornerRow& seen = geometry.rows[row];
         float factor = 1.0f;
         if (term == 0) factor = seen.rel_row;
         if (term == 1) factor = seen.rel_col;
         if (term >= 2) factor = task.cell ? geometry.rel_cell[row][term - 2] : task.rel_cell[term - 2];
-        if (query_of<T>(task, tile, slot_of(row, task.corners)) < 0) factor = 0.0f;
+        if (find_query<T>(task, tile, query_slot(row, task.corners)) < 0) factor = 0.0f;
 #pragma unroll
         for (int group = 0; group < T::kColGroups; ++group) {
           float v[T::kVector];
-          values_of<T>(acc, m, group, half, v);
+          get_values<T>(acc, m, group, half, v);
 #pragma unroll
           for (int i = 0; i < T::kVector; ++i) column[group][i] = fmaf(factor, v[i], column[group][i]);
         }
       }
-    add_column_sums<T>(task, backward, term < 0 ? 0 : task.hidden + 1 + term, place, column);
+    add_column_sums<T>(task, backward, term < 0 ? 0 : task.hidden + 1 + term, coords, column);
     if (row_dots && term >= 0) {
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m)
@@ -223,14 +225,14 @@ __device__ __forceinline__ void finish_first_layer(const QueryTask& task, const 
           float dot = 0.0f;
 #pragma unroll
           for (int group = 0; group < T::kColGroups; ++group) {
-            float v[T::kVector], line[T::kVector];
-            values_of<T>(acc, m, group, half, v);
-            load_floats(geometry_line<T>(task, term) + place.channel_of(group), line);
+            float v[T::kVector], vector[T::kVector];
+            get_values<T>(acc, m, group, half, v);
+            load_floats(geometry_vector<T>(task, term) + coords.channel(group), vector);
 #pragma unroll
-            for (int i = 0; i < T::kVector; ++i) dot = fmaf(v[i], line[i], dot);
+            for (int i = 0; i < T::kVector; ++i) dot = fmaf(v[i], vector[i], dot);
           }
           dot = sum_over_quad(dot);
-          if (place.quad == 0) row_dots[(warp_col * T::kRows + place.row_of(m, half)) * kRowDots + term] = dot;
+          if (coords.quad == 0) row_dots[(warp_col * T::kRows + coords.tile_row(m, half)) * kRowDots + term] = dot;
         }
     }
   }
@@ -238,37 +240,36 @@ __device__ __forceinline__ void finish_first_layer(const QueryTask& task, const 
   for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = place.row_of(m, half);
-      const bool exists = query_of<T>(task, tile, slot_of(row, task.corners)) >= 0;
+      const int row = coords.tile_row(m, half);
+      const bool exists = find_query<T>(task, tile, query_slot(row, task.corners)) >= 0;
       const int64_t offset = geometry.rows[row].offset, at = (tile - task.first_tile) * T::kRows + row;
 #pragma unroll
       for (int group = 0; group < T::kColGroups; ++group) {
-        const int channel = place.channel_of(group);
+        const int channel = coords.channel(group);
         float v[T::kVector];
-        values_of<T>(acc, m, group, half, v);
+        get_values<T>(acc, m, group, half, v);
 #pragma unroll
         for (int i = 0; i < T::kVector; i += 4) {
           float4 four = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
           if (!backward.latent_map) {
             if (!exists) four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             *reinterpret_cast<float4*>(backward.latent_rows + at * T::kWidth + channel + i) = four;
-          } else if (exists && channel < task.latent_width) {
+          } else if (exists && channel < task.width) {
             reduce_add(backward.latent_map + offset + channel + i, four);
           }
         }
       }
-      if (!backward.latent_map && warp_col == 0 && place.quad == 0)
-        backward.latent_places[at] = offset / task.latent_width;
+      if (!backward.latent_map && warp_col == 0 && coords.quad == 0) backward.latent_index[at] = offset / task.width;
     }
 }
 
 // Gradients of coord and cell from the rows' products; one thread a query.
 template <class T>
-__device__ __forceinline__ void finish_points(const QueryTask& task, const QueryBackward& backward, int64_t tile,
+__device__ __forceinline__ void finish_points(const DecodeTask& task, const BackwardArrays& backward, int64_t tile,
                                               const Geometry<T>& geometry, const float* row_dots) {
   const float height = static_cast<float>(task.map_height), width = static_cast<float>(task.map_width);
   for (int slot = static_cast<int>(threadIdx.x); slot < T::kRows / task.corners; slot += kThreads) {
-    const int64_t query = query_of<T>(task, tile, slot);
+    const int64_t query = find_query<T>(task, tile, slot);
     if (query < 0) continue;
     float rel_row[2] = {}, rel_col[2] = {}, grad_row[2] = {}, grad_col[2] = {}, grad_cell[2] = {}, grad_weight[4] = {};
 #pragma unroll
@@ -300,8 +301,8 @@ __device__ __forceinline__ void finish_points(const QueryTask& task, const Query
 }
 
 template <class T>
-__device__ __forceinline__ void backward_tiles(const QueryTask& task, const Saved& saved,
-                                               const QueryBackward& backward) {
+__device__ __forceinline__ void backward_tiles(const DecodeTask& task, const SavedActivations& saved,
+                                               const BackwardArrays& backward) {
   LIIF_DYNAMIC_SHARED(shared);
   unsigned char* const act = shared;
   unsigned char* const ring = act + T::kActBytes;
@@ -309,20 +310,21 @@ __device__ __forceinline__ void backward_tiles(const QueryTask& task, const Save
   float* const grad_out = reinterpret_cast<float*>(&geometry + 1);
   float* const row_dots = backward.coord ? grad_out + T::kRows / task.corners * task.outs : nullptr;
 
-  const Place<T> place;
-  const int64_t mine = tiles_of_block(task.tiles);
+  const FragmentCoords<T> coords;
+  const int64_t mine = block_tile_count(task.tiles);
   WeightStream<T> stream(task.weights, task.hidden * T::kGroups, mine, ring);
   for (int64_t i = 0; i < mine; ++i) {
     const int64_t tile = task.first_tile + blockIdx.x + i * gridDim.x;
-    find_rows(task, tile, geometry);
+    locate_rows(task, tile, geometry);
     load_grad_out<T>(task, backward, tile, grad_out);
     __syncthreads();
-    last_layer_sums<T>(task, saved, backward, tile, place, grad_out);
+    last_layer_sums<T>(task, saved, backward, tile, coords, grad_out);
     Accumulators<T> acc;
-    through_blend<T>(task, saved, tile, geometry, place, grad_out, row_dots, acc);
+    through_blend<T>(task, saved, tile, geometry, coords, grad_out, row_dots, acc);
     for (int layer = task.hidden; layer >= 1; --layer) {
-      store_layer<T>(task, backward, layer, tile, place, act,
-                     [&](int m, int group, int half, float (&v)[T::kVector]) { values_of<T>(acc, m, group, half, v); });
+      store_layer<T>(task, backward, layer, tile, coords, act, [&](int m, int group, int half, float (&v)[T::kVector]) {
+        get_values<T>(acc, m, group, half, v);
+      });
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
@@ -330,7 +332,7 @@ __device__ __forceinline__ void backward_tiles(const QueryTask& task, const Save
 #pragma unroll
           for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.0f;
 #pragma unroll 1
-      for (int group = 0; group < T::kGroups; ++group) multiply<T>(act, stream.next(), group, place, acc);
+      for (int group = 0; group < T::kGroups; ++group) multiply<T>(act, stream.next(), group, coords, acc);
       __syncthreads();  // act has been read
       Mask<T> mask;
       mask.load(saved, layer - 1, tile);
@@ -341,12 +343,12 @@ __device__ __forceinline__ void backward_tiles(const QueryTask& task, const Save
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             float v[T::kVector];
-            values_of<T>(acc, m, group, half, v);
+            get_values<T>(acc, m, group, half, v);
             mask.apply(m, group, half, v);
             set_values<T>(acc, m, group, half, v);
           }
     }
-    finish_first_layer<T>(task, backward, tile, geometry, place, row_dots, acc);
+    finish_first_layer<T>(task, backward, tile, geometry, coords, row_dots, acc);
     __syncthreads();
     if (row_dots) {
       finish_points<T>(task, backward, tile, geometry, row_dots);
@@ -356,10 +358,23 @@ __device__ __forceinline__ void backward_tiles(const QueryTask& task, const Save
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, blocks_an_sm<T>())
-    query_backward_kernel(const __grid_constant__ QueryTask task, const __grid_constant__ Saved saved,
-                          const __grid_constant__ QueryBackward backward) {
+__global__ void __launch_bounds__(kThreads, min_blocks_per_sm<T>())
+    decode_backward_kernel(const __grid_constant__ DecodeTask task, const __grid_constant__ SavedActivations saved,
+                           const __grid_constant__ BackwardArrays backward) {
   if constexpr (is_launched<T>()) backward_tiles<T>(task, saved, backward);
+}
+
+template <MmaPolicy kPolicy>
+const char* launch_backward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
+                            const BackwardArrays& backward, void* stream) {
+  return with_tile<kPolicy>(variant, [&](auto tile) {
+    using T = decltype(tile);
+    static_assert(T::kWarpRows == warp_rows(T::kRows, T::kWidth, sizeof(typename T::Element)), "as the host counts");
+    const int bytes =
+        shared_bytes<T>() + T::kRows / task.corners * task.outs * 4 + (backward.coord ? row_dots_bytes<T>() : 0);
+    return launch_with_shared(decode_backward_kernel<T>, block_count(variant, task), bytes, stream, task, saved,
+                              backward);
+  });
 }
 
 }  // namespace liif_fast

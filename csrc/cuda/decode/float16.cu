@@ -1,8 +1,5 @@
 // The fused decode's kernels with float16 operands on tensor cores.
-#include "cuda/decode/instantiate.cuh"
+#include "cuda/decode/backward.cuh"
+#include "cuda/decode/forward.cuh"
 
-namespace liif_fast {
-
-LIIF_INSTANTIATE_QUERY(HalfProducts)
-
-}  // namespace liif_fast
+LIIF_INSTANTIATE_DECODE(kFloat16)

@@ -1,103 +1,168 @@
-// Launchers of the fused decode, and the workspaces their callers own. No CUDA and no torch header is needed.
+// Launchers of the fused decode, the workspaces their callers own, and the kernels' variants as plain numbers. No CUDA
+// and no torch header is needed.
 //
-// The kernels come in variants: how products are made, the width that every layer is padded to, and the rows of a tile,
-// of which a device's shared memory decides. Every pointer is device memory; as in launch.h, launchers allocate
-// nothing, wait for nothing, and return nullptr or a sentence about what went wrong.
+// A variant is how products are made, the width that every layer is padded to, and the rows of a tile, of which a
+// device's shared memory decides. Every pointer is device memory. As in cuda/launch.h, launchers allocate nothing, wait
+// for nothing, and return nullptr or a sentence that says why they failed.
 #pragma once
 
 #include <cstdint>
 
 #include "decode.h"
+#include "geometry.h"
 
 namespace liif_fast {
 
 constexpr int kMaxFusedWidth = 256;  // of any layer but the last
 constexpr int kMaxFusedOuts = 16;    // of the last
 constexpr int kWidthStep = 16;       // widths are multiples of it
-constexpr int kRowPadding = 128;     // every variant's tile divides it
+constexpr int kRowPadding = 128;     // a multiple of every variant's rows
 
-enum class Operands { kFloat16, kBFloat16, kTf32, kFloat32 };
+// How products are made: the operands' dtype, on tensor cores (kFloat32: on CUDA cores).
+enum class MmaPolicy { kFloat16, kBFloat16, kTf32, kFloat32 };
 
-inline int operand_bytes(Operands operands) {
-  return operands == Operands::kTf32 || operands == Operands::kFloat32 ? 4 : 2;
+LIIF_HOST_DEVICE constexpr bool is_16_bit(MmaPolicy policy) {
+  return policy == MmaPolicy::kFloat16 || policy == MmaPolicy::kBFloat16;
 }
+LIIF_HOST_DEVICE constexpr int operand_bytes(MmaPolicy policy) { return is_16_bit(policy) ? 2 : 4; }
+
+// -------------------------------------------------------------------------------------------------------------
+// variants Constant expressions, so that kernels, launchers and tests all read the same ones.
 
 // Which kernels run a problem on a device.
-struct QueryVariant {
-  Operands operands;
+struct DecodeVariant {
+  MmaPolicy policy;
   int width;     // 64, 128 or 256
   int rows;      // of a tile
   int blocks;    // of the launch: all that the device runs at a time
-  int row_sums;  // a block's partial sums of a column, see QueryBackward::sums
+  int row_sums;  // a block's partial sums of a column, see BackwardArrays::sums
 };
 
-// What a forward keeps for its backward: arrays over tiles first_tile to first_tile + tiles.
-struct Saved {
+LIIF_HOST_DEVICE constexpr int padded_width(int width) { return width <= 64 ? 64 : (width <= 128 ? 128 : 256); }
+
+// Rows of a 256-wide tile where a block may have 160 KB of shared memory, and where it may have 99 KB. Weights stream
+// from L2 once a tile, so more rows need fewer bytes.
+LIIF_HOST_DEVICE constexpr int large_rows(int operand_bytes) { return operand_bytes == 2 ? 128 : 64; }
+LIIF_HOST_DEVICE constexpr int small_rows(int operand_bytes) { return operand_bytes == 2 ? 64 : 32; }
+constexpr int kLargeSharedBytes = 160 << 10;
+
+// GPUs of the second kind, by compute capability * 10. Their machine code holds only the small tiles, that of the
+// others only the large ones. Later GPUs run sm_80's PTX, which holds both.
+LIIF_HOST_DEVICE constexpr bool has_small_tiles_only(int arch) { return (arch > 800 && arch < 900) || arch >= 1200; }
+
+// Warp rows of a tile. Each has its own partial sums of a column.
+LIIF_HOST_DEVICE constexpr int warp_rows(int rows, int width, int operand_bytes) {
+  return rows == 32 ? 1 : (width * operand_bytes < 256 ? 4 : 2);
+}
+
+// Packed vectors of a problem (DecodeTask::packed_vectors), and partial sums of its columns (BackwardArrays::sums).
+LIIF_HOST_DEVICE int packed_vector_count(int hidden, int outs) { return hidden + 1 + 4 + outs + 1; }
+LIIF_HOST_DEVICE int sum_count(int hidden, int outs) { return hidden + 1 + 4 + outs; }
+
+// 16-byte units of a chunk, and input groups of a layer, each of which is a chunk.
+LIIF_HOST_DEVICE int chunk_units(int width) { return width * 64 / 16; }
+LIIF_HOST_DEVICE int group_count(MmaPolicy policy, int width) { return width / (is_16_bit(policy) ? 32 : 16); }
+
+// The first weight of a packed 16-byte unit: unit `unit` of the chunk from input group `group`.
+struct PackedUnit {
+  int out, in;
+};
+LIIF_HOST_DEVICE PackedUnit packed_unit(MmaPolicy policy, int width, int group, int unit) {
+  const int vector = is_16_bit(policy) ? 8 : 4;
+  const int tiles = vector / 2, channels = 4 * vector, groups = width / channels;
+  if (policy == MmaPolicy::kFloat32) {  // [four inputs][out group][tile][e][quad]
+    const int quad = unit % 4, e = unit / 4 % 2, tile = unit / 8 % tiles, out_group = unit / 8 / tiles % groups;
+    const int four = unit / 8 / tiles / groups;
+    return {out_group * channels + quad * vector + tile * 2 + e, group * channels + four * 4};
+  }
+  // [out group][tile][lane]: the lane's column of the n8 tile, its quad's inputs of both k steps
+  const int lane = unit % 32, tile = unit / 32 % tiles, out_group = unit / 32 / tiles, column = lane >> 2;
+  return {out_group * channels + (column >> 1) * vector + tile * 2 + (column & 1),
+          group * channels + (lane & 3) * vector};
+}
+
+// ------------------------------------------------------------------------------------------------------------
+// arguments
+
+// The activations that a forward saves for its backward: arrays over tiles first_tile to first_tile + tiles.
+struct SavedActivations {
   void* rows;       // activations [layers][tiles * rows][width], in the operands' dtype
   void* blended;    // blended hidden vectors [tiles * slots][width]
-  uint32_t* masks;  // [layers][tiles][words][threads]; null: nothing is kept
+  uint32_t* masks;  // [layers][tiles][words][threads], a bit for every ReLU; null: nothing is saved
   int64_t first_tile, tiles;
-  bool last_layer;  // whether the last hidden layer's activations are in rows, for gradients of coordinates
+  bool last_layer;  // whether rows holds the last hidden layer's activations, for gradients of coordinates
 };
 
-// A problem as its kernels read it.
-struct QueryTask {
-  int64_t total, queries;  // of all maps, of one map
-  int corners;
-  const void* latent_map;  // floats, or in the operands' 16 bits
+// The rows of a problem that a launch decodes: first to first + count, both multiples of kRowPadding. count < 0: all of
+// them, without padding.
+struct RowRange {
+  int64_t first, count;
+};
+
+// A problem in the layout that its kernels read. latent_map: floats, or in the operands' 16 bits.
+struct DecodeTask : DecodeQueries<float> {
+  int64_t total;  // queries of the whole batch
   bool latent_is_float;
-  int64_t latent_width, map_height, map_width, region_top, region_left, region_height, region_width;
-  const float *coord, *cell;  // null for a grid; cell: null where all cells are the same
-  bool has_cell;
-  int64_t image_height, image_width, window_top, window_left, window_width;
-  float rel_cell[2];
+  float rel_cell[2];  // of the grid
 
   int hidden, outs;              // hidden layers after the first; outputs
-  const unsigned char* weights;  // packed chunks of the hidden layers, see pack_weights
-  const float* lines;            // packed vectors of the padded width: biases of the first and the hidden layers, four
-                                 // geometry terms, the last layer's rows, its bias
-
-  float* out;  // null: only what is saved is wanted
-  int64_t out_batch, out_query, out_channel;
+  const unsigned char* weights;  // packed chunks of the hidden layers, see packed_unit
+  const float* packed_vectors;   // of the padded width: biases of the first and the hidden layers, four geometry terms,
+                                 // the last layer's rows, its bias
   int64_t first_tile, tiles;
 };
 
-// The backward's arrays beside what the forward saved. grad_out has out's strides.
-struct QueryBackward {
+// The backward's arrays, apart from the saved activations. grad_out has out's strides.
+struct BackwardArrays {
   const float* grad_out;
-  float* latent_map;       // added to; null in the deterministic order, where rows and places take its part:
-  float* latent_rows;      // gradients of every row's latent [tiles * rows][width]
-  int64_t* latent_places;  // and which latent of the map that is [tiles * rows]
-  void* rows;              // gradients before the hidden layers' ReLU [hidden][tiles * rows][width], operands' dtype
-  // Partial sums over rows, added to: [blocks * row_sums][lines][width]; lines: gradients of the biases of the first
-  // and the hidden layers, of the four geometry terms, of the last layer's rows.
+  float* latent_map;      // added to; null in the deterministic order, which needs the next two instead
+  float* latent_rows;     // gradients of every row's latent [tiles * rows][width]
+  int64_t* latent_index;  // the latent of every row, counted through the map in memory [tiles * rows]
+  void* rows;             // gradients before the hidden layers' ReLU [hidden][tiles * rows][width], operands' dtype
+  // Partial sums over rows, added to: [blocks * row_sums][sum_count][width]: gradients of the biases of the first and
+  // the hidden layers, of the four geometry terms, of the last layer's rows.
   float* sums;
-  float *coord, *cell;  // [total, 2]; null where nobody asks
+  float *coord, *cell;  // [total, 2]; null where no gradient is wanted
 };
 
+// ------------------------------------------------------------------------------------------------------------
+// launchers
+
 // A variant for the current device; `error` is a sentence where there is none.
-QueryVariant choose_variant(Operands operands, int width, const char** error);
+DecodeVariant choose_variant(MmaPolicy policy, int width, const char** error);
 
-// Bytes of the packed weights of one direction: chunks, then lines.
-int64_t packed_bytes(const QueryVariant& variant, int hidden, int outs);
+// Bytes of the packed weights of one direction: chunks, then packed vectors.
+int64_t packed_bytes(const DecodeVariant& variant, int hidden, int outs);
 
-// Bytes of what a forward keeps of `rows` rows (a multiple of kRowPadding), and where it lies in them. The activations
-// come first.
-int64_t saved_bytes(const QueryVariant& variant, int hidden, int corners, bool last_layer, int64_t rows);
-Saved saved_at(void* buffer, const QueryVariant& variant, int hidden, int corners, bool last_layer, int64_t first_row,
-               int64_t rows);
+// The size of the saved activations.
+struct SavedShape {
+  int hidden, corners;
+  bool last_layer;
+  RowRange rows;  // count is a multiple of kRowPadding
+};
+// Bytes of the saved activations, and their arrays in a buffer of that size. The activations come first.
+int64_t saved_bytes(const DecodeVariant& variant, const SavedShape& shape);
+SavedActivations saved_at(void* buffer, const DecodeVariant& variant, const SavedShape& shape);
 
 // Packs weights and vectors of `problem` into `packed`; transposed: for the backward.
-const char* launch_pack(const QueryProblem<float>& problem, const QueryVariant& variant, bool transposed, void* packed,
-                        void* stream);
+const char* launch_pack(const DecodeProblem<float>& problem, const DecodeVariant& variant, bool transposed,
+                        void* packed, void* stream);
 
-// The task of a problem whose weights are packed: rows first_row to first_row + rows, both multiples of kRowPadding;
-// rows < 0: all of them, without padding.
-QueryTask make_task(const QueryProblem<float>& problem, const QueryVariant& variant, const void* packed,
-                    bool latent_is_float, int64_t first_row, int64_t rows);
+// The task of a problem whose weights are packed.
+DecodeTask make_task(const DecodeProblem<float>& problem, const DecodeVariant& variant, const void* packed,
+                     bool latent_is_float, const RowRange& rows);
 
-const char* launch_query_forward(const QueryTask& task, const QueryVariant& variant, const Saved& saved, void* stream);
-const char* launch_query_backward(const QueryTask& task, const QueryVariant& variant, const Saved& saved,
-                                  const QueryBackward& backward, void* stream);
+const char* launch_decode_forward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
+                                  void* stream);
+const char* launch_decode_backward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
+                                   const BackwardArrays& backward, void* stream);
+
+// The same for one policy: forward.cuh and backward.cuh define these, one .cu for each policy instantiates them.
+template <MmaPolicy kPolicy>
+const char* launch_forward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
+                           void* stream);
+template <MmaPolicy kPolicy>
+const char* launch_backward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
+                            const BackwardArrays& backward, void* stream);
 
 }  // namespace liif_fast

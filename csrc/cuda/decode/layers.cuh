@@ -5,7 +5,7 @@
 
 namespace liif_fast {
 
-// Part of a packed vector.
+// kCount values of a packed vector.
 template <int kCount>
 __device__ __forceinline__ void load_floats(const float* from, float (&values)[kCount]) {
 #pragma unroll
@@ -18,7 +18,7 @@ __device__ __forceinline__ void load_floats(const float* from, float (&values)[k
   }
 }
 
-// A lane's values of a group as the four words in which they are stored, and back.
+// Converts a lane's values of a group to the four words that store them, and back.
 template <class T>
 __device__ __forceinline__ uint4 to_words(const float (&v)[T::kVector]) {
   using Element = typename T::Element;
@@ -48,14 +48,14 @@ __device__ __forceinline__ void from_words(uint4 words, float (&v)[T::kVector]) 
   }
 }
 
-// Activations in shared memory. Tensor cores: a fragment's four words are a lane's, [m16 tile][k step][lane]. CUDA
-// cores: four channels of a row are together, [m16 tile][four channels][row].
+// Units of 16 bytes of the activations in shared memory. Tensor cores: a unit is a lane's part of a fragment, [m16
+// tile][k step][lane]. CUDA cores: a unit is four channels of a row, [m16 tile][four channels][row].
 template <class T>
 __device__ __forceinline__ int act_unit(int row_tile, int group, int step, int lane) {
   return (row_tile * T::kGroups * 2 + group * 2 + step) * kWarp + lane;
 }
 template <class T>
-__device__ __forceinline__ int act_unit_of_row(int row_tile, int group, int quad, int row) {
+__device__ __forceinline__ int act_row_unit(int row_tile, int group, int quad, int row) {
   return ((row_tile * T::kGroups + group) * 4 + quad) * 16 + row;
 }
 
@@ -69,8 +69,8 @@ __device__ __forceinline__ void store_act(unsigned char* act, int row_tile, int 
     units[act_unit<T>(row_tile, group, 0, lane)] = make_uint4(upper.x, lower.x, upper.y, lower.y);
     units[act_unit<T>(row_tile, group, 1, lane)] = make_uint4(upper.z, lower.z, upper.w, lower.w);
   } else {
-    units[act_unit_of_row<T>(row_tile, group, lane & 3, lane >> 2)] = upper;
-    units[act_unit_of_row<T>(row_tile, group, lane & 3, 8 + (lane >> 2))] = lower;
+    units[act_row_unit<T>(row_tile, group, lane & 3, lane >> 2)] = upper;
+    units[act_row_unit<T>(row_tile, group, lane & 3, 8 + (lane >> 2))] = lower;
   }
 }
 
@@ -84,36 +84,36 @@ __device__ __forceinline__ void load_act(const unsigned char* act, int row_tile,
     words[0] = make_uint4(first.x, first.z, second.x, second.z);
     words[1] = make_uint4(first.y, first.w, second.y, second.w);
   } else {
-    words[0] = units[act_unit_of_row<T>(row_tile, group, lane & 3, lane >> 2)];
-    words[1] = units[act_unit_of_row<T>(row_tile, group, lane & 3, 8 + (lane >> 2))];
+    words[0] = units[act_row_unit<T>(row_tile, group, lane & 3, lane >> 2)];
+    words[1] = units[act_row_unit<T>(row_tile, group, lane & 3, 8 + (lane >> 2))];
   }
 }
 
-// The first layer: latents, geometry terms, ReLU; into act.
+// The first layer (latents, geometry terms, ReLU), stored in act.
 template <class T>
-__device__ __forceinline__ void first_layer(const QueryTask& task, const Geometry<T>& geometry, unsigned char* act) {
-  constexpr int kSpan = T::kGroups < kWarps ? T::kGroups : kWarps;  // groups under way at a time
-  const Place<T> place;
-  for (int group = place.warp % kSpan; group < T::kGroups; group += kSpan) {
-    const int channel = group * T::kGroup + place.quad * T::kVector;
-    const bool has_latent = channel < task.latent_width;
+__device__ __forceinline__ void first_layer(const DecodeTask& task, const Geometry<T>& geometry, unsigned char* act) {
+  constexpr int kSpan = T::kGroups < kWarps ? T::kGroups : kWarps;  // groups computed at a time
+  const FragmentCoords<T> coords;
+  for (int group = coords.warp % kSpan; group < T::kGroups; group += kSpan) {
+    const int channel = group * T::kGroup + coords.quad * T::kVector;
+    const bool has_latent = channel < task.width;
     float base[T::kVector], by_row[T::kVector], by_col[T::kVector], by_cell_row[T::kVector], by_cell_col[T::kVector];
-    load_floats(bias_line<T>(task, 0) + channel, base);
-    load_floats(geometry_line<T>(task, 0) + channel, by_row);
-    load_floats(geometry_line<T>(task, 1) + channel, by_col);
-    load_floats(geometry_line<T>(task, 2) + channel, by_cell_row);  // zeros without cells
-    load_floats(geometry_line<T>(task, 3) + channel, by_cell_col);
+    load_floats(bias_vector<T>(task, 0) + channel, base);
+    load_floats(geometry_vector<T>(task, 0) + channel, by_row);
+    load_floats(geometry_vector<T>(task, 1) + channel, by_col);
+    load_floats(geometry_vector<T>(task, 2) + channel, by_cell_row);  // zeros without cells
+    load_floats(geometry_vector<T>(task, 3) + channel, by_cell_col);
     if (!task.cell) {
 #pragma unroll
       for (int i = 0; i < T::kVector; ++i)
         base[i] = fmaf(task.rel_cell[1], by_cell_col[i], fmaf(task.rel_cell[0], by_cell_row[i], base[i]));
     }
 #pragma unroll(T::kWidth == 64 ? 1 : 2)
-    for (int m = place.warp / kSpan; m < T::kRows / 16; m += kWarps / kSpan) {
+    for (int m = coords.warp / kSpan; m < T::kRows / 16; m += kWarps / kSpan) {
       float values[2][T::kVector];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t offset = geometry.rows[m * 16 + half * 8 + place.row].offset + channel;
+        const int64_t offset = geometry.rows[m * 16 + half * 8 + coords.row].offset + channel;
         if (!has_latent) {
 #pragma unroll
           for (int i = 0; i < T::kVector; ++i) values[half][i] = 0.0f;
@@ -127,8 +127,8 @@ __device__ __forceinline__ void first_layer(const QueryTask& task, const Geometr
       uint4 words[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int r = m * 16 + half * 8 + place.row;
-        const Row row = geometry.rows[r];
+        const int r = m * 16 + half * 8 + coords.row;
+        const CornerRow row = geometry.rows[r];
 #pragma unroll
         for (int i = 0; i < T::kVector; ++i)
           values[half][i] += fmaf(row.rel_col, by_col[i], fmaf(row.rel_row, by_row[i], base[i]));
@@ -142,24 +142,23 @@ __device__ __forceinline__ void first_layer(const QueryTask& task, const Geometr
         for (int i = 0; i < T::kVector; ++i) values[half][i] = relu(values[half][i]);
         words[half] = to_words<T>(values[half]);
       }
-      store_act<T>(act, m, group, place.lane, words);
+      store_act<T>(act, m, group, coords.lane, words);
     }
   }
 }
 
-// Packed weights on their way through a ring of chunks in shared memory; all threads of the block move together.
+// Streams packed weights through a ring of chunks in shared memory. All threads of the block call it together.
 template <class T>
 class WeightStream {
  public:
-  // steps: chunks of one tile, which `tiles` tiles repeat.
+  // steps: chunks of one tile; each of the `tiles` tiles reads them all.
   __device__ __forceinline__ WeightStream(const unsigned char* weights, int steps, int64_t tiles, unsigned char* ring)
       : weights_(weights), ring_(ring), steps_(steps), left_(steps * tiles) {
 #pragma unroll
     for (int i = 0; i < T::kStages - 1; ++i) issue();
   }
 
-  // The next chunk. What the call before this one returned is given up, and everything that the block wrote to shared
-  // memory before is seen after it.
+  // The next chunk. Invalidates the pointer that the previous call returned. Acts as a block barrier for shared memory.
   __device__ __forceinline__ const unsigned char* next() {
     wait_copies<T::kStages - 2>();
     __syncthreads();
@@ -183,7 +182,7 @@ class WeightStream {
       fill_ = fill_ + 1 == T::kStages ? 0 : fill_ + 1;
       --left_;
     }
-    commit_copies();  // an empty group too: wait_copies counts them
+    commit_copies();  // empty groups too, because wait_copies counts them
   }
 
   const unsigned char* weights_;
@@ -198,14 +197,14 @@ using Accumulators = float[T::kRowTiles][T::kColTiles][4];
 // acc += a group of act times its chunk of weights.
 template <class T>
 __device__ __forceinline__ void multiply(const unsigned char* act, const unsigned char* chunk, int group,
-                                         const Place<T>& place, Accumulators<T>& acc) {
+                                         const FragmentCoords<T>& coords, Accumulators<T>& acc) {
   const uint4* const rows = reinterpret_cast<const uint4*>(act);
   const uint4* const weights = reinterpret_cast<const uint4*>(chunk);
   if constexpr (T::kTensorCores) {
     uint2 first[T::kColTiles], second[T::kColTiles];
 #pragma unroll
     for (int n = 0; n < T::kColTiles; ++n) {
-      const uint4 both = weights[(place.first_group * T::kTiles + n) * kWarp + place.lane];
+      const uint4 both = weights[(coords.first_group * T::kTiles + n) * kWarp + coords.lane];
       first[n] = make_uint2(both.x, both.y);
       second[n] = make_uint2(both.z, both.w);
     }
@@ -214,7 +213,7 @@ __device__ __forceinline__ void multiply(const unsigned char* act, const unsigne
     for (int step = 0; step < 2; ++step) {
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m)
-        a[m] = rows[act_unit<T>(place.first_row_tile + m, group, step, place.lane)];
+        a[m] = rows[act_unit<T>(coords.first_row_tile + m, group, step, coords.lane)];
       if (step == 0)
         mma_step(acc, a, first, typename T::Element{});
       else
@@ -228,13 +227,13 @@ __device__ __forceinline__ void multiply(const unsigned char* act, const unsigne
       for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          a[m][half] = rows[act_unit_of_row<T>(place.first_row_tile + m, group, four, half * 8 + place.row)];
+          a[m][half] = rows[act_row_unit<T>(coords.first_row_tile + m, group, four, half * 8 + coords.row)];
 #pragma unroll
       for (int n = 0; n < T::kColTiles; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int at = ((four * T::kGroups + place.first_group) * T::kTiles + n) * 2 + e;
-          const uint4 b = weights[at * 4 + place.quad];
+          const int at = ((four * T::kGroups + coords.first_group) * T::kTiles + n) * 2 + e;
+          const uint4 b = weights[at * 4 + coords.quad];
 #pragma unroll
           for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
@@ -251,10 +250,10 @@ __device__ __forceinline__ void multiply(const unsigned char* act, const unsigne
   }
 }
 
-// A lane's channels of a column group in accumulators' order.
+// Reads and writes a lane's channels of a column group in the accumulators.
 template <class T>
-__device__ __forceinline__ void values_of(const Accumulators<T>& acc, int m, int group, int half,
-                                          float (&v)[T::kVector]) {
+__device__ __forceinline__ void get_values(const Accumulators<T>& acc, int m, int group, int half,
+                                           float (&v)[T::kVector]) {
 #pragma unroll
   for (int i = 0; i < T::kVector; ++i) v[i] = acc[m][group * T::kTiles + i / 2][half * 2 + i % 2];
 }

@@ -1,8 +1,5 @@
 // The fused decode's kernels with TF32 operands on tensor cores.
-#include "cuda/decode/instantiate.cuh"
+#include "cuda/decode/backward.cuh"
+#include "cuda/decode/forward.cuh"
 
-namespace liif_fast {
-
-LIIF_INSTANTIATE_QUERY(Tf32Products)
-
-}  // namespace liif_fast
+LIIF_INSTANTIATE_DECODE(kTf32)

@@ -1,46 +1,34 @@
-// What the fused decode's forward and backward share: a block's tile of rows and channels, and where its values lie.
-// The steps that both take are in query_layers.cuh.
+// The parts of the fused decode that forward and backward share: a block's tile of rows and channels, the tile's
+// geometry, the saved activations, the launch. layers.cuh has the steps that both take.
 //
 // A row is one corner of one query; a tile is kRows of them (with local ensemble a quarter as many queries) by kWidth
-// channels, the widest layer's, narrower ones padded with zeros. It stays on the chip from the latents to the blend:
-// accumulators in registers, activations in shared memory, weights streaming past in chunks that all blocks share in
-// L2.
+// channels, the widest layer's; narrower layers are padded with zeros. The tile stays on the chip from the latents to
+// the blend: accumulators in registers, activations in shared memory. Weights stream through shared memory in chunks
+// that all blocks read from L2.
 //
-// A matrix instruction wants its operands as fragments, spread over a warp's lanes. Everything here is stored in that
-// order, 16 bytes a lane, so that no access conflicts and nothing is ever shuffled: the order of a layer's channels is
-// free as long as the weights follow it, and it is chosen such that what a lane holds of a group of channels after one
-// product (accumulators), before the next (operands), in the latent map and in saved activations are the same 16 bytes
-// of consecutive channels. Rows are ordered so that one lane holds all four corners of a query: the ensemble is a sum
-// in registers.
+// A matrix instruction takes its operands as fragments, spread over a warp's lanes. All arrays are stored in that
+// order, 16 bytes a lane, so that no access conflicts and no shuffle is needed. The order of a layer's channels is free
+// as long as the weights follow it. It is chosen so that a lane holds the same 16 bytes of consecutive channels of a
+// group after one product (accumulators), before the next (operands), in the latent map and in saved activations. Rows
+// are ordered so that one lane holds all four corners of a query: the ensemble is a sum in registers.
 #pragma once
 
 #include "cuda/common.cuh"
-#include "cuda/decode/variant.h"
+#include "cuda/decode/launch.h"
 #include "cuda/ptx.cuh"
 #include "geometry.h"
 
 namespace liif_fast {
 
-// How products are made: operands of Element on tensor cores (float: rounded to TF32) or in true float on CUDA cores.
-template <class Element_, bool kTensorCores_>
-struct Products {
-  using Element = Element_;
-  static constexpr bool kTensorCores = kTensorCores_;
-  static_assert(kTensorCores || std::is_same_v<Element, float>, "CUDA cores multiply floats");
-};
-
-using HalfProducts = Products<__half, true>;
-using BFloat16Products = Products<__nv_bfloat16, true>;
-using Tf32Products = Products<float, true>;
-using FloatProducts = Products<float, false>;
-
-template <class Products_, int kWidth_, int kRows_>
+template <MmaPolicy kPolicy_, int kWidth_, int kRows_>
 struct Tile {
-  using Product = Products_;
-  using Element = typename Product::Element;
+  static constexpr MmaPolicy kPolicy = kPolicy_;
+  static constexpr bool kTensorCores = kPolicy != MmaPolicy::kFloat32;
+  using Element = std::conditional_t<kPolicy == MmaPolicy::kFloat16, __half,
+                                     std::conditional_t<kPolicy == MmaPolicy::kBFloat16, __nv_bfloat16, float>>;
   static constexpr int kWidth = kWidth_, kRows = kRows_;
   static constexpr int kVector = 16 / sizeof(Element);  // channels of a group that one lane holds
-  static constexpr int kGroup = 4 * kVector;            // channels that a chunk of weights takes in
+  static constexpr int kGroup = 4 * kVector;            // input channels of a chunk of weights
   static constexpr int kTiles = kVector / 2;            // n8 tiles of a group
   static constexpr int kGroups = kWidth / kGroup;
   static constexpr int kWarpCols = kRows == 32 ? 8 : (kGroups < 4 ? 2 : 4);
@@ -53,17 +41,16 @@ struct Tile {
   static constexpr int kStages = kRows == 128 ? 4 : 3;
   static constexpr int kMaskBits = kRowTiles * kColGroups * 2 * kVector;  // of a thread
   static constexpr int kMaskWords = (kMaskBits + 31) / 32;
-  static constexpr bool kTensorCores = Product::kTensorCores;
   static_assert(kRowTiles % 2 == 0 && kColGroups > 0 && kRowTiles * 16 * kWarpRows == kRows, "a lane has all corners");
 };
 
-// Blocks that an SM is to hold at a time: the compiler's bound on registers.
+// The launch bounds' second number, from which the compiler bounds the registers.
 template <class T>
-constexpr int blocks_an_sm() {
+constexpr int min_blocks_per_sm() {
   return T::kWidth == 64 ? 2 : 1;
 }
 
-// Whether the architecture under compilation ever launches a tile: what it does not, it need not hold.
+// Whether the architecture under compilation ever launches a tile. The kernels of other tiles stay empty.
 template <class T>
 __host__ __device__ constexpr bool is_launched() {
 #ifdef __CUDA_ARCH__
@@ -73,34 +60,36 @@ __host__ __device__ constexpr bool is_launched() {
   return true;
 }
 
-// Tiles of this block: every gridDim.x-th one.
-__device__ __forceinline__ int64_t tiles_of_block(int64_t tiles) {
+// Number of this block's tiles: every gridDim.x-th one.
+__device__ __forceinline__ int64_t block_tile_count(int64_t tiles) {
   return blockIdx.x < tiles ? (tiles - blockIdx.x + gridDim.x - 1) / gridDim.x : 0;
 }
 
-// Where a thread's accumulators lie in its block's tile.
+// The rows and channels of the tile that a thread's accumulators hold.
 template <class T>
-struct Place {
+struct FragmentCoords {
   int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   int row = lane >> 2, quad = lane & 3;  // of a fragment
   int first_row_tile = warp / T::kWarpCols * T::kRowTiles, first_group = warp % T::kWarpCols * T::kColGroups;
 
   // Row in the tile of m16 tile m's upper or lower half.
-  __device__ __forceinline__ int row_of(int m, int half) const { return (first_row_tile + m) * 16 + half * 8 + row; }
+  __device__ __forceinline__ int tile_row(int m, int half) const { return (first_row_tile + m) * 16 + half * 8 + row; }
   // First of this lane's channels in its column group.
-  __device__ __forceinline__ int channel_of(int group) const {
+  __device__ __forceinline__ int channel(int group) const {
     return (first_group + group) * T::kGroup + quad * T::kVector;
   }
 };
 
-// A row's corner and its query's place among the tile's queries.
-__device__ __forceinline__ int corner_of(int row, int corners) {
+// A row's corner, and its query's slot among the tile's queries.
+__device__ __forceinline__ int row_corner(int row, int corners) {
   return corners == 4 ? (row >> 4 & 1) * 2 + (row >> 3 & 1) : 0;
 }
-__device__ __forceinline__ int slot_of(int row, int corners) { return corners == 4 ? (row >> 5) * 8 + (row & 7) : row; }
+__device__ __forceinline__ int query_slot(int row, int corners) {
+  return corners == 4 ? (row >> 5) * 8 + (row & 7) : row;
+}
 
-// A row's latent and how it is seen from the query.
-struct alignas(16) Row {
+// A row's latent, and its coordinates relative to the query.
+struct alignas(16) CornerRow {
   int64_t offset;  // of the latent's first channel in the map, in elements
   float rel_row, rel_col;
 };
@@ -108,9 +97,9 @@ struct alignas(16) Row {
 // A tile's geometry in shared memory.
 template <class T>
 struct Geometry {
-  Row rows[T::kRows];
+  CornerRow rows[T::kRows];
   float rel_cell[T::kRows][2];  // unwritten where all cells are the same
-  float weight[T::kRows];       // of the blend; 0 for rows behind the last query
+  float weight[T::kRows];       // of the blend; 0 for rows after the last query
 };
 
 // Bytes of shared memory: activations, ring of weights, geometry.
@@ -119,17 +108,17 @@ constexpr int shared_bytes() {
   return T::kActBytes + T::kStages * T::kChunkBytes + static_cast<int>(sizeof(Geometry<T>));
 }
 
-// The query of a tile's slot, -1 behind the last one.
+// The query of a tile's slot; -1 after the last query.
 template <class T>
-__device__ __forceinline__ int64_t query_of(const QueryTask& task, int64_t tile, int slot) {
+__device__ __forceinline__ int64_t find_query(const DecodeTask& task, int64_t tile, int slot) {
   const int64_t query = tile * (T::kRows / task.corners) + slot;
   return query < task.total ? query : -1;
 }
 
 template <class T>
-__device__ __forceinline__ void find_rows(const QueryTask& task, int64_t tile, Geometry<T>& geometry) {
+__device__ __forceinline__ void locate_rows(const DecodeTask& task, int64_t tile, Geometry<T>& geometry) {
   for (int r = static_cast<int>(threadIdx.x); r < T::kRows; r += kThreads) {
-    const int64_t found = query_of<T>(task, tile, slot_of(r, task.corners));
+    const int64_t found = find_query<T>(task, tile, query_slot(r, task.corners));
     const int64_t query = found < 0 ? task.total - 1 : found;
     const int64_t batch = query / task.queries, at = query - batch * task.queries;
     float coord_row, coord_col;
@@ -141,14 +130,14 @@ __device__ __forceinline__ void find_rows(const QueryTask& task, int64_t tile, G
       coord_row = pixel_center<float>(task.window_top + row, task.image_height);
       coord_col = pixel_center<float>(task.window_left + at - row * task.window_width, task.image_width);
     }
-    Neighbour<float> row, col;
+    Neighbor<float> row, col;
     float weight;
     if (task.corners == 4) {
-      const int corner = corner_of(r, 4);
-      const Neighbour<float> rows[2] = {find_neighbour(coord_row, -1, task.map_height),
-                                        find_neighbour(coord_row, 1, task.map_height)};
-      const Neighbour<float> cols[2] = {find_neighbour(coord_col, -1, task.map_width),
-                                        find_neighbour(coord_col, 1, task.map_width)};
+      const int corner = row_corner(r, 4);
+      const Neighbor<float> rows[2] = {find_neighbor(coord_row, -1, task.map_height),
+                                       find_neighbor(coord_row, 1, task.map_height)};
+      const Neighbor<float> cols[2] = {find_neighbor(coord_col, -1, task.map_width),
+                                       find_neighbor(coord_col, 1, task.map_width)};
       const float rel_row[2] = {rows[0].rel, rows[1].rel}, rel_col[2] = {cols[0].rel, cols[1].rel};
       float weights[4];
       area_weights(rel_row, rel_col, weights);
@@ -157,17 +146,14 @@ __device__ __forceinline__ void find_rows(const QueryTask& task, int64_t tile, G
       const float upper = corner & 1 ? weights[1] : weights[0], lower = corner & 1 ? weights[3] : weights[2];
       weight = corner & 2 ? lower : upper;
     } else {
-      row = find_neighbour(coord_row, 0, task.map_height);
-      col = find_neighbour(coord_col, 0, task.map_width);
-      weight = mul_rounded(row.rel, col.rel) * 0.0f + 1.0f;  // 1, or NaN where the reference's area / area is
+      row = find_neighbor(coord_row, 0, task.map_height);
+      col = find_neighbor(coord_col, 0, task.map_width);
+      weight = single_corner_weight(row.rel, col.rel);
     }
-    // The doors promise that a region holds what its window reaches; memory does not depend on that promise.
-    const int64_t top = row.index - task.region_top, left = col.index - task.region_left;
-    const int64_t inside_row = top < 0 ? 0 : (top < task.region_height ? top : task.region_height - 1);
-    const int64_t inside_col = left < 0 ? 0 : (left < task.region_width ? left : task.region_width - 1);
-    geometry.rows[r] = {
-        ((batch * task.region_height + inside_row) * task.region_width + inside_col) * task.latent_width, row.rel,
-        col.rel};
+    const int64_t map_row = clamp_to_region(row.index, task.region_top, task.region_height);
+    const int64_t map_col = clamp_to_region(col.index, task.region_left, task.region_width);
+    geometry.rows[r] = {((batch * task.region_height + map_row) * task.region_width + map_col) * task.width, row.rel,
+                        col.rel};
     geometry.weight[r] = found < 0 ? 0.0f : weight;
     if (task.cell) {
       geometry.rel_cell[r][0] = mul_rounded(task.cell[2 * query], static_cast<float>(task.map_height));
@@ -176,18 +162,101 @@ __device__ __forceinline__ void find_rows(const QueryTask& task, int64_t tile, G
   }
 }
 
-// The packed vectors, by what they are.
+// The packed vectors: a layer's bias, a geometry term, the weights of an output (and after those the outputs' bias).
 template <class T>
-__device__ __forceinline__ const float* bias_line(const QueryTask& task, int layer) {
-  return task.lines + layer * T::kWidth;
+__device__ __forceinline__ const float* bias_vector(const DecodeTask& task, int layer) {
+  return task.packed_vectors + layer * T::kWidth;
 }
 template <class T>
-__device__ __forceinline__ const float* geometry_line(const QueryTask& task, int term) {
-  return task.lines + (task.hidden + 1 + term) * T::kWidth;
+__device__ __forceinline__ const float* geometry_vector(const DecodeTask& task, int term) {
+  return task.packed_vectors + (task.hidden + 1 + term) * T::kWidth;
 }
 template <class T>
-__device__ __forceinline__ const float* last_line(const QueryTask& task, int out) {
-  return task.lines + (task.hidden + 5 + out) * T::kWidth;
+__device__ __forceinline__ const float* last_vector(const DecodeTask& task, int out) {
+  return task.packed_vectors + (task.hidden + 5 + out) * T::kWidth;
 }
+
+// One bit for every accumulator of a thread: whether it is positive, so that its ReLU passes gradients.
+template <class T>
+struct Mask {
+  uint32_t words[T::kMaskWords] = {};
+
+  static __device__ __forceinline__ constexpr int index(int m, int group, int half, int i) {
+    return ((m * T::kColGroups + group) * 2 + half) * T::kVector + i;
+  }
+  __device__ __forceinline__ void set(int m, int group, int half, const float (&v)[T::kVector]) {
+#pragma unroll
+    for (int i = 0; i < T::kVector; ++i) {
+      // In steps: GCC 12 with its undefined-behavior sanitizer miscompiles the one-line form.
+      const int at = index(m, group, half, i);
+      const uint32_t bit = v[i] > 0.0f ? 1u : 0u;
+      words[at / 32] |= bit << (at % 32);
+    }
+  }
+  __device__ __forceinline__ void apply(int m, int group, int half, float (&v)[T::kVector]) const {
+#pragma unroll
+    for (int i = 0; i < T::kVector; ++i)
+      if (!(words[index(m, group, half, i) / 32] >> index(m, group, half, i) % 32 & 1u)) v[i] = 0.0f;
+  }
+  static __device__ __forceinline__ int64_t address(const SavedActivations& saved, int layer, int64_t tile, int word) {
+    return ((layer * saved.tiles + tile - saved.first_tile) * T::kMaskWords + word) * kThreads + threadIdx.x;
+  }
+  __device__ __forceinline__ void save(const SavedActivations& saved, int layer, int64_t tile) const {
+#pragma unroll
+    for (int word = 0; word < T::kMaskWords; ++word) saved.masks[address(saved, layer, tile, word)] = words[word];
+  }
+  __device__ __forceinline__ void load(const SavedActivations& saved, int layer, int64_t tile) {
+#pragma unroll
+    for (int word = 0; word < T::kMaskWords; ++word) words[word] = saved.masks[address(saved, layer, tile, word)];
+  }
+};
+
+// Tiles [first, first + count) of an array over tiles.
+struct TileRange {
+  int64_t first, count;
+};
+
+// A row of an array [layer][tile][row][channel], from a lane's channel on.
+template <class T>
+__device__ __forceinline__ uint4* row_at(void* rows, TileRange range, int layer, int64_t tile, int row, int channel) {
+  const int64_t at = ((layer * range.count + tile - range.first) * T::kRows + row) * T::kWidth + channel;
+  return reinterpret_cast<uint4*>(static_cast<typename T::Element*>(rows) + at);
+}
+template <class T>
+__device__ __forceinline__ uint4* saved_row(const SavedActivations& saved, int layer, int64_t tile, int row,
+                                            int channel) {
+  return row_at<T>(saved.rows, {saved.first_tile, saved.tiles}, layer, tile, row, channel);
+}
+// A blended hidden vector, one for every query of the tile.
+template <class T>
+__device__ __forceinline__ uint4* saved_blended(const SavedActivations& saved, int64_t tile, int slots, int slot,
+                                                int channel) {
+  const int64_t at = ((tile - saved.first_tile) * slots + slot) * T::kWidth + channel;
+  return reinterpret_cast<uint4*>(static_cast<typename T::Element*>(saved.blended) + at);
+}
+
+// Blocks of a launch.
+inline unsigned block_count(const DecodeVariant& variant, const DecodeTask& task) {
+  return static_cast<unsigned>(variant.blocks < task.tiles ? variant.blocks : task.tiles);
+}
+
+// f(Tile{}) with the tile of a variant.
+template <MmaPolicy kPolicy, class F>
+const char* with_tile(const DecodeVariant& variant, const F& f) {
+  constexpr int kBytes = operand_bytes(kPolicy);
+  if (variant.width == 64) return f(Tile<kPolicy, 64, kBytes == 2 ? 128 : 64>{});
+  if (variant.width == 128) return f(Tile<kPolicy, 128, kBytes == 2 ? 128 : 64>{});
+  if (variant.rows == large_rows(kBytes)) return f(Tile<kPolicy, 256, large_rows(kBytes)>{});
+  return f(Tile<kPolicy, 256, small_rows(kBytes)>{});
+}
+
+// Outside the namespace: the launches of one policy, a name of MmaPolicy.
+#define LIIF_INSTANTIATE_DECODE(policy)                                                                           \
+  namespace liif_fast {                                                                                           \
+  template const char* launch_forward<MmaPolicy::policy>(const DecodeTask&, const DecodeVariant&,                 \
+                                                         const SavedActivations&, void*);                         \
+  template const char* launch_backward<MmaPolicy::policy>(const DecodeTask&, const DecodeVariant&,                \
+                                                          const SavedActivations&, const BackwardArrays&, void*); \
+  }
 
 }  // namespace liif_fast

@@ -1,6 +1,6 @@
-// gather's backward on the fast way of gather_patch.cuh: the gradients that a query's corners send to 36 neighbours
-// belong to 4x4 latents. A warp adds them up in registers, a channel a lane, and then adds each latent's sum to memory
-// once, four channels an instruction, where one value after the other would be nine times as many additions.
+// gather's fast backward, in the cases of patch_forward.cuh. The gradients that a query's corners send to 36 neighbors
+// belong to 4x4 latents. A warp adds them up in registers, a channel a lane, then adds each latent's sum to memory
+// once, four channels an instruction. Adding one value after the other would take nine times as many additions.
 #pragma once
 
 #include "cuda/gather/patch_forward.cuh"
@@ -8,9 +8,9 @@
 namespace liif_fast {
 
 constexpr int kSums = kPatch * kPatch;
-constexpr int kSumsPitch = kWarp + 4;  // floats: a latent's sums begin on a 16-byte border
+constexpr int kSumsPitch = kWarp + 4;  // floats: a latent's sums begin on a 16-byte boundary
 
-// Whether grad_feat, [batch, row, col, channel], takes whole float4 and rows of grad_x begin on 4-byte borders.
+// Whether grad_feat, [batch, row, col, channel], takes whole float4 and rows of grad_x begin on 4-byte boundaries.
 template <class E>
 bool fits_patches_backward(const GatherProblem<float>& p, const FeatStrides& strides, const void* grad_x,
                            const float* grad_feat) {
@@ -19,32 +19,40 @@ bool fits_patches_backward(const GatherProblem<float>& p, const FeatStrides& str
          reinterpret_cast<uintptr_t>(grad_x) % 4 == 0;
 }
 
-// Adds a channel's nine gradients at `from` to the sums of the latents around the corner's own, (down, right) in the
-// patch.
+// Adds a channel's nine gradients at `from` to the sums of the latents around the corner's own latent, which is at
+// (down, right) in the patch.
 template <int kDown, int kRight, class E>
-__device__ __forceinline__ void add_neighbours(const E* from, float (&sums)[kSums]) {
+__device__ __forceinline__ void add_neighbors(const E* from, float (&sums)[kSums]) {
 #pragma unroll
   for (int k = 0; k < kNine; ++k) sums[(kDown + k / 3) * kPatch + kRight + k % 3] += widen(from[k]);
 }
 
-// Adds the sums of `channels` channels from `channel` on to the latents from (row - 1, col - 1) on, rows by cols of
-// them; sums: of the lane's channel.
-__device__ __forceinline__ void add_patch(const PatchTask& task, float* grad_feat, int64_t batch, int row, int col,
-                                          int rows, int cols, int64_t channel, int channels, int lane,
-                                          const float (&sums)[kSums], float4* pieces) {
-  float* const staged = reinterpret_cast<float*>(pieces);
-  constexpr int kPiecesOfLatent = kWarp / 4;
+// The latents from (row - 1, col - 1) to (row - 1 + rows, col - 1 + cols) of a map, channels from `channel` on.
+struct PatchSpan {
+  int64_t batch;
+  int row, col, rows, cols;
+  int64_t channel;
+  int channels;
+};
+
+// Adds sums, of the lane's channel, to the latents of the span. staged: the warp's shared memory.
+__device__ __forceinline__ void add_patch(const PatchTask& task, float* grad_feat, const PatchSpan& span, int lane,
+                                          const float (&sums)[kSums], float4* staged) {
+  float* const floats = reinterpret_cast<float*>(staged);
+  constexpr int kLatentVectors = kWarp / 4;
 #pragma unroll
-  for (int latent = 0; latent < kSums; ++latent) staged[latent * kSumsPitch + lane] = sums[latent];
+  for (int latent = 0; latent < kSums; ++latent) floats[latent * kSumsPitch + lane] = sums[latent];
   __syncwarp();
 #pragma unroll
-  for (int i = 0; i < kSums * kPiecesOfLatent / kWarp; ++i) {
-    const int latent = (i * kWarp + lane) / kPiecesOfLatent, piece = lane % kPiecesOfLatent * 4;
+  for (int i = 0; i < kSums * kLatentVectors / kWarp; ++i) {
+    const int latent = (i * kWarp + lane) / kLatentVectors, first = lane % kLatentVectors * 4;
     const int down = latent / kPatch, right = latent % kPatch;
-    const int y = row - 1 + down, z = col - 1 + right;
-    if (down < rows && right < cols && y >= 0 && y < task.p.height && z >= 0 && z < task.p.width && piece < channels) {
-      float* const to = grad_feat + batch * task.strides.batch + y * task.strides.row + z * task.strides.col + channel;
-      reduce_add(to + piece, pieces[(latent * kSumsPitch + piece) / 4]);
+    const int y = span.row - 1 + down, z = span.col - 1 + right;
+    if (down < span.rows && right < span.cols && y >= 0 && y < task.p.height && z >= 0 && z < task.p.width &&
+        first < span.channels) {
+      float* const to =
+          grad_feat + span.batch * task.strides.batch + y * task.strides.row + z * task.strides.col + span.channel;
+      reduce_add(to + first, staged[(latent * kSumsPitch + first) / 4]);
     }
   }
   __syncwarp();
@@ -52,7 +60,7 @@ __device__ __forceinline__ void add_patch(const PatchTask& task, float* grad_fea
 
 // A lane's part of a corner's gradients of a step, in 4-byte words, to shared memory.
 __device__ __forceinline__ void stage_words(const uint32_t* from, int words, int lane, uint32_t* staged) {
-  __syncwarp();  // whoever still reads what lies there
+  __syncwarp();  // wait until all lanes have read the previous words
 #pragma unroll
   for (int i = 0; i < kWordsALane; ++i)
     if (i * kWarp + lane < words) staged[i * kWarp + lane] = __ldg(from + i * kWarp + lane);
@@ -72,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int64_t query = grid_warp(); query < task.queries; query += grid_warps()) {
     const Corners found = find_corners(task, query, lane);
     const int64_t batch = query / p.queries;
-    const bool together = neighbours_are_together(found);
+    const bool together = corners_share_a_patch(found);
     for (int64_t channel = 0; channel < p.channels; channel += kWarp) {
       const int channels = static_cast<int>(p.channels - channel < kWarp ? p.channels - channel : kWarp);
       const int words = channels * kNine * static_cast<int>(sizeof(E)) / 4;
@@ -92,11 +100,11 @@ __global__ void __launch_bounds__(kThreads, 2)
           last_right |= right;
           if (lane >= channels) continue;
           if (down)
-            right ? add_neighbours<1, 1>(mine, sums) : add_neighbours<1, 0>(mine, sums);
+            right ? add_neighbors<1, 1>(mine, sums) : add_neighbors<1, 0>(mine, sums);
           else
-            right ? add_neighbours<0, 1>(mine, sums) : add_neighbours<0, 0>(mine, sums);
+            right ? add_neighbors<0, 1>(mine, sums) : add_neighbors<0, 0>(mine, sums);
         }
-        add_patch(task, grad_feat, batch, row, col, 3 + last_down, 3 + last_right, channel, channels, lane, sums,
+        add_patch(task, grad_feat, {batch, row, col, 3 + last_down, 3 + last_right, channel, channels}, lane, sums,
                   latents[threadIdx.x / kWarp]);
       }
     }

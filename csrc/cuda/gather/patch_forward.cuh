@@ -1,7 +1,7 @@
-// gather's fast way: channels-last feat, unfolding, local ensemble. The four corners of a query read 36 latents' worth
-// of features, but only 4x4 different latents: a warp copies these to shared memory in 16-byte pieces, 128 bytes a
-// latent at a time, and writes the rows of x from there, 128 bytes an instruction. Every feature of feat is read once a
-// query instead of up to nine times, and no lane reads or writes a lone 16-bit value of global memory.
+// gather's fast kernel, for channels-last feat with unfolding and local ensemble. The four corners of a query read the
+// features of 36 latents, but only 4x4 different ones. A warp copies these to shared memory in 16-byte vectors, 128
+// bytes a latent at a time, and writes the rows of x from there, 128 bytes an instruction. Every feature of feat is
+// read once a query instead of up to nine times, and no lane reads or writes a single 16-bit value of global memory.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -10,20 +10,20 @@
 
 namespace liif_fast {
 
-constexpr int kPatch = 4;                   // latents of a patch's side
-constexpr int kLatentBytes = 128;           // of one latent in a step
-constexpr int kLatentPitch = 128 + 16;      // in shared memory: neighbours lie in other banks
-constexpr int kPieces = kLatentBytes / 16;  // 16-byte pieces of it
-constexpr int kWordsALane = 9;              // 4-byte words of a corner's features that one lane writes in a step
-constexpr int kNine = 9;                    // neighbours that unfolding concatenates
+constexpr int kPatch = 4;                    // latents of a patch's side
+constexpr int kLatentBytes = 128;            // of one latent in a step
+constexpr int kLatentPitch = 128 + 16;       // in shared memory: neighbors are in other banks
+constexpr int kVectors = kLatentBytes / 16;  // 16-byte vectors of it
+constexpr int kWordsALane = 9;               // 4-byte words of a corner's features that one lane writes in a step
+constexpr int kNine = 9;                     // neighbors that unfolding concatenates
 
 struct PatchTask {
   GatherProblem<float> p;
   FeatStrides strides;
-  int64_t queries, depth;  // of all maps together; of a row of x
+  int64_t queries, depth;  // queries of the whole batch; depth of a row of x
 };
 
-// Where feat's pieces lie on 16-byte borders and rows of x on 4-byte ones.
+// Whether feat's vectors begin on 16-byte boundaries and rows of x on 4-byte boundaries.
 template <class E>
 bool fits_patches(const GatherProblem<float>& p, const FeatStrides& strides, const void* feat, const void* x) {
   const auto whole = [](int64_t elements) { return elements * static_cast<int64_t>(sizeof(E)) % 16 == 0; };
@@ -32,7 +32,7 @@ bool fits_patches(const GatherProblem<float>& p, const FeatStrides& strides, con
          reinterpret_cast<uintptr_t>(feat) % 16 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
 }
 
-// A query's neighbours along both axes, on every lane: each lane finds one, then they exchange.
+// A query's neighbors along both axes, on every lane. Each lane finds one, then the lanes exchange them.
 struct Corners {
   int row[2], col[2];
   float rel_row[2], rel_col[2];
@@ -41,7 +41,7 @@ struct Corners {
 __device__ __forceinline__ Corners find_corners(const PatchTask& task, int64_t query, int lane) {
   const int axis = lane >> 1 & 1, side = lane & 1;
   const int64_t size = axis ? task.p.width : task.p.height;
-  const Neighbour<float> mine = find_neighbour(task.p.coord[2 * query + axis], 2 * side - 1, size);
+  const Neighbor<float> mine = find_neighbor(task.p.coord[2 * query + axis], 2 * side - 1, size);
   Corners found;
   const int mine_index = static_cast<int>(mine.index);
   int index[4];
@@ -62,18 +62,18 @@ __device__ __forceinline__ Corners find_corners(const PatchTask& task, int64_t q
   return found;
 }
 
-// Whether the four corners share a patch. Neighbours along an axis are the same latent or the next one, but for a
-// rounding at a tie.
-__device__ __forceinline__ bool neighbours_are_together(const Corners& found) {
+// Whether the four corners share a patch. Neighbors along an axis are the same latent or consecutive ones, except for
+// roundings at a tie.
+__device__ __forceinline__ bool corners_share_a_patch(const Corners& found) {
   return static_cast<unsigned>(found.row[1] - found.row[0]) <= 1 &&
          static_cast<unsigned>(found.col[1] - found.col[0]) <= 1;
 }
 
-// A step's feature in shared memory, from the corner's own place in the patch.
+// Offset of a feature in shared memory, from the corner's own latent in the patch.
 template <class E>
 __device__ __forceinline__ uint32_t feature_offset(int feature) {
-  const int channel = feature / kNine, neighbour = feature % kNine;
-  return static_cast<uint32_t>((neighbour / 3 * kPatch + neighbour % 3) * kLatentPitch +
+  const int channel = feature / kNine, neighbor = feature % kNine;
+  return static_cast<uint32_t>((neighbor / 3 * kPatch + neighbor % 3) * kLatentPitch +
                                channel * static_cast<int>(sizeof(E)));
 }
 
@@ -81,31 +81,31 @@ __device__ __forceinline__ uint32_t feature_offset(int feature) {
 template <class E>
 __device__ __forceinline__ void load_patch(const PatchTask& task, const E* feat, int64_t batch, int row, int col,
                                            int64_t begin, int lane, unsigned char* patch) {
-  constexpr int kLoads = kPatch * kPatch * kPieces / kWarp;
-  uint4 pieces[kLoads];
+  constexpr int kLoads = kPatch * kPatch * kVectors / kWarp;
+  uint4 vectors[kLoads];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    const int latent = (i * kWarp + lane) / kPieces, piece = lane % kPieces;
+    const int latent = (i * kWarp + lane) / kVectors, vector = lane % kVectors;
     const int y = row - 1 + latent / kPatch, z = col - 1 + latent % kPatch;
-    const int64_t byte = begin + piece * 16;
+    const int64_t byte = begin + vector * 16;
     const bool inside = y >= 0 && y < task.p.height && z >= 0 && z < task.p.width &&
                         byte < task.p.channels * static_cast<int64_t>(sizeof(E));
-    pieces[i] = make_uint4(0, 0, 0, 0);
+    vectors[i] = make_uint4(0, 0, 0, 0);
     if (inside) {
       const E* const from = feat + batch * task.strides.batch + y * task.strides.row + z * task.strides.col;
-      pieces[i] = __ldg(reinterpret_cast<const uint4*>(reinterpret_cast<const unsigned char*>(from) + byte));
+      vectors[i] = __ldg(reinterpret_cast<const uint4*>(reinterpret_cast<const unsigned char*>(from) + byte));
     }
   }
-  __syncwarp();  // whoever still reads the patch before this one
+  __syncwarp();  // wait until all lanes have read the previous patch
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    const int latent = (i * kWarp + lane) / kPieces, piece = lane % kPieces;
-    *reinterpret_cast<uint4*>(patch + latent * kLatentPitch + piece * 16) = pieces[i];
+    const int latent = (i * kWarp + lane) / kVectors, vector = lane % kVectors;
+    *reinterpret_cast<uint4*>(patch + latent * kLatentPitch + vector * 16) = vectors[i];
   }
   __syncwarp();
 }
 
-// Writes a corner's features of this step: `words` words at `out`, from the corner's place in the patch.
+// Writes a corner's features of this step, `words` words, to `out`; from: the corner's latent in the patch.
 template <class E>
 __device__ __forceinline__ void write_features(const unsigned char* from, const uint32_t (&offsets)[kWordsALane],
                                                int words, int lane, uint32_t* out) {
@@ -124,7 +124,7 @@ __device__ __forceinline__ void write_features(const unsigned char* from, const 
   }
 }
 
-// Two blocks an SM: left to choose, the compiler takes more of them and spills.
+// Two blocks an SM: without the bound the compiler fits more of them and spills.
 template <class E>
 __global__ void __launch_bounds__(kThreads, 2)
     gather_forward_patch_kernel(const __grid_constant__ PatchTask task, const E* __restrict__ feat, E* __restrict__ x,
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int64_t query = grid_warp(); query < task.queries; query += grid_warps()) {
     const Corners found = find_corners(task, query, lane);
     const int64_t batch = query / p.queries;
-    const bool together = neighbours_are_together(found);  // otherwise corner by corner
+    const bool together = corners_share_a_patch(found);  // otherwise a patch for each corner
     for (int64_t channel = 0; channel < p.channels; channel += kStepChannels) {
       const int64_t left = p.channels - channel;
       const int words = static_cast<int>(left < kStepChannels ? left : kStepChannels) * kNine / kPerWord;
@@ -158,9 +158,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int corner = first; corner < (together ? 4 : first + 1); ++corner) {
           const int down = corner & 2 ? found.row[1] - row : 0;
           const int right = corner & 1 ? found.col[1] - col : 0;
-          const int place = together ? down * kPatch + right : 0;
+          const int latent = together ? down * kPatch + right : 0;
           uint32_t* const out = reinterpret_cast<uint32_t*>(x + (query * 4 + corner) * task.depth + channel * kNine);
-          write_features<E>(patch + place * kLatentPitch, offsets, words, lane, out);
+          write_features<E>(patch + latent * kLatentPitch, offsets, words, lane, out);
         }
       }
     }

@@ -1,4 +1,4 @@
-// MetaSR's decode backwards to coord, cell and filter.
+// MetaSR's decode, backward to coord, cell and filter.
 #pragma once
 
 #include "cuda/metasr/task.cuh"
@@ -6,7 +6,8 @@
 namespace liif_fast {
 namespace {
 
-// From the gradient of one of the filter's inputs (the lane's `input`) to those of coord and cell. All lanes take part.
+// From the gradient of one of the filter's inputs (the lane's `input`) to gradients of coord and cell. All lanes take
+// part.
 template <class T>
 __device__ __forceinline__ void store_geometry(const MetasrProblem<T>& p, const MetasrGrads<T>& grads, int64_t query,
                                                int input, bool mine, bool add, T grad) {
@@ -25,45 +26,45 @@ __device__ __forceinline__ void store_geometry(const MetasrProblem<T>& p, const 
   }
 }
 
-// A block takes a piece of the queries at a time and leaves its sums in partial[piece][term][unit].
+// A block takes one shard of the queries at a time and writes the shard's sums to partial[shard][term][unit].
 template <class T, class E>
 __global__ void __launch_bounds__(kThreads, 2)
-    metasr_backward_filter_kernel(Task<T> task, const E* __restrict__ latent_map, MetasrGrads<T> grads, int64_t pieces,
-                                  T* __restrict__ partial) {
+    metasr_backward_filter_kernel(MetasrTask<T> task, const E* __restrict__ latent_map, MetasrGrads<T> grads,
+                                  int64_t shards, T* __restrict__ partial) {
   constexpr int kChunk = kFewUnits<T> * kWarp;
-  __shared__ Place<T> shared_places[kWarps][kWarp];
+  __shared__ QueryLocation<T> shared_locations[kWarps][kWarp];
   __shared__ T shared_sums[kWarps][kChunk];
   const MetasrProblem<T>& p = task.p;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int my_query = lane % kBatch, my_input = lane / kBatch;
-  Place<T>* const places = shared_places[warp];
-  for (int64_t piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
-    const int64_t end_run = task.runs * (piece + 1) / pieces;
+  QueryLocation<T>* const locations = shared_locations[warp];
+  for (int64_t shard = blockIdx.x; shard < shards; shard += gridDim.x) {
+    const int64_t end_run = task.runs * (shard + 1) / shards;
     for (int chunk = 0; chunk < task.hidden; chunk += kChunk) {
       const int unit = chunk + lane, units = task.hidden - unit;
       Filter<T, kFewUnits<T>> filter;
       filter.load(task, unit);
       T sum[kTerms][kFewUnits<T>] = {}, latent[kOuts][kFewUnits<T>];
-      int64_t which = -1;  // latent's
-      for (int64_t run = task.runs * piece / pieces + warp; run < end_run; run += kWarps) {
+      int64_t which = -1;  // the index of `latent`; -1: none
+      for (int64_t run = task.runs * shard / shards + warp; run < end_run; run += kWarps) {
         const int64_t first = run * kWarp, left = task.queries - first;
         const int count = static_cast<int>(left < kWarp ? left : kWarp);
-        show(places, lane, locate(p, first + (lane < count ? lane : count - 1)));
+        share_with_warp(locations, lane, locate(p, first + (lane < count ? lane : count - 1)));
         for (int begin = 0; begin < count; begin += kBatch) {
           T grad_input[kInputs][kBatch] = {};
 #pragma unroll
           for (int q = 0; q < kBatch; ++q) {
             if (begin + q >= count) continue;
-            const Place<T> place = places[begin + q];
+            const QueryLocation<T> location = locations[begin + q];
             T grad_hidden[kFewUnits<T>] = {};
             for (int out = 0; out < task.outs; out += kOuts) {
-              if (place.latent != which || task.outs > kOuts)
-                load_latent(latent_map + (place.latent * task.outs + out) * task.row + unit, task.row, task.outs - out,
-                            units, latent);
-              which = place.latent;
+              if (location.latent != which || task.outs > kOuts)
+                load_latent(latent_map + (location.latent * task.outs + out) * task.row + unit, task.row,
+                            task.outs - out, units, latent);
+              which = location.latent;
 #pragma unroll
               for (int o = 0; o < kOuts; ++o) {
-                const T grad = out + o < task.outs ? grads.grad_out[place.query * task.outs + out + o] : T(0);
+                const T grad = out + o < task.outs ? grads.grad_out[location.query * task.outs + out + o] : T(0);
 #pragma unroll
                 for (int u = 0; u < kFewUnits<T>; ++u)
                   grad_hidden[u] = multiply_add(grad, latent[o][u], grad_hidden[u]);
@@ -71,11 +72,11 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
 #pragma unroll
             for (int u = 0; u < kFewUnits<T>; ++u) {
-              const bool passes = u * kWarp < units && !(filter(u, place.input) <= T(0));  // NaN passes
+              const bool passes = u * kWarp < units && !(filter(u, location.input) <= T(0));  // NaN passes
               const T grad = passes ? grad_hidden[u] : T(0);
 #pragma unroll
               for (int k = 0; k < kInputs; ++k) {
-                sum[k][u] = multiply_add(grad, place.input[k], sum[k][u]);
+                sum[k][u] = multiply_add(grad, location.input[k], sum[k][u]);
                 grad_input[k][q] = multiply_add(grad, filter.weight[k][u], grad_input[k][q]);
               }
               sum[kInputs][u] += grad;
@@ -88,24 +89,24 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
 #pragma unroll
       for (int k = 0; k < kTerms; ++k) {
-        __syncthreads();  // whoever still reads the term before this
+        __syncthreads();  // wait until all threads have read the previous term
 #pragma unroll
         for (int u = 0; u < kFewUnits<T>; ++u) shared_sums[warp][u * kWarp + lane] = sum[k][u];
         __syncthreads();
         for (int i = static_cast<int>(threadIdx.x); i < kChunk && chunk + i < task.hidden; i += kThreads) {
           T total = 0;
           for (int w = 0; w < kWarps; ++w) total += shared_sums[w][i];
-          partial[(piece * kTerms + k) * task.hidden + chunk + i] = total;
+          partial[(shard * kTerms + k) * task.hidden + chunk + i] = total;
         }
       }
     }
   }
 }
 
-// Adds the pieces: a warp takes every eighth of them for 32 columns (term, unit), the block adds its warps' sums.
+// Adds the shards: a warp takes every eighth of them for 32 columns (term, unit), the block adds its warps' sums.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    metasr_backward_weight_kernel(const T* __restrict__ partial, int64_t pieces, int64_t hidden,
+    metasr_backward_weight_kernel(const T* __restrict__ partial, int64_t shards, int64_t hidden,
                                   T* __restrict__ grad_weight, T* __restrict__ grad_bias) {
   __shared__ T shared_sums[kWarps][kWarp];
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(kThreads)
     T sum = 0;
     if (column < columns) {
 #pragma unroll 8
-      for (int64_t piece = warp; piece < pieces; piece += kWarps) sum += partial[piece * columns + column];
+      for (int64_t shard = warp; shard < shards; shard += kWarps) sum += partial[shard * columns + column];
     }
     __syncthreads();
     shared_sums[warp][lane] = sum;

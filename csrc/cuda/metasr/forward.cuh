@@ -1,4 +1,4 @@
-// MetaSR's folded decode: a warp's run of queries.
+// MetaSR's folded decode, forward: a warp decodes runs of 32 queries.
 #pragma once
 
 #include "cuda/metasr/task.cuh"
@@ -6,14 +6,15 @@
 namespace liif_fast {
 namespace {
 
-// What a lane keeps from query to query: its part of a latent, and of `hidden` before the column's share is added.
+// Values that a lane reuses from query to query: its part of a latent, and of `hidden` before the column's term is
+// added.
 template <class T>
-struct Kept {
+struct LaneCache {
   T weight_col[kUnits<T>], base[kUnits<T>], latent[kOuts][kUnits<T>];
-  T row, cell;    // that base is for; NaN: none
-  int64_t which;  // latent; -1: none
+  T row, cell;    // inputs of `base`; NaN: none
+  int64_t which;  // the latent's index; -1: none
 
-  __device__ __forceinline__ void begin(const Task<T>& task, int first) {
+  __device__ __forceinline__ void reset(const MetasrTask<T>& task, int first) {
 #pragma unroll
     for (int u = 0; u < kUnits<T>; ++u) {
       const int unit = first + u * kWarp;
@@ -24,10 +25,10 @@ struct Kept {
   }
 
   template <bool kWhole>
-  __device__ __forceinline__ void set_base(const Task<T>& task, int first, const Place<T>& place) {
-    if (place.input[0] == row && place.input[2] == cell) return;  // never with NaN
-    row = place.input[0];
-    cell = place.input[2];
+  __device__ __forceinline__ void set_base(const MetasrTask<T>& task, int first, const QueryLocation<T>& location) {
+    if (location.input[0] == row && location.input[2] == cell) return;  // never true with NaN
+    row = location.input[0];
+    cell = location.input[2];
     const T* const weight = task.p.weight + kInputs * first;
     const T* const bias = task.p.bias + first;
     const int units = task.hidden - first;
@@ -40,46 +41,47 @@ struct Kept {
   }
 };
 
-// kWhole: the hidden units fill the lanes, as MetaSR's 256 do, and nothing has to be left out.
+// kWhole: the hidden units fill all lanes, as MetaSR's 256 do, so that no lane needs a bounds check.
 template <class T, class E, bool kWhole>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    metasr_forward_kernel(Task<T> task, const E* __restrict__ latent_map) {
-  __shared__ Place<T> shared_places[kWarps][kWarp];
+__global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T>)
+    metasr_forward_kernel(MetasrTask<T> task, const E* __restrict__ latent_map) {
+  __shared__ QueryLocation<T> shared_locations[kWarps][kWarp];
   const MetasrProblem<T>& p = task.p;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int my_query = lane % kBatch, my_out = lane / kBatch;  // whose sum sum_over_lanes gives to this lane
-  Place<T>* const places = shared_places[threadIdx.x / kWarp];
-  const bool once = task.hidden <= kUnits<T> * kWarp && task.outs <= kOuts;  // then what is kept outlives a batch
-  Kept<T> kept;
-  kept.begin(task, lane);
+  const int my_query = lane % kBatch, my_out = lane / kBatch;  // sum_over_lanes gives their sum to this lane
+  QueryLocation<T>* const locations = shared_locations[threadIdx.x / kWarp];
+  const bool once =
+      task.hidden <= kUnits<T> * kWarp && task.outs <= kOuts;  // then the cache stays valid between batches
+  LaneCache<T> cache;
+  cache.reset(task, lane);
   for (int64_t run = grid_warp(); run < task.runs; run += grid_warps()) {
     const int64_t first = run * kWarp, left = task.queries - first;
     const int count = static_cast<int>(left < kWarp ? left : kWarp);
-    show(places, lane, locate(p, first + (lane < count ? lane : count - 1)));
+    share_with_warp(locations, lane, locate(p, first + (lane < count ? lane : count - 1)));
     for (int out = 0; out < task.outs; out += kOuts) {
       for (int begin = 0; begin < count; begin += kBatch) {
-        const int64_t my_row = places[begin + my_query].latent * task.outs + out + my_out;
+        const int64_t my_row = locations[begin + my_query].latent * task.outs + out + my_out;
         const bool mine = my_out < kOuts && out + my_out < task.outs && begin + my_query < count;
         const T bias = mine ? widen(latent_map[my_row * task.row + task.hidden]) : T(0);
         T sum[kOuts][kBatch] = {};
         for (int unit = lane; unit < task.hidden + lane; unit += kUnits<T> * kWarp) {
-          if (!once) kept.begin(task, unit);
+          if (!once) cache.reset(task, unit);
           const int units = task.hidden - unit;
 #pragma unroll
           for (int q = 0; q < kBatch; ++q) {
-            const Place<T> place = places[begin + q];
-            kept.template set_base<kWhole>(task, unit, place);
-            if (place.latent != kept.which) {
-              kept.which = place.latent;
-              load_latent(latent_map + (place.latent * task.outs + out) * task.row + unit, task.row, task.outs - out,
-                          kWhole ? kUnits<T> * kWarp : units, kept.latent);
+            const QueryLocation<T> location = locations[begin + q];
+            cache.template set_base<kWhole>(task, unit, location);
+            if (location.latent != cache.which) {
+              cache.which = location.latent;
+              load_latent(latent_map + (location.latent * task.outs + out) * task.row + unit, task.row, task.outs - out,
+                          kWhole ? kUnits<T> * kWarp : units, cache.latent);
             }
 #pragma unroll
             for (int u = 0; u < kUnits<T>; ++u) {
-              T hidden = relu(multiply_add(kept.weight_col[u], place.input[1], kept.base[u]));
+              T hidden = relu(multiply_add(cache.weight_col[u], location.input[1], cache.base[u]));
               if (!kWhole) hidden = u * kWarp < units ? hidden : T(0);
 #pragma unroll
-              for (int o = 0; o < kOuts; ++o) sum[o][q] = multiply_add(hidden, kept.latent[o][u], sum[o][q]);
+              for (int o = 0; o < kOuts; ++o) sum[o][q] = multiply_add(hidden, cache.latent[o][u], sum[o][q]);
             }
           }
         }

@@ -29,7 +29,7 @@ class OpRequest(NamedTuple):
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_FUSED_WIDTH, _FUSED_WIDTH_STEP, _FUSED_OUTS = 256, 16, 16  # csrc/cuda/decode/launch.h
+_FUSED_WIDTH, _FUSED_WIDTH_STEP, _FUSED_OUTS = 256, 16, 16  # csrc/cuda/decode/launch.h; a test compares
 _FUSED_LAYERS = 64  # kMaxLayers of csrc/decode.h
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU, slowly
 _OLDEST_TRITON = (3, 6)

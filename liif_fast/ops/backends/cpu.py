@@ -1,7 +1,7 @@
 """The `cpu` backend: passes tensors to the C++ kernels of csrc/cpu in the layout and dtype that these take.
 
 The kernels compute in float64 or float32. The hidden layers of `decode` multiply in bfloat16, forward and backward,
-where that is the operands' dtype and the processor has such products; a bfloat16 latent map then stays in bfloat16.
+where that is `matmul_dtype` and the processor has bfloat16 products; a bfloat16 latent map then stays in bfloat16.
 Every other 16-bit tensor is widened to float32 here. There is one function for every op of registration.py.
 """
 
@@ -72,39 +72,22 @@ def _multiplies_bf16(inputs: DecodeInputs) -> bool:
     return _C.cpu_has_bf16()
 
 
-def _arguments(inputs: DecodeInputs, latent_map: Tensor, bf16: bool) -> tuple[object, ...]:
-    """The arguments of the bindings' decode and decode_backward, in the dtype that the kernels compute in."""
-    dtype = geometry_dtype(latent_map)
-    return (
-        latent_map,
-        None if inputs.coord is None else inputs.coord.contiguous(),
-        None if inputs.cell is None else inputs.cell.contiguous(),
-        _widen(inputs.weight_geometry, dtype),
-        [_widen(weight, dtype) for weight in inputs.weights],
-        [_widen(bias, dtype) for bias in inputs.biases],
-        inputs.grid,
-        inputs.grid_cell,
-        inputs.local_ensemble,
-        bf16,
-    )
-
-
 def saved_bytes(inputs: DecodeInputs, coord_grad: bool) -> int:
     """Zero: the backward computes activations again, tile by tile, which is faster than reading them from memory."""
     return 0
 
 
 def decode(inputs: DecodeInputs, saved: Tensor, coord_grad: bool) -> Tensor:
-    latent_map, bf16 = inputs.latent_map, _multiplies_bf16(inputs)
-    keeps_dtype = bf16 and latent_map.dtype == torch.bfloat16
-    latent_map = latent_map.contiguous() if keeps_dtype else _widen(latent_map, geometry_dtype(latent_map))
-    return _C.decode(*_arguments(inputs, latent_map, bf16))
+    dtype, bf16 = geometry_dtype(inputs.latent_map), _multiplies_bf16(inputs)
+    keeps_dtype = bf16 and inputs.latent_map.dtype == torch.bfloat16
+    latent_map = inputs.latent_map if keeps_dtype else inputs.latent_map.to(dtype)
+    return _C.decode(*inputs.for_kernels(latent_map, dtype)[:-1], bf16)
 
 
 def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord_grad: bool) -> list[Tensor]:
-    dtype = geometry_dtype(inputs.latent_map)
-    latent_map = _widen(inputs.latent_map, dtype)
-    grads = _C.decode_backward(_widen(grad_out, dtype), *_arguments(inputs, latent_map, _multiplies_bf16(inputs)))
+    dtype, bf16 = geometry_dtype(inputs.latent_map), _multiplies_bf16(inputs)
+    arguments = inputs.for_kernels(inputs.latent_map.to(dtype), dtype)[:-1]  # without matmul_dtype
+    grads = _C.decode_backward(_widen(grad_out, dtype), *arguments, bf16)
     return grads[: len(inputs.differentiable(coord_grad))]
 
 

@@ -1,5 +1,4 @@
-// Stands in for CUDA's header of this name: bfloat16 with torch's conversions, which round to nearest even as CUDA's
-// do.
+// Replaces CUDA's header of this name: bfloat16 with torch's conversions, which round to nearest even, as CUDA's do.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

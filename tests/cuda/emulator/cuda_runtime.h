@@ -1,5 +1,5 @@
-// Stands in for CUDA's header of this name when a .cu is compiled for the CPU: the words of the language, the functions
-// of a thread, and the launch. Only what csrc/cuda uses; what is missing does not compile.
+// Replaces CUDA's header of this name when a .cu is compiled for the CPU: the keywords, the functions of a thread, and
+// the launch. It has only the names that csrc/cuda uses; others do not compile.
 #pragma once
 
 #include <cstdint>
@@ -93,7 +93,7 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
-// Throws std::runtime_error where a barrier is never reached by all.
+// Throws std::runtime_error where not all threads reach a barrier.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {

@@ -1,4 +1,6 @@
-// The CUDA launchers on numpy arrays, for pytest: gather's and ensemble's here, the others in module_*.cpp.
+// The CUDA launchers on numpy arrays, for pytest: gather and ensemble. module_*.cpp have the other ops.
+#include <array>
+
 #include "numpy_arrays.h"
 #include "simt.h"
 
@@ -6,14 +8,14 @@ namespace liif_fast {
 namespace {
 
 template <class T>
-GatherProblem<T> make_problem(const py::array& coord, int64_t channels, int64_t height, int64_t width, bool has_cell,
+GatherProblem<T> make_problem(const py::array& coord, const std::array<int64_t, 3>& sizes, bool has_cell,
                               bool feat_unfold, bool local_ensemble) {
   GatherProblem<T> p{};
   p.batch = coord.shape(0);
   p.queries = coord.shape(1);
-  p.channels = channels;
-  p.height = height;
-  p.width = width;
+  p.channels = sizes[0];
+  p.height = sizes[1];
+  p.width = sizes[2];
   p.corners = local_ensemble ? 4 : 1;
   p.feat_unfold = feat_unfold;
   p.has_cell = has_cell;
@@ -24,7 +26,7 @@ GatherProblem<T> make_problem(const py::array& coord, int64_t channels, int64_t 
 template <class T>
 py::tuple gather_forward(const std::string& dtype, const py::array& feat, const py::array& coord,
                          const std::optional<py::array>& cell, bool feat_unfold, bool local_ensemble) {
-  GatherProblem<T> p = make_problem<T>(coord, feat.shape(1), feat.shape(2), feat.shape(3), cell.has_value(),
+  GatherProblem<T> p = make_problem<T>(coord, {feat.shape(1), feat.shape(2), feat.shape(3)}, cell.has_value(),
                                        feat_unfold, local_ensemble);
   if (cell) p.cell = read<T>(*cell);
   const int64_t item = feat.itemsize();
@@ -36,26 +38,35 @@ py::tuple gather_forward(const std::string& dtype, const py::array& feat, const 
   return py::make_tuple(x, area_weight);
 }
 
+// dtype, then the arguments of the op cuda_gather_backward.
 template <class T>
-py::tuple gather_backward(const std::string& dtype, const py::array& grad_x, const py::array& grad_area_weight,
-                          const py::array& coord, int64_t channels, int64_t height, int64_t width, bool has_cell,
-                          bool feat_unfold, bool local_ensemble, bool deterministic, bool channels_last) {
-  const GatherProblem<T> p = make_problem<T>(coord, channels, height, width, has_cell, feat_unfold, local_ensemble);
-  const Shape first{p.batch, channels, height, width}, last{p.batch, height, width, channels};
+py::tuple gather_backward(const py::args& arguments) {
+  const auto array = [&](size_t i) { return arguments[i].cast<py::array>(); };
+  const auto flag = [&](size_t i) { return arguments[i].cast<bool>(); };
+  const auto size = [&](size_t i) { return arguments[i].cast<int64_t>(); };
+  const py::array grad_x = array(1), grad_area_weight = array(2), coord = array(3);
+  const GatherProblem<T> p = make_problem<T>(coord, {size(4), size(5), size(6)}, flag(7), flag(8), flag(9));
+  const bool deterministic = flag(10), channels_last = flag(11);
+  const Shape first{p.batch, p.channels, p.height, p.width}, last{p.batch, p.height, p.width, p.channels};
   py::array grad_feat = make(coord.dtype(), channels_last ? last : first, 0);
   py::array grad_coord = make(coord.dtype(), {p.batch, p.queries, 2}, kNaN);
-  py::array grad_cell = make(coord.dtype(), has_cell ? Shape{p.batch, p.queries, 2} : Shape{0}, kNaN);
-  check(launch_gather_backward(p, parse(dtype), grad_x.data(), read<T>(grad_area_weight),
-                               whole_map(channels, height, width, channels_last), write<T>(grad_feat),
-                               write<T>(grad_coord), has_cell ? write<T>(grad_cell) : nullptr, deterministic, nullptr));
+  py::array grad_cell = make(coord.dtype(), p.has_cell ? Shape{p.batch, p.queries, 2} : Shape{0}, kNaN);
+  check(launch_gather_backward(p, parse(arguments[0].cast<std::string>()), whole_map(p, channels_last),
+                               {grad_x.data(), read<T>(grad_area_weight), write<T>(grad_feat), write<T>(grad_coord),
+                                p.has_cell ? write<T>(grad_cell) : nullptr},
+                               deterministic, nullptr));
   return py::make_tuple(grad_feat, grad_coord, grad_cell);
+}
+
+template <class T>
+EnsembleProblem<T> make_problem(const py::array& pred, const py::array& area_weight) {
+  return {pred.shape(0) * pred.shape(1), pred.shape(2), pred.shape(3), pred.data(), read<T>(area_weight)};
 }
 
 template <class T>
 py::array ensemble_forward(const std::string& dtype, const py::array& pred, const py::array& area_weight) {
   py::array out = make(area_weight.dtype(), {pred.shape(0), pred.shape(1), pred.shape(3)}, kNaN);
-  check(launch_ensemble_forward(parse(dtype), pred.data(), read<T>(area_weight), pred.shape(0) * pred.shape(1),
-                                pred.shape(2), pred.shape(3), write<T>(out), nullptr));
+  check(launch_ensemble_forward(make_problem<T>(pred, area_weight), parse(dtype), write<T>(out), nullptr));
   return out;
 }
 
@@ -65,9 +76,8 @@ py::tuple ensemble_backward(const std::string& dtype, const py::array& grad_out,
   const Shape corners{pred.shape(0), pred.shape(1), pred.shape(2)};
   py::array grad_pred = make(area_weight.dtype(), {corners[0], corners[1], corners[2], pred.shape(3)}, kNaN);
   py::array grad_area_weight = make(area_weight.dtype(), corners, kNaN);
-  check(launch_ensemble_backward(parse(dtype), read<T>(grad_out), pred.data(), read<T>(area_weight),
-                                 corners[0] * corners[1], corners[2], pred.shape(3), write<T>(grad_pred),
-                                 write<T>(grad_area_weight), nullptr));
+  check(launch_ensemble_backward(make_problem<T>(pred, area_weight), parse(dtype),
+                                 {read<T>(grad_out), write<T>(grad_pred), write<T>(grad_area_weight)}, nullptr));
   return py::make_tuple(grad_pred, grad_area_weight);
 }
 
@@ -80,12 +90,9 @@ void bind_gather(py::module_& m) {
     const auto run = geometry(dtype) ? gather_forward<double> : gather_forward<float>;
     return run(dtype, feat, coord, cell, feat_unfold, local_ensemble);
   });
-  m.def("gather_backward", [=](const std::string& dtype, const py::array& grad_x, const py::array& grad_area_weight,
-                               const py::array& coord, int64_t channels, int64_t height, int64_t width, bool has_cell,
-                               bool feat_unfold, bool local_ensemble, bool deterministic, bool channels_last) {
-    const auto run = geometry(dtype) ? gather_backward<double> : gather_backward<float>;
-    return run(dtype, grad_x, grad_area_weight, coord, channels, height, width, has_cell, feat_unfold, local_ensemble,
-               deterministic, channels_last);
+  m.def("gather_backward", [=](const py::args& arguments) {
+    return geometry(arguments[0].cast<std::string>()) ? gather_backward<double>(arguments)
+                                                      : gather_backward<float>(arguments);
   });
   m.def("ensemble_forward", [=](const std::string& dtype, const py::array& pred, const py::array& area_weight) {
     return geometry(dtype) ? ensemble_forward<double>(dtype, pred, area_weight)
@@ -102,7 +109,7 @@ void bind_gather(py::module_& m) {
 
 PYBIND11_MODULE(cuda_on_cpu_kernels, m) {
   liif_fast::bind_gather(m);
-  liif_fast::bind_query(m);
+  liif_fast::bind_decode(m);
   liif_fast::bind_metasr(m);
   m.def("set_schedule", [](unsigned most_blocks, bool backwards) { cuda_on_cpu::schedule = {most_blocks, backwards}; });
 }

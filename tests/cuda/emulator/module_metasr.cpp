@@ -1,4 +1,4 @@
-// The launchers of MetaSR's decode on numpy arrays.
+// The launchers of MetaSR's folded decode on numpy arrays.
 #include "numpy_arrays.h"
 
 namespace liif_fast {
@@ -7,7 +7,7 @@ namespace {
 using Region = std::vector<int64_t>;  // top, left, height and width of the whole map
 using Ordered = std::optional<std::pair<py::array, py::array>>;
 
-// sizes: of the latent map in memory, [batch, height, width, outs * (hidden + 1)].
+// sizes: of the latent map in memory, [batch, height, width, ...].
 template <class T>
 MetasrProblem<T> make_problem(const Shape& sizes, const py::array& coord, const py::array& cell, const Region& region) {
   MetasrProblem<T> p{};
@@ -24,13 +24,14 @@ MetasrProblem<T> make_problem(const Shape& sizes, const py::array& coord, const 
   return p;
 }
 
-Shape sizes_of(const py::array& array) { return {array.shape(), array.shape() + array.ndim()}; }
+Shape shape(const py::array& array) { return {array.shape(), array.shape() + array.ndim()}; }
 
 template <class T>
 MetasrProblem<T> make_problem(const py::array& latent_map, const py::array& coord, const py::array& cell,
                               const py::array& weight, const py::array& bias, const Region& region) {
   if (!(latent_map.flags() & py::array::c_style)) throw std::invalid_argument("latent_map is not contiguous");
-  MetasrProblem<T> p = make_problem<T>(sizes_of(latent_map), coord, cell, region);
+  MetasrProblem<T> p = make_problem<T>(shape(latent_map), coord, cell, region);
+  p.latent_map = latent_map.data();
   p.hidden = weight.shape(0);
   p.outs = latent_map.shape(3) / (p.hidden + 1);
   p.weight = read<T>(weight);
@@ -44,24 +45,28 @@ py::array forward(const std::string& dtype, const py::array& latent_map, const p
   MetasrProblem<T> p = make_problem<T>(latent_map, coord, cell, weight, bias, region);
   py::array out = make(coord.dtype(), {p.batch, p.queries, p.outs}, kNaN);
   p.out = write<T>(out);
-  check(launch_metasr_forward(p, parse(dtype), latent_map.data(), nullptr));
+  check(launch_metasr_forward(p, parse(dtype), nullptr));
   return out;
 }
 
+// dtype, then the arguments of the op cuda_metasr_query_backward up to region, then order and starts as a pair or None.
 template <class T>
-py::list backward(const std::string& dtype, const py::array& grad_out, const py::array& latent_map,
-                  const py::array& coord, const py::array& cell, const py::array& weight, const py::array& bias,
-                  const Region& region, const Ordered& ordered) {
-  const MetasrProblem<T> p = make_problem<T>(latent_map, coord, cell, weight, bias, region);
-  const auto like = [&](const py::array& array, int byte) { return make(coord.dtype(), sizes_of(array), byte); };
+py::list backward(const py::args& arguments) {
+  const auto array = [&](size_t i) { return arguments[i].cast<py::array>(); };
+  const py::array grad_out = array(1), latent_map = array(2), coord = array(3), cell = array(4);
+  const py::array weight = array(5), bias = array(6);
+  const auto ordered = arguments[8].cast<Ordered>();
+  const MetasrProblem<T> p = make_problem<T>(latent_map, coord, cell, weight, bias, arguments[7].cast<Region>());
+  const auto like = [&](const py::array& array, int byte) { return make(coord.dtype(), shape(array), byte); };
   py::array grad_map = like(latent_map, ordered ? kNaN : 0), grad_coord = like(coord, kNaN);
   py::array grad_cell = like(cell, kNaN), grad_weight = like(weight, kNaN), grad_bias = like(bias, kNaN);
   py::array workspace = make(coord.dtype(), {metasr_workspace(p)}, kNaN);
-  const MetasrGrads<T> grads{read<T>(grad_out),   write<T>(grad_map),    write<T>(grad_coord),
-                             write<T>(grad_cell), write<T>(grad_weight), write<T>(grad_bias)};
-  check(launch_metasr_backward(p, parse(dtype), latent_map.data(), grads,
-                               ordered ? read<int64_t>(ordered->first) : nullptr,
-                               ordered ? read<int64_t>(ordered->second) : nullptr, write<T>(workspace), nullptr));
+  MetasrOrder sorted{};
+  if (ordered) sorted = {read<int64_t>(ordered->first), read<int64_t>(ordered->second)};
+  check(launch_metasr_backward(p, parse(arguments[0].cast<std::string>()),
+                               {read<T>(grad_out), write<T>(grad_map), write<T>(grad_coord), write<T>(grad_cell),
+                                write<T>(grad_weight), write<T>(grad_bias)},
+                               sorted, write<T>(workspace), nullptr));
   py::list result;
   for (const py::array& grad : {grad_map, grad_coord, grad_cell, grad_weight, grad_bias}) result.append(grad);
   return result;
@@ -84,11 +89,8 @@ void bind_metasr(py::module_& m) {
           const auto run = dtype == "float64" ? forward<double> : forward<float>;
           return run(dtype, latent_map, coord, cell, weight, bias, region);
         });
-  m.def("metasr_backward", [](const std::string& dtype, const py::array& grad_out, const py::array& latent_map,
-                              const py::array& coord, const py::array& cell, const py::array& weight,
-                              const py::array& bias, const Region& region, const Ordered& ordered) {
-    const auto run = dtype == "float64" ? backward<double> : backward<float>;
-    return run(dtype, grad_out, latent_map, coord, cell, weight, bias, region, ordered);
+  m.def("metasr_backward", [](const py::args& arguments) {
+    return arguments[0].cast<std::string>() == "float64" ? backward<double>(arguments) : backward<float>(arguments);
   });
   m.def("metasr_latents", [](const py::array& coord, const py::array& cell, const Region& region, const Shape& sizes) {
     return coord.itemsize() == 8 ? latents<double>(coord, cell, region, sizes)

@@ -1,5 +1,5 @@
-// What the families' bindings to numpy share, and their names. 16-bit values come and go as their bits, in numpy's
-// uint16 or as float16.
+// Shared by the emulator's modules, which run the kernels of csrc/cuda on numpy arrays. bfloat16 values are passed as
+// their bits, in numpy's uint16.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -27,14 +27,14 @@ inline Dtype parse(const std::string& name) {
   throw std::invalid_argument("no dtype is called " + name);
 }
 
-// Of a launch's answer.
+// Checks the answer of a launch.
 inline void check(const char* error) {
   if (error) throw std::runtime_error(error);
 }
 
-constexpr int kNaN = 0xff;  // every byte so: NaN in each of the four dtypes
+constexpr int kNaN = 0xff;  // of every byte: NaN in each of the four dtypes
 
-// An array with every byte the same. Outputs begin as NaN, so that a value nobody wrote is seen.
+// An array with every byte the same. Outputs begin as NaN, so that tests see a value that was not written.
 inline py::array make(const py::dtype& dtype, const Shape& shape, int byte) {
   py::array result(dtype, shape);
   std::memset(result.mutable_data(), byte, static_cast<size_t>(result.nbytes()));
@@ -56,7 +56,7 @@ T* write(py::array& array) {
 
 // One for each family of kernels: module_<family>.cpp, and module.cpp for gather and ensemble.
 void bind_gather(py::module_& m);
-void bind_query(py::module_& m);
+void bind_decode(py::module_& m);
 void bind_metasr(py::module_& m);
 
 }  // namespace liif_fast

@@ -73,11 +73,11 @@ class Ops:
 
     def cuda_decode(self, *arguments: object) -> Tensor:
         *arguments, with_out = arguments
-        out = torch.from_numpy(self.kernels.query_forward(*map(_arrays, arguments)))
+        out = torch.from_numpy(self.kernels.decode_forward(*map(_arrays, arguments)))
         return out if with_out else torch.empty(0)
 
     def cuda_decode_backward(self, *arguments: object) -> tuple[Tensor, ...]:
-        grad_rows, *others = self.kernels.query_backward(*map(_arrays, arguments))
+        grad_rows, *others = self.kernels.decode_backward(*map(_arrays, arguments))
         dtype = {0: torch.float16, 1: torch.bfloat16}.get(arguments[13], torch.float32)
         return torch.from_numpy(grad_rows).view(dtype), *map(torch.from_numpy, others)
 

@@ -7,7 +7,7 @@
 
 namespace {
 
-// Every thread hands its number to its neighbour, through shared memory and through a shuffle.
+// Every thread passes its number to its neighbor, through shared memory and through a shuffle.
 __global__ void sound_kernel(int* out) {
   __shared__ int numbers[64];
   numbers[threadIdx.x] = static_cast<int>(threadIdx.x);

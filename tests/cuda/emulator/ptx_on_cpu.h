@@ -1,5 +1,5 @@
 // The functions of csrc/cuda/ptx.cuh for kernels that run on the CPU: same names, same roundings. A matrix product
-// takes its operands from the lanes that hold them by the PTX manual, so a fragment in the wrong place is a wrong
+// takes its operands from the lanes that hold them according to the PTX manual, so a misplaced fragment gives a wrong
 // result.
 #pragma once
 

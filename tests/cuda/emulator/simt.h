@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the CPU: every thread of a block is a fiber, blocks run one after the other.
 //
-// A fiber runs until it exits or waits: at a block's barrier, or at a warp's (shuffles wait there too). When none can
-// run, the complete barriers open; if none is complete the kernel has diverged, and the launch throws. What this shows:
-// the arithmetic, every address (together with the address sanitiser), barriers that not all threads reach. What it
-// cannot show: races between barriers, the order of memory operations, speed. Static shared memory keeps its contents
+// A fiber runs until it exits or waits at a barrier of its block or warp (shuffles wait at the warp's). When no fiber
+// can run, the complete barriers open. If none is complete, the kernel has diverged, and the launch throws. This checks
+// the arithmetic, every address (together with the address sanitizer), and barriers that not all threads reach. It does
+// not check races between barriers, the order of memory operations, or speed. Static shared memory keeps its contents
 // from block to block.
 #pragma once
 
@@ -34,7 +34,7 @@ namespace cuda_on_cpu {
 constexpr unsigned kWarpSize = 32;
 constexpr size_t kStackBytes = 128 << 10;
 
-// How tests vary a launch that must not matter.
+// Variations of a launch that must not change its result.
 struct Schedule {
   unsigned most_blocks =
       0;                   // 0: as many as the launch asks for; a kernel that strides by the grid needs no more than 1
@@ -42,7 +42,7 @@ struct Schedule {
 };
 inline Schedule schedule;
 
-// What a launch is told about the GPU; small, so that blocks have several tiles each.
+// The properties of the emulated GPU; small, so that each block has several tiles.
 struct Device {
   int processors = 3, block_shared_bytes = 227 << 10, processor_shared_bytes = 228 << 10, major = 9, minor = 0;
 };
@@ -51,7 +51,7 @@ inline Device device;
 // The running block's dynamic shared memory.
 inline unsigned char* dynamic_shared = nullptr;
 
-// An asynchronous copy, which happens when it is waited for and not before.
+// An asynchronous copy. The wait for it makes the copy, so that a missing wait is seen.
 struct Copy {
   void* to;
   const void* from;
@@ -67,11 +67,11 @@ struct Fiber {
   bool done;
   unsigned mask;       // of the warp's barrier it waits at
   const char* what;    // the name of the function that waits
-  unsigned exchanges;  // counted, so that a slot is not written while it is still read
+  unsigned exchanges;  // counted, so that no slot is written while other lanes read it
   unsigned char slots[2][8];
   const void* shown;                     // to the warp, see show()
-  std::deque<std::vector<Copy>> copies;  // groups under way, and the one that is being put together
-  void* fake_stack;                      // the address sanitiser's
+  std::deque<std::vector<Copy>> copies;  // unfinished groups, and last the open one
+  void* fake_stack;                      // the address sanitizer's
 };
 
 class Block {
@@ -133,7 +133,7 @@ class Block {
       for (const Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, copy.bytes);
   }
 
-  // The value that `lane` of this thread's warp hands in.
+  // The value that `lane` of this thread's warp passes in.
   template <class T>
   T exchange(unsigned mask, T value, unsigned lane, const char* what) {
     static_assert(sizeof(T) <= sizeof(Fiber::slots[0]), "a shuffle moves at most 8 bytes");
@@ -260,7 +260,7 @@ inline void Block::enter() {
 }
 
 inline void run_grid(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::function<void()>& body) {
-  const std::unique_ptr<unsigned char[]> shared(new unsigned char[dynamic_bytes]);  // to the byte, for the sanitiser
+  const std::unique_ptr<unsigned char[]> shared(new unsigned char[dynamic_bytes]);  // to the byte, for the sanitizer
   dynamic_shared = shared.get();
   if (schedule.most_blocks && grid.x > schedule.most_blocks) grid.x = schedule.most_blocks;
   gridDim = grid;
@@ -270,7 +270,7 @@ inline void run_grid(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::f
     const uint64_t at = schedule.backwards ? blocks - 1 - i : i;
     blockIdx = {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
                 static_cast<unsigned>(at / grid.x / grid.y)};
-    std::memset(shared.get(), 0xff, dynamic_bytes);  // NaN: what nobody wrote is seen
+    std::memset(shared.get(), 0xff, dynamic_bytes);  // NaN: tests see values that were not written
     block.run(threads.x * threads.y * threads.z, body);
   }
 }

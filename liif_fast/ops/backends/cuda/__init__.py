@@ -1,4 +1,4 @@
-"""The `cuda` backend: hands tensors to the CUDA kernels of csrc/cuda in the layout and dtype they take."""
+"""The `cuda` backend: passes tensors to the CUDA kernels of csrc/cuda in the layout and dtype that these take."""
 
 from .decode import decode, decode_backward, saved_bytes
 from .gather import ensemble, ensemble_backward, gather, gather_backward, metasr_query, metasr_query_backward

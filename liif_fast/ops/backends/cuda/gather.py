@@ -1,7 +1,7 @@
-"""The `cuda` backend: hands tensors to the CUDA kernels in the layout and dtype these take.
+"""gather, ensemble and MetaSR's decode on the `cuda` backend, one function for each op of registration.py.
 
-One function for each op in `library.py`; `backends.can_run_cuda` refuses what they cannot run. Features, predictions
-and MetaSR's latent maps stay in their own dtype, geometry and sums are float64 or float32.
+`backends.can_run_cuda` refuses the requests that the kernels cannot run. Features, predictions and MetaSR's latent maps
+stay in their own dtype; geometry and sums are float64 or float32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def gather(
 ) -> tuple[Tensor, Tensor]:
     cell = None if cell is None else cell.contiguous()
     if feat_unfold and local_ensemble and 4 * coord.shape[1] >= feat.shape[2] * feat.shape[3]:
-        # The fast kernel reads channels-last maps. x has nine times as many values as the map, or more: it pays.
+        # The fast kernel reads channels-last maps. x has at least nine times as many values as the map, so a copy pays.
         feat = feat.contiguous(memory_format=torch.channels_last)
     x, area_weight = _C.gather(feat, coord.contiguous(), cell, feat_unfold, local_ensemble)  # any strides of feat
     return x, area_weight
@@ -87,7 +87,7 @@ def metasr_query_backward(
     dtype = geometry_dtype(latent_map)
     coord, cell = coord.contiguous(), cell.contiguous()
     order = starts = None
-    if torch.are_deterministic_algorithms_enabled():  # queries of one latent side by side, in their own order
+    if torch.are_deterministic_algorithms_enabled():  # queries sorted by latent, stably
         sizes = list(latent_map.shape[:3])
         latents, order = torch.sort(_C.cuda_metasr_latents(coord, cell, region, sizes), stable=True)
         every = torch.arange(latent_map.shape[:3].numel() + 1, device=coord.device)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...dtypes import geometry_dtype
-from .geometry import Axis, area_weights_backward, find_corner, find_neighbour, make_axis
+from .geometry import Axis, area_weights_backward, find_corner, find_neighbor, make_axis
 from .launch import DTYPES, OPTIONS, on_device_of, power_of_two, segments
 
 ROWS, QUERIES = 32, 128  # rows of a tile; queries of a program of the geometry's backward
@@ -128,11 +128,11 @@ def gather_backward_feat_kernel(
     valid = query < count
     row = tl.load(coord + 2 * query, mask=valid, other=0.0)
     col = tl.load(coord + 2 * query + 1, mask=valid, other=0.0)
-    top, _ = find_neighbour(row, False, rows, ENSEMBLE, T)
-    left, _ = find_neighbour(col, False, cols, ENSEMBLE, T)
+    top, _ = find_neighbor(row, False, rows, ENSEMBLE, T)
+    left, _ = find_neighbor(col, False, cols, ENSEMBLE, T)
     if ENSEMBLE:  # one latent on, none at a border
-        down = find_neighbour(row, True, rows, True, T)[0] - top
-        right = find_neighbour(col, True, cols, True, T)[0] - left
+        down = find_neighbor(row, True, rows, True, T)[0] - top
+        right = find_neighbor(col, True, cols, True, T)[0] - left
     else:
         down = top * 0
         right = left * 0
@@ -227,10 +227,10 @@ def gather_backward_geometry_kernel(
         row = tl.load(coord + 2 * at, mask=valid, other=0.0)
         col = tl.load(coord + 2 * at + 1, mask=valid, other=0.0)
         row0, row1, col0, col1 = area_weights_backward(
-            find_neighbour(row, False, rows, True, T)[1],
-            find_neighbour(row, True, rows, True, T)[1],
-            find_neighbour(col, False, cols, True, T)[1],
-            find_neighbour(col, True, cols, True, T)[1],
+            find_neighbor(row, False, rows, True, T)[1],
+            find_neighbor(row, True, rows, True, T)[1],
+            find_neighbor(col, False, cols, True, T)[1],
+            find_neighbor(col, True, cols, True, T)[1],
             tl.load(weights, mask=valid, other=0.0),
             tl.load(weights + 1, mask=valid, other=0.0),
             tl.load(weights + 2, mask=valid, other=0.0),

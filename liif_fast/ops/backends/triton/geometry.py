@@ -95,7 +95,7 @@ def held_index(index, axis):
 
 
 @triton.jit
-def find_neighbour(coord, upper, axis, ENSEMBLE: tl.constexpr, T: tl.constexpr):
+def find_neighbor(coord, upper, axis, ENSEMBLE: tl.constexpr, T: tl.constexpr):
     """Index of the latent on the lower or upper side of a query along one axis, and its relative coordinate."""
     if ENSEMBLE:
         if T == tl.float64:
@@ -110,7 +110,7 @@ def find_neighbour(coord, upper, axis, ENSEMBLE: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def find_metasr_neighbour(coord, cell, axis, T: tl.constexpr):
+def find_metasr_neighbor(coord, cell, axis, T: tl.constexpr):
     """MetaSR's: the latent under the query's upper left corner, relative to the latent's own upper left corner."""
     corner = coord - cell * 0.5
     index = nearest_index(clamp_coord(corner + EPS_SHIFT), axis, T)
@@ -156,10 +156,10 @@ def find_corner(row, col, corner, rows, cols, ENSEMBLE: tl.constexpr, T: tl.cons
     `corner` is 2*row_side + col_side; every corner works out all four areas, which is cheaper than asking the others.
     """
     if ENSEMBLE:
-        lower_row, rel_row0 = find_neighbour(row, False, rows, True, T)
-        upper_row, rel_row1 = find_neighbour(row, True, rows, True, T)
-        lower_col, rel_col0 = find_neighbour(col, False, cols, True, T)
-        upper_col, rel_col1 = find_neighbour(col, True, cols, True, T)
+        lower_row, rel_row0 = find_neighbor(row, False, rows, True, T)
+        upper_row, rel_row1 = find_neighbor(row, True, rows, True, T)
+        lower_col, rel_col0 = find_neighbor(col, False, cols, True, T)
+        upper_col, rel_col1 = find_neighbor(col, True, cols, True, T)
         down = corner >= 2
         right = corner % 2 == 1
         return (
@@ -170,8 +170,8 @@ def find_corner(row, col, corner, rows, cols, ENSEMBLE: tl.constexpr, T: tl.cons
             area_weights(rel_row0, rel_row1, rel_col0, rel_col1, down, right, T),
         )
     else:
-        index_row, rel_row = find_neighbour(row, False, rows, False, T)
-        index_col, rel_col = find_neighbour(col, False, cols, False, T)
+        index_row, rel_row = find_neighbor(row, False, rows, False, T)
+        index_col, rel_col = find_neighbor(col, False, cols, False, T)
         # 1, or NaN where the reference's area / area is.
         return index_row, index_col, rel_row, rel_col, rel_row * rel_col * 0.0 + 1.0
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...dtypes import geometry_dtype
-from .geometry import Axis, find_metasr_neighbour, held_index, make_axis
+from .geometry import Axis, find_metasr_neighbor, held_index, make_axis
 from .launch import DTYPES, OPTIONS, on_device_of, power_of_two, segments
 from .rows import relu
 
@@ -21,9 +21,9 @@ _SIZES = ["count", "queries", "hidden", "outs"]
 def find_inputs(coord, cell, at, valid, queries, rows, cols, T: tl.constexpr):
     """Number of the latent under each query, and the three inputs of its filter."""
     cell_row = tl.load(cell + 2 * at, mask=valid, other=0.0)
-    row, rel_row = find_metasr_neighbour(tl.load(coord + 2 * at, mask=valid, other=0.0), cell_row, rows, T)
+    row, rel_row = find_metasr_neighbor(tl.load(coord + 2 * at, mask=valid, other=0.0), cell_row, rows, T)
     cell_col = tl.load(cell + 2 * at + 1, mask=valid, other=0.0)
-    col, rel_col = find_metasr_neighbour(tl.load(coord + 2 * at + 1, mask=valid, other=0.0), cell_col, cols, T)
+    col, rel_col = find_metasr_neighbor(tl.load(coord + 2 * at + 1, mask=valid, other=0.0), cell_col, cols, T)
     plane = at // queries * tl.cast(rows.held, tl.int32) + held_index(row, rows)
     latent = plane * tl.cast(cols.held, tl.int32) + held_index(col, cols)
     return latent, rel_row, rel_col, cell_row * (tl.cast(rows.size, T) * 0.5)

@@ -3,19 +3,19 @@
 
 #include "cpu/decode_backward.h"
 #include "cpu/decode_forward.h"
-#include "cpu/kernels.h"
-#include "cpu/metasr.h"
+#include "cpu/dispatch.h"
+#include "cpu/metasr_kernels.h"
 
 namespace liif_fast {
 namespace {
 
-// What the arithmetic units reach when nothing waits for memory: the yardstick of the benchmarks.
+// The rate that the arithmetic units reach when nothing waits for memory: the benchmarks compare with it.
 template <class T>
 static double multiply_add_loop(int64_t repetitions) {
   using V = Vec<T>;
   constexpr int kChains = kRows * kVecs;
   typename V::Reg x[kChains];
-#pragma GCC unroll 32  // all three loops: an index known only at run time would keep x in memory
+#pragma GCC unroll 32  // all three loops: with an index known only at run time x would stay in memory
   for (int i = 0; i < kChains; ++i) x[i] = V::broadcast(T(i));
   auto a = V::broadcast(T(0.999)), b = V::broadcast(T(0.001));
   for (int64_t n = 0; n < repetitions; ++n) {
@@ -33,23 +33,19 @@ static double multiply_add_loop(int64_t repetitions) {
 
 template <class T>
 constexpr MatrixKernels<T> make_table() {
+  using Op = FloatOp<T>;
   return {
+      {packed_bytes<Op>, pack<Op>, layout_bytes<ForwardScratch<Op>, DecodeProblem<T>>, forward_tiles<Op, T>,
+       layout_bytes<BackwardScratch<Op>, DecodeProblem<T>>, backward_tiles<Op, T>, multiply_add_loop<T>},
       kTileRows,
-      packed_bytes<FloatOp<T>>,
-      pack<FloatOp<T>>,
-      forward_scratch_bytes<FloatOp<T>>,
-      forward_tiles<FloatOp<T>, T>,
-      backward_scratch_bytes<FloatOp<T>>,
-      sums_bytes<T>,
-      backward_tiles<FloatOp<T>, T>,
+      layout_bytes<Sums<T>, DecodeProblem<T>>,
       scatter_rows<T>,
       add_sums<T>,
-      metasr_scratch_bytes<T>,
+      layout_bytes<MetasrScratch<T>, MetasrProblem<T>>,
       metasr_forward<T>,
       metasr_backward<T>,
       metasr_add_sums<T>,
       metasr_scatter<T>,
-      multiply_add_loop<T>,
   };
 }
 

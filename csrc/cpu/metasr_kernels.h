@@ -1,15 +1,15 @@
-// MetaSR's folded decode: hidden = relu(weight * (rel_row, rel_col, cell) + bias), out_o = sum_j hidden_j * latent[o,
-// j] + latent[o, hidden].
+// MetaSR's folded decode, query by query; csrc/metasr.h has the formula.
 #pragma once
 
 #include "cpu/tile.h"
+#include "metasr.h"
 
 namespace liif_fast {
 namespace {
 
 template <class T>
 struct MetasrScratch {
-  T *weight[3], *bias, *hidden, *grad_hidden;  // [padded] each, zeros behind `hidden`
+  T *weight[3], *bias, *hidden, *grad_hidden;  // [padded] each, zeros after `hidden`
   T *sum_weight[3], *sum_bias;
   int64_t padded;
   MetasrScratch(const MetasrProblem<T>& p, Arena& arena) {
@@ -34,17 +34,17 @@ struct MetasrScratch {
   }
 };
 
-// Where query `at` (batch and query in one) looks, and the three inputs of its filter.
+// The latent of query `at` (counted through the batch), and the three inputs of the query's filter.
 template <class T>
 LIIF_INLINE int64_t metasr_locate(const MetasrProblem<T>& p, int64_t at, T input[3]) {
-  const Neighbour<T> row = find_metasr_neighbour(p.coord[2 * at], p.cell[2 * at], p.map_height);
-  const Neighbour<T> col = find_metasr_neighbour(p.coord[2 * at + 1], p.cell[2 * at + 1], p.map_width);
+  const Neighbor<T> row = find_metasr_neighbor(p.coord[2 * at], p.cell[2 * at], p.map_height);
+  const Neighbor<T> col = find_metasr_neighbor(p.coord[2 * at + 1], p.cell[2 * at + 1], p.map_width);
   input[0] = row.rel;
   input[1] = col.rel;
   input[2] = p.cell[2 * at] * static_cast<T>(static_cast<double>(p.map_height) / 2.0);
-  const int64_t map_row = inside_region(row.index, p.region_top, p.region_height);
+  const int64_t map_row = clamp_to_region(row.index, p.region_top, p.region_height);
   return (at / p.queries * p.region_height + map_row) * p.region_width +
-         inside_region(col.index, p.region_left, p.region_width);
+         clamp_to_region(col.index, p.region_left, p.region_width);
 }
 
 template <class T>
@@ -57,20 +57,13 @@ LIIF_INLINE void metasr_hidden(const T input[3], MetasrScratch<T>& s) {
   }
 }
 
-// Applies f(index, vector of `row` there) to all of row's `count` values; the last vector is filled up with zeros.
+// Calls f(index, vector of `row` from there) for all of row's `count` values; zeros fill up the last vector.
 template <class T, class F>
 LIIF_INLINE void for_vectors(const T* row, int64_t count, F f) {
   using V = Vec<T>;
   int64_t i = 0;
   for (; i + V::kLanes <= count; i += V::kLanes) f(i, V::load(row + i));
   if (i < count) f(i, V::load_partial(row + i, static_cast<int>(count - i)));
-}
-
-template <class T>
-static size_t metasr_scratch_bytes(const MetasrProblem<T>& p) {
-  Arena arena{nullptr};
-  MetasrScratch<T>(p, arena);
-  return arena.used;
 }
 
 template <class T>
@@ -81,7 +74,7 @@ static void metasr_forward(const MetasrProblem<T>& p, int64_t begin, int64_t end
   s.fill(p);
   for (int64_t at = begin; at < end; ++at) {
     T input[3];
-    const T* latent = p.latent_map + metasr_locate(p, at, input) * p.outs * (p.hidden + 1);
+    const T* latent = static_cast<const T*>(p.latent_map) + metasr_locate(p, at, input) * p.outs * (p.hidden + 1);
     metasr_hidden(input, s);
     for (int64_t o = 0; o < p.outs; ++o, latent += p.hidden + 1) {
       auto sum = V::zero();
@@ -91,7 +84,7 @@ static void metasr_forward(const MetasrProblem<T>& p, int64_t begin, int64_t end
   }
 }
 
-// Gradients of everything but the latent map; weight and bias gradients are returned in the scratch's sums.
+// Gradients of everything but the latent map. Those of weight and bias are left in the scratch's sums.
 template <class T>
 static void metasr_backward(const MetasrProblem<T>& p, const MetasrGrads<T>& grads, int64_t begin, int64_t end,
                             char* buffer) {
@@ -103,7 +96,7 @@ static void metasr_backward(const MetasrProblem<T>& p, const MetasrGrads<T>& gra
   const T half_width = static_cast<T>(static_cast<double>(p.map_width) / 2.0);
   for (int64_t at = begin; at < end; ++at) {
     T input[3], grad_input[3];
-    const T* latent = p.latent_map + metasr_locate(p, at, input) * p.outs * (p.hidden + 1);
+    const T* latent = static_cast<const T*>(p.latent_map) + metasr_locate(p, at, input) * p.outs * (p.hidden + 1);
     metasr_hidden(input, s);
     for (int64_t i = 0; i < s.padded; i += V::kLanes) V::store(s.grad_hidden + i, V::zero());
     for (int64_t o = 0; o < p.outs; ++o, latent += p.hidden + 1) {
@@ -136,8 +129,8 @@ static void metasr_add_sums(const MetasrProblem<T>& p, char* buffer, const Metas
   }
 }
 
-// The latent map's gradient: every owner walks all queries and adds to the latents that are its own, so the order of
-// the sums does not depend on the threads.
+// The latent map's gradient. Every owner walks all queries and adds to its own latents, so the order of the sums does
+// not depend on the threads.
 template <class T>
 static void metasr_scatter(const MetasrProblem<T>& p, const MetasrGrads<T>& grads, int64_t owner, int64_t owners,
                            char* buffer) {

@@ -1,0 +1,156 @@
+// The fused decode's launchers on numpy arrays: the steps of csrc/bindings/cuda_decode.cpp.
+#include "cuda/decode/launch.h"
+#include "numpy_arrays.h"
+#include "simt.h"
+
+namespace liif_fast {
+namespace {
+
+// The arguments that forward and backward share, in the order of the bindings, from number `first` on; and the kernels.
+struct Decode {
+  DecodeProblem<float> problem;
+  DecodeVariant variant;
+  int hidden, outs;
+  bool latent_is_float;
+  py::array packed;
+
+  static constexpr size_t kArguments = 10;
+
+  Decode(const py::args& arguments, size_t first) {
+    const auto array = [&](size_t i) { return arguments[first + i].cast<py::array>(); };
+    const auto maybe = [&](size_t i) { return arguments[first + i].is_none() ? nullptr : read<float>(array(i)); };
+    const py::array latent_map = array(0), weight_geometry = array(3);
+    const auto weights = arguments[first + 4].cast<std::vector<py::array>>();
+    const auto biases = arguments[first + 5].cast<std::vector<py::array>>();
+    const auto grid = arguments[first + 6].cast<std::vector<int64_t>>();
+    const auto grid_cell = arguments[first + 7].cast<std::vector<double>>();
+    const bool has_coord = !arguments[first + 1].is_none();
+    problem =
+        make_decode_problem<float>({latent_map.shape(0), latent_map.shape(1), latent_map.shape(2), latent_map.shape(3)},
+                                   has_coord ? array(1).shape(1) : 0, has_coord ? nullptr : grid.data(),
+                                   grid_cell.data(), arguments[first + 8].cast<bool>());
+    problem.latent_map = latent_map.data();
+    problem.coord = maybe(1);
+    problem.cell = maybe(2);
+    problem.has_cell = weight_geometry.shape(1) == 4;
+    problem.weight_geometry = read<float>(weight_geometry);
+    problem.layers = static_cast<int>(weights.size());
+    for (int layer = 0; layer <= problem.layers; ++layer)
+      problem.biases[layer] = read<float>(biases[static_cast<size_t>(layer)]);
+    int64_t widest = problem.width;
+    for (int layer = 0; layer < problem.layers; ++layer) {
+      problem.weights[layer] = read<float>(weights[static_cast<size_t>(layer)]);
+      widest = std::max(widest, problem.widths[layer]);
+      problem.widths[layer + 1] = weights[static_cast<size_t>(layer)].shape(0);
+    }
+    set_out_layout(problem);
+    hidden = problem.layers - 1;
+    outs = static_cast<int>(problem.out_width());
+    latent_is_float = py::isinstance<py::array_t<float>>(latent_map);
+    const char* error = nullptr;
+    variant =
+        choose_variant(static_cast<MmaPolicy>(arguments[first + 9].cast<int>()), static_cast<int>(widest), &error);
+    check(error);
+  }
+
+  void pack(bool transposed) {
+    packed = make(py::dtype::of<uint8_t>(), {packed_bytes(variant, hidden, outs)}, kNaN);
+    check(launch_pack(problem, variant, transposed, packed.mutable_data(), nullptr));
+  }
+
+  DecodeTask task(const RowRange& rows) const {
+    return make_task(problem, variant, packed.data(), latent_is_float, rows);
+  }
+
+  SavedActivations unpack_saved(py::array saved, bool last_layer, const RowRange& rows) const {
+    const SavedShape shape{hidden, problem.corners, last_layer, rows};
+    if (saved.size() < saved_bytes(variant, shape)) throw std::invalid_argument("saved is too small");
+    return saved_at(saved.mutable_data(), variant, shape);
+  }
+};
+
+RowRange cast_rows(const py::args& arguments, size_t first) {
+  return {arguments[first].cast<int64_t>(), arguments[first + 1].cast<int64_t>()};
+}
+
+// The shared arguments, then saved, last_layer, first_row, rows.
+py::array forward(const py::args& arguments) {
+  Decode decode(arguments, 0);
+  DecodeProblem<float>& p = decode.problem;
+  const Shape at_coordinates{p.batch, p.queries, decode.outs},
+      on_grid{p.batch, decode.outs, p.window_height, p.window_width};
+  py::array out = make(py::dtype::of<float>(), p.coord ? at_coordinates : on_grid, kNaN);
+  p.out = write<float>(out);
+  decode.pack(false);
+  constexpr size_t kNext = Decode::kArguments;
+  const py::array saved = arguments[kNext].cast<py::array>();
+  const RowRange rows = cast_rows(arguments, kNext + 2);
+  SavedActivations activations{};
+  if (saved.size() > 0) activations = decode.unpack_saved(saved, arguments[kNext + 1].cast<bool>(), rows);
+  check(launch_decode_forward(decode.task(rows), decode.variant, activations, nullptr));
+  return out;
+}
+
+// grad_out, saved, first row and number of rows of saved, the shared arguments, first_row, rows, grad_latent_map,
+// grad_coord, grad_cell.
+py::tuple backward(const py::args& arguments) {
+  Decode decode(arguments, 4);
+  const DecodeVariant& variant = decode.variant;
+  decode.pack(true);
+  constexpr size_t kNext = 4 + Decode::kArguments;
+  const RowRange rows = cast_rows(arguments, kNext);
+  py::array grad_latent_map = arguments[kNext + 2].cast<py::array>();
+  py::array grad_coord = arguments[kNext + 3].cast<py::array>(), grad_cell = arguments[kNext + 4].cast<py::array>();
+  const SavedActivations activations =
+      decode.unpack_saved(arguments[1].cast<py::array>(), grad_coord.size() > 0, cast_rows(arguments, 2));
+  const bool in_rows = grad_latent_map.size() == 0;
+  const py::dtype floats = py::dtype::of<float>();
+  py::array grad_rows = make(is_16_bit(variant.policy) ? py::dtype::of<uint16_t>() : floats,
+                             {decode.hidden, rows.count, variant.width}, kNaN);
+  py::array sums = make(
+      floats, {int64_t{variant.blocks} * variant.row_sums, sum_count(decode.hidden, decode.outs), variant.width}, 0);
+  py::array latent_rows = make(floats, {in_rows ? rows.count : 0, variant.width}, kNaN);
+  py::array latent_index = make(py::dtype::of<int64_t>(), {in_rows ? rows.count : 0}, kNaN);
+  BackwardArrays arrays{};
+  arrays.grad_out = read<float>(arguments[0].cast<py::array>());
+  arrays.latent_map = in_rows ? nullptr : write<float>(grad_latent_map);
+  arrays.latent_rows = write<float>(latent_rows);
+  arrays.latent_index = write<int64_t>(latent_index);
+  arrays.rows = grad_rows.mutable_data();
+  arrays.sums = write<float>(sums);
+  arrays.coord = grad_coord.size() > 0 ? write<float>(grad_coord) : nullptr;
+  arrays.cell = grad_cell.size() > 0 ? write<float>(grad_cell) : nullptr;
+  check(launch_decode_backward(decode.task(rows), variant, activations, arrays, nullptr));
+  return py::make_tuple(grad_rows, sums, latent_rows, latent_index);
+}
+
+}  // namespace
+
+void bind_decode(py::module_& m) {
+  m.def("decode_forward", &forward);
+  m.def("decode_backward", &backward);
+  m.def("set_device", [](int processors, int block_shared_bytes, int processor_shared_bytes, int major, int minor) {
+    cuda_on_cpu::device = {processors, block_shared_bytes, processor_shared_bytes, major, minor};
+  });
+  m.def("packed_units", [](int policy, int width) {  // (out, in) of every 16-byte unit, in their order
+    std::vector<std::pair<int, int>> units;
+    for (int group = 0; group < group_count(static_cast<MmaPolicy>(policy), width); ++group)
+      for (int unit = 0; unit < chunk_units(width); ++unit) {
+        const PackedUnit found = packed_unit(static_cast<MmaPolicy>(policy), width, group, unit);
+        units.emplace_back(found.out, found.in);
+      }
+    return units;
+  });
+  // The numbers that the Python side repeats.
+  m.attr("limits") =
+      py::dict(py::arg("layers") = kMaxLayers, py::arg("width") = kMaxFusedWidth, py::arg("width_step") = kWidthStep,
+               py::arg("outs") = kMaxFusedOuts, py::arg("row_padding") = kRowPadding);
+  m.def("saved_bytes", [](int policy, int widest, int hidden, bool local_ensemble, bool last_layer, int64_t rows) {
+    const char* error = nullptr;
+    const DecodeVariant variant = choose_variant(static_cast<MmaPolicy>(policy), widest, &error);
+    check(error);
+    return saved_bytes(variant, {hidden, local_ensemble ? 4 : 1, last_layer, {0, rows}});
+  });
+}
+
+}  // namespace liif_fast

@@ -1,0 +1,52 @@
+"""Numbers and formulas that Python repeats from the headers of the fused decode's CUDA kernels."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+
+import pytest
+import torch
+
+from liif_fast.ops import backends
+from liif_fast.ops.decode_inputs import DecodeInputs
+from tests.cuda.emulator import build
+
+pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=build.why_not())
+cuda_decode = importlib.import_module("liif_fast.ops.backends.cuda.decode")  # the package's `decode` is the function
+
+
+def test_limits_are_those_of_the_headers():
+    assert build.load().limits == {
+        "layers": backends._FUSED_LAYERS,
+        "width": backends._FUSED_WIDTH,
+        "width_step": backends._FUSED_WIDTH_STEP,
+        "outs": backends._FUSED_OUTS,
+        "row_padding": cuda_decode._ROW_PADDING,
+    }
+
+
+@pytest.mark.parametrize("policy", [0, 1, 3], ids=["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("device", [(3, 227, 228, 9, 0), (2, 99, 100, 8, 6)], ids=["as-sm_90", "as-sm_86"])
+def test_saved_activations_fit_into_the_bytes_that_python_allocates(policy, device):
+    """Python's bytes hold on every device: they count at most 8 bytes a row and layer too many for the ReLU bits."""
+    kernels = build.load()
+    processors, block, processor, *capability = device
+    kernels.set_device(processors, block << 10, processor << 10, *capability)
+    dtype = {0: torch.float16, 1: torch.bfloat16, 3: torch.float32}[policy]
+    for hidden in ((16,), (64, 48), (128,), (256, 256, 16)):
+        widths = [*hidden, 3]
+        weights = [torch.empty(out, into) for into, out in itertools.pairwise(widths)]
+        latent_map = torch.empty(1, 2, 2, hidden[0])
+        for corners in (1, 4):
+            for queries in (1, 33, 500):
+                coord = torch.empty(1, queries, 2)
+                inputs = DecodeInputs(
+                    latent_map, coord, None, torch.empty(hidden[0], 2), weights, [], [], [], corners == 4, dtype
+                )
+                rows = cuda_decode._padded_rows(inputs.rows)
+                for coord_grad in (False, True):
+                    exact = kernels.saved_bytes(policy, max(hidden), len(hidden) - 1, corners == 4, coord_grad, rows)
+                    allocated = cuda_decode.saved_bytes(inputs, coord_grad)
+                    spare = cuda_decode._SAVED_ALIGNMENT + 8 * len(hidden) * rows
+                    assert exact <= allocated <= exact + spare

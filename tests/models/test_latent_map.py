@@ -42,10 +42,10 @@ def check_fresh(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("make", [liif, metasr])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize(("backend", "folds"), [("cpu", 1), ("reference", 0)])
-def test_chunks_of_queries_fold_once(make: Any, mode: Any, backend: str, folds: int) -> None:
+@pytest.mark.parametrize(("name", "folds"), [("cpu", 1), ("reference", 0)])
+def test_chunks_of_queries_fold_once(make: Any, mode: Any, name: str, folds: int) -> None:
     model, (coord, cell) = make(), queries()
-    model.backend = backend
+    model.backend = name
     expected = model(image(), coord, cell).detach()
     with mode():
         model.gen_feat(image())

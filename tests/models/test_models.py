@@ -333,10 +333,10 @@ def test_what_render_refuses(make: Any) -> None:
 # --- compilation, gradients
 
 
-@pytest.mark.parametrize(("make", "backend"), [(liif, "reference"), *((make, None) for make in MAKERS)])
-def test_compiled_models_give_the_same(make: Any, backend: str | None) -> None:
+@pytest.mark.parametrize(("make", "name"), [(liif, "reference"), *((make, None) for make in MAKERS)])
+def test_compiled_models_give_the_same(make: Any, name: str | None) -> None:
     model, (coord, cell) = make(), queries()
-    model.backend = backend
+    model.backend = name
     expected = model(image(), coord, cell)
     expected.sum().backward()
     gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}

@@ -118,13 +118,6 @@ def test_the_papers_width_on_other_devices(kernels, device, kind):
     check_decode(BACKEND, kind, Case(channels=5, height=4, width=6, queries=40, hidden=(256,) * 4), "points")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_coordinates_without_gradients_keep_less(dtype):
-    saved_bytes = import_module("liif_fast.ops.backends.cuda.decode")._saved_bytes
-    sizes = [saved_bytes(64, 256, (32, 32, 3), dtype, points) for points in (False, True)]
-    assert sizes[1] - sizes[0] == 256 * 64 * dtype.itemsize
-
-
 @pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize("operands", range(4), ids=["float16", "bfloat16", "tf32", "float32"])
 def test_packing_moves_every_weight_once(kernels, operands, width):

@@ -1,9 +1,4 @@
-"""`upscale`: the result has the input's type, tiles change nothing, memory is bounded, errors give the reason."""
-
-import os
-import subprocess
-import sys
-import textwrap
+"""`upscale`: the result has the type of the input, options and wrong inputs get their reasons."""
 
 import numpy as np
 import pytest
@@ -11,159 +6,17 @@ import torch
 from PIL import Image
 
 from liif_fast.cli import demo
-from liif_fast.images import tiles
 from liif_fast.images.picture import ImageError, Picture
-from liif_fast.images.tiles import Window
 from liif_fast.images.upscaling import output_size, upscale
-from liif_fast.models import checkpoints, make_model
+from liif_fast.models import checkpoints
 from liif_fast.models import liif as liif_module
 from liif_fast.utils import memory
 from tests.helpers import psnr, reason_against
+from tests.images.upscaling import SMALL, liif, photo, steps, untiled
 
 NEEDS_CPU = pytest.mark.skipif(
     bool(reason_against("cpu", "render", torch.float32)), reason=reason_against("cpu", "render", torch.float32) or "-"
 )
-WHOLE = 1 << 40  # working memory in which the image is one tile
-SMALL = 100_000  # working memory for small tiles, with several rows per decoding step
-
-
-def encoder_spec(name="edsr-baseline", **args):
-    own = {"rcan": {"n_resgroups": 1, "reduction": 4}}.get(name, {})
-    return {"name": name, "args": {"n_resblocks": 2, "n_feats": 8, "no_upsampling": True, **own, **args}}
-
-
-def liif(encoder=None, hidden=(16, 16), **flags):
-    imnet_spec = {"name": "mlp", "args": {"out_dim": 3, "hidden_list": list(hidden)}}
-    return make("liif", encoder_spec=encoder or encoder_spec(), imnet_spec=imnet_spec, **flags)
-
-
-def metasr():
-    return make("metasr", encoder_spec=encoder_spec())
-
-
-def nearest():
-    return make("liif", encoder_spec=encoder_spec(no_upsampling=False, scale=2))
-
-
-def make(name, **args):
-    """A model whose outputs spread over [0, 1], so that errors are visible; those of new weights are nearly equal."""
-    torch.manual_seed(3)
-    model = make_model({"name": name, "args": args}).eval()
-    with torch.no_grad():
-        model.gen_feat(2 * photo(1, 24, 24) - 1)
-        deviation, mean = torch.std_mean(model.render((48, 48)))
-    div = 0.2 / deviation.item()
-    model.data_norm = {"inp": {"sub": [0.5], "div": [0.5]}, "gt": {"sub": [0.5 - mean.item() * div], "div": [div]}}
-    return model
-
-
-def photo(batch, height, width, seed=0):
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-def untiled(model, images, size):
-    """The whole image at once, by the model's own methods."""
-    sub, div, out_sub, out_div = (
-        torch.tensor(model.data_norm[side][key]).view(-1, 1, 1) for side in ("inp", "gt") for key in ("sub", "div")
-    )
-    with torch.no_grad():
-        model.gen_feat((images - sub) / div)
-        return (model.render(size) * out_div + out_sub).clamp(0, 1)
-
-
-def steps(image, **options):
-    """In how many steps an image is upscaled."""
-    calls = []
-    upscale(image, progress=lambda done, total: calls.append((done, total)), **options)
-    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
-    assert calls[-1][0] == calls[-1][1]
-    return len(calls)
-
-
-MODELS = {
-    "edsr": liif,
-    "rcan": lambda: liif(encoder_spec("rcan")),
-    "single-corner": lambda: liif(local_ensemble=False),
-    "no-unfold": lambda: liif(feat_unfold=False),
-    "no-cell": lambda: liif(cell_decode=False),
-    "metasr": metasr,
-    "nearest": nearest,
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "scale"),
-    [*((name, 2.7) for name in MODELS), *(("edsr", scale) for scale in ((3, 2), 0.5, 1, (0.37, 5.3))),
-     *((name, scale) for name in ("metasr", "nearest") for scale in ((3, 2), 0.5))],
-)  # fmt: skip
-def test_tiles_change_nothing(name, scale):
-    model, images = MODELS[name](), photo(1, 67, 43)
-    size = output_size((67, 43), scale=scale)
-    expected = untiled(model, images, size)
-    assert expected.std() > 0.05
-    result = upscale(images, scale=scale, model=model, working_memory=SMALL)
-    assert result.shape == (1, 3, *size)
-    assert (result - expected).abs().max() <= 1e-5
-
-
-@pytest.mark.parametrize(("name", "size"), [("edsr", (1200, 4)), ("edsr", (4, 1200)), ("metasr", (1200, 4))])
-def test_tiles_of_long_images(name, size):
-    """Many tiles, and coordinates with the coarsest last bit."""
-    model, images = MODELS[name](), photo(1, *size)
-    whole = upscale(images, scale=3, model=model, working_memory=WHOLE)
-    assert (upscale(images, scale=3, model=model, working_memory=SMALL) - whole).abs().max() <= 1e-5
-
-
-def test_tiles_of_a_wide_receptive_field():
-    model, images = liif(encoder_spec(n_resblocks=60, n_feats=4)), photo(1, 4, 300)
-    assert model.encoder.halo > 100
-    done = []
-    result = upscale(images, scale=1, model=model, working_memory=SMALL, progress=lambda *pixels: done.append(pixels))
-    assert len(done) > 1
-    assert (result - untiled(model, images, (4, 300))).abs().max() <= 1e-5
-
-
-def test_less_memory_means_more_steps():
-    model, images = liif(), photo(1, 130, 100)
-    counts = [steps(images, scale=1, model=model, working_memory=memory) for memory in (WHOLE, 2_000_000, SMALL)]
-    assert counts[0] == 1 < counts[1] < counts[2]
-
-
-@pytest.mark.parametrize(
-    ("size", "latents", "halo", "area"),
-    [
-        ((100, 90), (50, 45), 5, 1),
-        ((7, 2000), (7, 2000), 18, 3000),
-        ((2000, 7), (4000, 14), 3, 500),
-        ((3, 2), (300, 200), 4, 900),
-        ((641, 479), (64, 48), None, 1),
-        ((64, 48), (64, 48), 10, 64 * 48),
-    ],
-)
-def test_windows_cover_the_output_once(size, latents, halo, area):
-    covered = np.zeros(size, int)
-    windows = tiles.plan(size, latents, halo=halo, area=area)
-    for top, left, height, width in windows:
-        assert height > 0 and width > 0
-        covered[top : top + height, left : left + width] += 1
-    assert (covered == 1).all()
-    if halo is None or latents[0] * latents[1] <= area:
-        assert windows == [Window(0, 0, *size)]
-
-
-def test_tiles_are_whole_rows_if_memory_allows():
-    windows = tiles.plan((400, 400), (200, 200), halo=10, area=200 * 70)
-    assert windows == [Window(top, 0, 100, 400) for top in range(0, 400, 100)]
-    assert {window.width < 4000 for window in tiles.plan((400, 4000), (200, 2000), halo=10, area=200 * 70)} == {True}
-
-
-def test_a_batch_is_its_images():
-    model, images = liif(), photo(2, 19, 23)
-    both = upscale(images, scale=1.7, model=model, working_memory=100_000)
-    for index in range(2):
-        alone = upscale(images[index], scale=1.7, model=model)
-        assert alone.shape == (3, 32, 39)
-        assert (both[index] - alone).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -466,36 +319,3 @@ def test_results_beyond_memory_are_refused(monkeypatch):
         upscale(photo(1, 10, 10), scale=2, model=liif())
     monkeypatch.setattr(memory, "available", lambda: None)
     upscale(photo(1, 10, 10), scale=2, model=liif())
-
-
-@NEEDS_CPU
-@pytest.mark.parametrize(
-    ("side", "scale", "working_memory", "limit", "counts_python"),
-    [
-        (384, 1, 32 << 20, 100e6, False),  # 211 MB without tiles
-        pytest.param(1024, 4, tiles.DEFAULT_MEMORY, 1.5e9, True, marks=pytest.mark.prove),  # a megapixel enlarged by 4
-    ],
-)
-def test_memory_is_bounded(side, scale, working_memory, limit, counts_python):
-    """The peak of a process with the shipped model, input and result, with or without Python and PyTorch."""
-    script = textwrap.dedent(
-        f"""
-        import resource, numpy, torch
-        from liif_fast import load, upscale
-
-        def peak():
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-        torch.set_num_threads(2)
-        model = load()
-        image = numpy.random.default_rng(0).integers(0, 256, ({side}, {side}, 3), dtype=numpy.uint8)
-        upscale(image[:16, :16], scale={scale}, model=model, backend="cpu")
-        before = 0 if {counts_python} else peak()
-        upscale(image, scale={scale}, model=model, backend="cpu", working_memory={working_memory})
-        print(peak() - before)
-        """
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < limit

@@ -1,0 +1,137 @@
+"""Upscaling in tiles: the result is the one without tiles, and memory is bounded."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from liif_fast.images import tiles
+from liif_fast.images.tiles import Window
+from liif_fast.images.upscaling import output_size, upscale
+from tests.helpers import reason_against
+from tests.images.upscaling import SMALL, WHOLE, encoder_spec, liif, metasr, nearest, photo, steps, untiled
+
+NEEDS_CPU = pytest.mark.skipif(
+    bool(reason_against("cpu", "render", torch.float32)), reason=reason_against("cpu", "render", torch.float32) or "-"
+)
+MODELS = {
+    "edsr": liif,
+    "rcan": lambda: liif(encoder_spec("rcan")),
+    "single-corner": lambda: liif(local_ensemble=False),
+    "no-unfold": lambda: liif(feat_unfold=False),
+    "no-cell": lambda: liif(cell_decode=False),
+    "metasr": metasr,
+    "nearest": nearest,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [*((name, 2.7) for name in MODELS), *(("edsr", scale) for scale in ((3, 2), 0.5, 1, (0.37, 5.3))),
+     *((name, scale) for name in ("metasr", "nearest") for scale in ((3, 2), 0.5))],
+)  # fmt: skip
+def test_tiles_change_nothing(name, scale):
+    model, images = MODELS[name](), photo(1, 67, 43)
+    size = output_size((67, 43), scale=scale)
+    expected = untiled(model, images, size)
+    assert expected.std() > 0.05
+    result = upscale(images, scale=scale, model=model, working_memory=SMALL)
+    assert result.shape == (1, 3, *size)
+    assert (result - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(("name", "size"), [("edsr", (1200, 4)), ("edsr", (4, 1200)), ("metasr", (1200, 4))])
+def test_tiles_of_long_images(name, size):
+    """Many tiles, and coordinates with the coarsest last bit."""
+    model, images = MODELS[name](), photo(1, *size)
+    whole = upscale(images, scale=3, model=model, working_memory=WHOLE)
+    assert (upscale(images, scale=3, model=model, working_memory=SMALL) - whole).abs().max() <= 1e-5
+
+
+def test_tiles_of_a_wide_receptive_field():
+    model, images = liif(encoder_spec(n_resblocks=60, n_feats=4)), photo(1, 4, 300)
+    assert model.encoder.halo > 100
+    done = []
+    result = upscale(images, scale=1, model=model, working_memory=SMALL, progress=lambda *pixels: done.append(pixels))
+    assert len(done) > 1
+    assert (result - untiled(model, images, (4, 300))).abs().max() <= 1e-5
+
+
+def test_less_memory_means_more_steps():
+    model, images = liif(), photo(1, 130, 100)
+    counts = [steps(images, scale=1, model=model, working_memory=memory) for memory in (WHOLE, 2_000_000, SMALL)]
+    assert counts[0] == 1 < counts[1] < counts[2]
+
+
+@pytest.mark.parametrize(
+    ("size", "latents", "halo", "area"),
+    [
+        ((100, 90), (50, 45), 5, 1),
+        ((7, 2000), (7, 2000), 18, 3000),
+        ((2000, 7), (4000, 14), 3, 500),
+        ((3, 2), (300, 200), 4, 900),
+        ((641, 479), (64, 48), None, 1),
+        ((64, 48), (64, 48), 10, 64 * 48),
+    ],
+)
+def test_windows_cover_the_output_once(size, latents, halo, area):
+    covered = np.zeros(size, int)
+    windows = tiles.plan(size, latents, halo=halo, area=area)
+    for top, left, height, width in windows:
+        assert height > 0 and width > 0
+        covered[top : top + height, left : left + width] += 1
+    assert (covered == 1).all()
+    if halo is None or latents[0] * latents[1] <= area:
+        assert windows == [Window(0, 0, *size)]
+
+
+def test_tiles_are_whole_rows_if_memory_allows():
+    windows = tiles.plan((400, 400), (200, 200), halo=10, area=200 * 70)
+    assert windows == [Window(top, 0, 100, 400) for top in range(0, 400, 100)]
+    assert {window.width < 4000 for window in tiles.plan((400, 4000), (200, 2000), halo=10, area=200 * 70)} == {True}
+
+
+def test_a_batch_is_its_images():
+    model, images = liif(), photo(2, 19, 23)
+    both = upscale(images, scale=1.7, model=model, working_memory=100_000)
+    for index in range(2):
+        alone = upscale(images[index], scale=1.7, model=model)
+        assert alone.shape == (3, 32, 39)
+        assert (both[index] - alone).abs().max() <= 1e-6
+
+
+@NEEDS_CPU
+@pytest.mark.parametrize(
+    ("side", "scale", "working_memory", "limit", "counts_python"),
+    [
+        (384, 1, 32 << 20, 100e6, False),  # 211 MB without tiles
+        pytest.param(1024, 4, tiles.DEFAULT_MEMORY, 1.5e9, True, marks=pytest.mark.prove),  # a megapixel enlarged by 4
+    ],
+)
+def test_memory_is_bounded(side, scale, working_memory, limit, counts_python):
+    """The peak of a process with the shipped model, input and result, with or without Python and PyTorch."""
+    script = textwrap.dedent(
+        f"""
+        import resource, numpy, torch
+        from liif_fast import load, upscale
+
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+        torch.set_num_threads(2)
+        model = load()
+        image = numpy.random.default_rng(0).integers(0, 256, ({side}, {side}, 3), dtype=numpy.uint8)
+        upscale(image[:16, :16], scale={scale}, model=model, backend="cpu")
+        before = 0 if {counts_python} else peak()
+        upscale(image, scale={scale}, model=model, backend="cpu", working_memory={working_memory})
+        print(peak() - before)
+        """
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < limit

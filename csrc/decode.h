@@ -15,13 +15,14 @@ struct DecodeQueries {
   int64_t batch, queries;  // queries of one batch entry; window_height * window_width for a grid
   int corners;             // 4 with local ensemble, otherwise 1
 
-  // The latent map [batch, region_height, region_width, width] holds rows and columns from (region_top, region_left) of
-  // a map of map_height x map_width.
-  const void* latent_map;  // T, or the 16-bit dtype that the kernel's interface names
-  int64_t map_height, map_width, region_top, region_left, region_height, region_width, width;
-
   const T* coord;  // [batch, queries, 2]; null: the grid below
   const T* cell;   // [batch, queries, 2]; null: grid_cell, if there is a cell at all
+
+  // The latent map [batch, region_height, region_width, width] holds rows and columns from (region_top, region_left) of
+  // a map of map_height x map_width.
+  int64_t width, map_height, map_width, region_top, region_left, region_height, region_width;
+  const void* latent_map;  // T, or the 16-bit dtype that the kernel's interface names
+
   int64_t image_height, image_width, window_top, window_left, window_height, window_width;
   T grid_cell[2];
   bool has_cell;

@@ -27,9 +27,8 @@ Sizes make_sizes(const EnsembleProblem<T>& p) {
 
 template <class T, class E>
 __global__ void __launch_bounds__(kThreads)
-    ensemble_forward_kernel(Sizes sizes, const E* __restrict__ pred, const T* __restrict__ area_weight,
-                            T* __restrict__ out) {
-  const auto [rows, corners, outs, lanes] = sizes;
+    ensemble_forward_kernel(const E* __restrict__ pred, const T* __restrict__ area_weight, int64_t rows,
+                            int64_t corners, int64_t outs, int lanes, T* __restrict__ out) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, rows_a_warp = kWarp / lanes;
   for (int64_t row = grid_warp() * rows_a_warp + lane / lanes; row < rows; row += grid_warps() * rows_a_warp) {
     for (int64_t o = lane % lanes; o < outs; o += lanes) {
@@ -83,8 +82,8 @@ const char* launch_ensemble_forward(const EnsembleProblem<T>& p, Dtype dtype, T*
   const Sizes sizes = make_sizes(p);
   return with_type<T>(dtype, [&](auto element) {
     using E = decltype(element);
-    return launch(ensemble_forward_kernel<T, E>, blocks_for_rows(sizes), stream, sizes, static_cast<const E*>(p.pred),
-                  p.area_weight, out);
+    return launch(ensemble_forward_kernel<T, E>, blocks_for_rows(sizes), stream, static_cast<const E*>(p.pred),
+                  p.area_weight, p.rows, p.corners, p.outs, sizes.lanes, out);
   });
 }
 

@@ -101,15 +101,16 @@ struct RowRange {
 
 // A problem in the layout that its kernels read. latent_map: floats, or in the operands' 16 bits.
 struct DecodeTask : DecodeQueries<float> {
-  int64_t total;  // queries of the whole batch
-  bool latent_is_float;
-  float rel_cell[2];  // of the grid
-
-  int hidden, outs;              // hidden layers after the first; outputs
+  // In this order the 64-wide backward spills nothing on sm_120, where it has no register to spare. ptxas loads
+  // neighboring fields together.
+  float rel_cell[2];             // of the grid
   const unsigned char* weights;  // packed chunks of the hidden layers, see packed_unit
-  const float* packed_vectors;   // of the padded width: biases of the first and the hidden layers, four geometry terms,
-                                 // the last layer's rows, its bias
+  bool latent_is_float;
+  const float* packed_vectors;  // of the padded width: biases of the first and the hidden layers, four geometry terms,
+                                // the last layer's rows, its bias
   int64_t first_tile, tiles;
+  int hidden, outs;  // hidden layers after the first; outputs
+  int64_t total;     // queries of the whole batch
 };
 
 // The backward's arrays, apart from the saved activations. grad_out has out's strides.

@@ -1,11 +1,11 @@
-"""Searches the launch settings of Triton's fused decode on the current GPU; not yet run on one.
+"""Searches the tile configurations of Triton's fused decode on the current GPU; not yet run on one.
 
     python -m bench.tune_triton [--dtype bfloat16 | float16 | float32 | tf32] [--width 256]
 
-Times every setting that compiles and fits, kernel by kernel: the forward in inference (1024x1024 from 256x256), the
-forward that keeps activations and the backward in a training step (16 maps of 48x48, 2304 queries each). The other
-kernels keep the settings of the table. Settings take turns. They are printed from fastest to slowest, with a mark at
-the table's own. Copy a winner into ops/backends/triton/launch.py by hand.
+Times every configuration that compiles and fits, kernel by kernel: the forward in inference (1024x1024 from 256x256),
+the forward that saves activations and the backward in a training step (16 maps of 48x48, 2304 queries each). The other
+kernels keep their configurations from the table. Configurations take turns. They are printed from fastest to slowest,
+with a mark at the table's own. Copy a winner into ops/backends/triton/launch.py by hand.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from triton.backends.compiler import GPUTarget
 from liif_fast import ops
 from liif_fast.benchmark.problem import random_problem
 from liif_fast.benchmark.runs import DTYPES, matmul_in, with_passes
-from liif_fast.ops.backends.triton import decode as triton_decode
+from liif_fast.ops.backends.triton import fused
 from liif_fast.ops.backends.triton.launch import (
     Kernel,
-    Problem,
-    Settings,
+    TileConfig,
+    TileConfigKey,
     current_device,
-    launch_settings,
     product_precision,
+    tile_config,
     tile_width,
 )
 
@@ -37,13 +37,13 @@ NARROW = (64, 128), (64, 128), (4, 8), (2, 3, 4)  # rows, blocks, warps, stages 
 WIDE = (32, 64, 128), (32, 64), (4, 8), (1, 2, 3)  # for operands of 32
 
 
-def candidates(width: int, dtype: torch.dtype) -> list[Settings]:
+def candidates(width: int, dtype: torch.dtype) -> list[TileConfig]:
     """Every combination whose blocks fill the tile; a tile narrower than a block is one block."""
     columns = tile_width(width)
     found = {}
     for rows, block, warps, stages in itertools.product(*(WIDE if dtype == torch.float32 else NARROW)):
         if columns % min(block, columns) == 0:
-            found[Settings(rows, min(block, columns), warps, stages)] = None
+            found[TileConfig(rows, min(block, columns), warps, stages)] = None
     return list(found)
 
 
@@ -73,34 +73,34 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def search(
-    problem: Problem, run: Callable[[], object], settings: list[Settings], clock: Callable[..., float] = milliseconds
-) -> dict[Settings, float]:
-    """Times `run` with every setting of the problem's kernel, in turns.
+    key: TileConfigKey, run: Callable[[], object], tried: list[TileConfig], clock: Callable[..., float] = milliseconds
+) -> dict[TileConfig, float]:
+    """Times `run` with every tile configuration in `tried` for the key's kernel, in turns.
 
-    Returns the median of each setting that runs, the fastest first. Settings that fail are printed with their reason.
+    Returns the median of each one that runs, the fastest first. Those that fail are printed with their reason.
     """
-    times: dict[Settings, list[float]] = {}
+    times: dict[TileConfig, list[float]] = {}
 
-    def choose(wanted: Problem, device: GPUTarget | None) -> Settings:
-        return setting if wanted.kernel == problem.kernel else launch_settings(wanted, device)
+    def choose(wanted: TileConfigKey, device: GPUTarget | None) -> TileConfig:
+        return config if wanted.kernel == key.kernel else tile_config(wanted, device)
 
-    triton_decode.launch_settings = choose
+    fused.tile_config = choose
     try:
         for repetition in range(REPETITIONS + 1):
-            for setting in settings if repetition == 0 else list(times):
+            for config in tried if repetition == 0 else list(times):
                 try:
                     elapsed = clock(run)
                 except Exception as error:  # too much shared memory, or a tile that Triton cannot lay out
-                    times.pop(setting, None)
+                    times.pop(config, None)
                     reason = next(iter(str(error).splitlines()), type(error).__name__)
-                    print(f"{problem.kernel}: {tuple(setting)} does not run: {reason[:100]}")
+                    print(f"{key.kernel}: {tuple(config)} does not run: {reason[:100]}")
                     continue
-                times.setdefault(setting, [])
+                times.setdefault(config, [])
                 if repetition:  # the first call compiles
-                    times[setting].append(elapsed)
+                    times[config].append(elapsed)
     finally:
-        triton_decode.launch_settings = launch_settings
-    medians = {setting: statistics.median(taken) for setting, taken in times.items()}
+        fused.tile_config = tile_config
+    medians = {config: statistics.median(taken) for config, taken in times.items()}
     return dict(sorted(medians.items(), key=lambda item: item[1]))
 
 
@@ -116,11 +116,11 @@ def main() -> None:
     kernels: tuple[Kernel, ...] = ("forward", "save", "backward")
     with matmul_in(args.dtype, device, autocast=False):
         for kernel in kernels:
-            problem = Problem(kernel, tile_width(args.width), dtype, product_precision(dtype))
+            key = TileConfigKey(kernel, tile_width(args.width), dtype, product_precision(dtype))
             run = (inference if kernel == "forward" else training)(dtype, args.width, device)
-            for setting, taken in search(problem, run, candidates(args.width, dtype)).items():
-                mark = "  <- the table's" if setting == launch_settings(problem, current_device()) else ""
-                print(f"{kernel}: {taken:8.3f} ms  rows, block, warps, stages = {tuple(setting)}{mark}")
+            for config, taken in search(key, run, candidates(args.width, dtype)).items():
+                mark = "  <- the table's" if config == tile_config(key, current_device()) else ""
+                print(f"{kernel}: {taken:8.3f} ms  rows, block, warps, stages = {tuple(config)}{mark}")
 
 
 if __name__ == "__main__":

@@ -151,7 +151,9 @@ _CUDA = {"op_backend": "cuda", "has_tf32": True, "has_atomics": True}
 _CUDA["chunks"] = ((f"{_MODULES}.cuda.decode", "_CHUNK_ROWS", 128),)
 _TRITON = {"op_backend": "triton", "has_tf32": True, "has_atomics": True, "most_outs": 8}
 _TRITON["rounds_edges"] = True
-_TRITON["chunks"] = tuple((f"{_MODULES}.triton.{name}", "PIECE_BYTES", 20_000) for name in ("decode", "layerwise"))
+_TRITON["chunks"] = tuple(
+    (f"{_MODULES}.triton.{name}", f"{name.upper()}_CHUNK_BYTES", 20_000) for name in ("fused", "layerwise")
+)
 _ROWS = [
     Backend("reference", "reference", _reference),
     *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ("avx512", "avx2", "portable")),

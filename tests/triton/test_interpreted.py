@@ -6,8 +6,8 @@ tests/ops compares every result. Run by `TRITON_INTERPRET=1 python -m pytest tes
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from importlib import import_module
 
 import pytest
 import torch
@@ -18,9 +18,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-from liif_fast.ops.backends.triton import launch, pack
-from liif_fast.ops.backends.triton.problem import decode_points
+from liif_fast.ops.backends.triton import fused, launch
 from liif_fast.ops.backends.triton.rows import as_operand
+from liif_fast.ops.decode_inputs import DecodeInputs
 from tests.backends import KINDS, TABLE
 from tests.helpers import Case, random_problem
 from tests.ops.rounded_model import to_tf32
@@ -65,8 +65,11 @@ def test_layers_are_packed_as_the_kernels_read_them(operands, precision, backwar
     _, coord, cell, weights, biases = random_problem(case, torch.float32)
     weights[2] = weights[2].t().contiguous().t()
     latent_map = torch.zeros(1, 2, 2, 20)
-    decode = decode_points(latent_map, coord, cell, weights[0][:, -4:], biases[0], True)
-    imnet = pack.pack(decode, weights[1:], biases, operands, precision, backward=backward)
+    inputs = DecodeInputs(
+        latent_map, coord, cell, weights[0][:, -4:], weights[1:], biases, [], [], True, matmul_dtype=operands
+    )
+    chunk = dataclasses.replace(launch.DecodeChunk.whole(inputs), precision=precision)
+    imnet = fused.pack(chunk, backward=backward)
 
     def rounded(tensor: torch.Tensor) -> torch.Tensor:
         return to_tf32(tensor) if precision == "tf32" else tensor.to(operands).float()
@@ -103,9 +106,7 @@ def test_memory_holds_fewer_columns_than_a_tile(hidden, kind):
 @pytest.mark.parametrize("kind", ["float32", "float16"])
 def test_forward_and_backward_may_cut_a_layer_differently(monkeypatch, kind, save, backward):
     blocks = {"forward": 32, "save": save, "backward": backward}
-    settings = lambda problem, _: launch.Settings(64, blocks[problem.kernel], 4, 2)  # noqa: E731
-    # By name: a function hides the module of the same name.
-    monkeypatch.setattr(import_module("liif_fast.ops.backends.triton.decode"), "launch_settings", settings)
+    monkeypatch.setattr(fused, "tile_config", lambda key, _: launch.TileConfig(64, blocks[key.kernel], 4, 2))
     check_decode(BACKEND, KIND[kind], Case(hidden=(120, 100), queries=8), "points")
 
 

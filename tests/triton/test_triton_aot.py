@@ -22,7 +22,7 @@ BUDGET = json.loads((ROOT / "tests" / "triton" / "budget.json").read_text())
 ARCHS = (80, 86, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # Kernels without a product of their own that may be fused: whatever multiplies and adds there is geometry.
-GEOMETRY_ONLY = ("gather_forward_kernel", "gather_latent_kernel", "latent_kernel")
+GEOMETRY_ONLY = ("gather_forward_kernel", "latent_kernel")
 
 VERSION = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else ""
 pytestmark = [pytest.mark.prove, pytest.mark.skipif(not VERSION, reason="Triton is not installed")]
@@ -87,20 +87,20 @@ def test_kernels_fit_the_shared_memory(arch):
     assert needed and max(needed.values()) <= SHARED_LIMIT[arch]
 
 
-def chains(arch: int) -> list[tuple[str, dict]]:
-    return [(name, kernel) for at, name, kernel in kernels() if at == arch and kernel["kernel"].startswith("chain_")]
+def fused_decodes(arch: int) -> list[tuple[str, dict]]:
+    return [(name, kernel) for at, name, kernel in kernels() if at == arch and name.startswith("fused_decode_")]
 
 
 def test_the_decode_uses_hoppers_tensor_cores():
-    hgmma = [kernel["hgmma"] for name, kernel in chains(90) if not name.endswith("ieee")]
+    hgmma = [kernel["hgmma"] for name, kernel in fused_decodes(90) if not name.endswith("ieee")]
     assert len(hgmma) >= 8 and min(hgmma) > 0
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_float32_multiplies_in_the_precision_it_is_told(arch):
-    tf32 = [kernel for name, kernel in chains(arch) if name.endswith("tf32")]
-    ieee = [kernel for name, kernel in chains(arch) if name.endswith("ieee")]
-    others = [kernel for name, kernel in chains(arch) if not name.endswith(("tf32", "ieee"))]
+    tf32 = [kernel for name, kernel in fused_decodes(arch) if name.endswith("tf32")]
+    ieee = [kernel for name, kernel in fused_decodes(arch) if name.endswith("ieee")]
+    others = [kernel for name, kernel in fused_decodes(arch) if not name.endswith(("tf32", "ieee"))]
     assert len(tf32) == 3 and all(kernel["tensor"] == kernel["tf32"] > 0 for kernel in tf32)
     assert len(ieee) == 3 and all(kernel["tensor"] == 0 and kernel["fma"] > 0 for kernel in ieee)
     assert len(others) >= 3 and all(kernel["tensor"] > 0 and kernel["tf32"] == 0 for kernel in others)
@@ -109,9 +109,9 @@ def test_float32_multiplies_in_the_precision_it_is_told(arch):
 @budgeted
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_decode_spills_nothing(arch):
-    stack = {name: kernel["stack"] for name, kernel in chains(arch)}
+    stack = {name: kernel["stack"] for name, kernel in fused_decodes(arch)}
     assert {
-        f"chain_forward_kernel/{variant}"
+        f"fused_decode_forward_kernel/{variant}"
         for variant in ("grid", "grid-tf32", "grid-ieee", "save", "save-tf32", "save-ieee", "save-padded")
     } <= set(stack)
     assert not any(stack.values())

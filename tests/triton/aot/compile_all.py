@@ -78,7 +78,7 @@ def variant_of(options: dict) -> str:
     names = [name.lower() for name in ("SAVE", "COORD", "GRID") if options.get(name)]
     if "PRECISION" in options and options["OP"] == tl.float32:
         names.append(options["PRECISION"])
-    if "KEPT" in options and options["KEPT"] < options["NB"] * options["BLOCK"]:
+    if "STORED" in options and options["STORED"] < options["NB"] * options["BLOCK"]:
         names.append("padded")
     return "-".join(names)
 
@@ -97,30 +97,30 @@ def watch(found: dict) -> None:
 
 
 def decode(dtype: torch.dtype, width: int, *, grid: bool, save: bool, coord_grad: bool, ensemble: bool = True) -> None:
-    """A decode with three hidden products, and its backward where it keeps something for it."""
+    """A decode with three hidden products, and its backward if the forward saves activations for one."""
     from liif_fast.ops.backends import triton as triton_backend
+    from liif_fast.ops.decode_inputs import DecodeInputs
 
     narrow = dtype in (torch.bfloat16, torch.float16)
-    latent_map = torch.zeros(1, 8, 8, width, dtype=torch.float32 if save and narrow else dtype)
     geometry = torch.float64 if dtype == torch.float64 else torch.float32
     widths = [width] * 4 + [3]
-    layers = (
-        torch.zeros(width, 4),
-        [torch.zeros(o, i) for i, o in itertools.pairwise(widths)],
-        [torch.zeros(w) for w in widths],
+    inputs = DecodeInputs(
+        latent_map=torch.zeros(1, 8, 8, width, dtype=torch.float32 if save and narrow else dtype),
+        coord=None if grid else torch.zeros(1, 64, 2, dtype=geometry),
+        cell=None if grid else torch.ones(1, 64, 2, dtype=geometry),
+        weight_geometry=torch.zeros(width, 4),
+        weights=[torch.zeros(o, i) for i, o in itertools.pairwise(widths)],
+        biases=[torch.zeros(w) for w in widths],
+        grid=[8, 8, 0, 0, 8, 8, 0, 0, 8, 8] if grid else [],
+        grid_cell=[0.1, 0.1] if grid else [],
+        local_ensemble=ensemble,
+        matmul_dtype=dtype,
     )
-    size = triton_backend.saved_bytes(64, 64 * (4 if ensemble else 1), widths, dtype, coord_grad) if save else 0
+    size = triton_backend.saved_bytes(inputs, coord_grad) if save else 0
     saved = torch.empty(size, dtype=torch.uint8)
-    if grid:
-        where = ([8, 8, 0, 0, 8, 8, 0, 0, 8, 8], [0.1, 0.1])
-        out = triton_backend.render(latent_map, *layers, *where, ensemble, dtype, saved)
-        if save:
-            triton_backend.render_backward(out, saved, latent_map, *layers, *where, ensemble, dtype)
-        return
-    where = (torch.zeros(1, 64, 2, dtype=geometry), torch.ones(1, 64, 2, dtype=geometry))
-    out = triton_backend.query(latent_map, *where, *layers, ensemble, dtype, coord_grad, saved)
+    out = triton_backend.decode(inputs, saved, coord_grad)
     if save:
-        triton_backend.query_backward(out, saved, latent_map, *where, *layers, ensemble, dtype, coord_grad)
+        triton_backend.decode_backward(out, saved, inputs, coord_grad)
 
 
 def everything_else(dtype: torch.dtype) -> None:

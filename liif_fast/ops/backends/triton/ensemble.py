@@ -35,7 +35,7 @@ def ensemble_backward_kernel(
     grad_out, pred, area_weight, grad_pred, grad_area_weight, count, corners, outs,
     T: tl.constexpr, QUERIES: tl.constexpr, OUTS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a few queries' predictions, and of their weights: sums over all outputs."""
+    """Gradients of a few queries' predictions and of their area weights, which are sums over all outputs."""
     query = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
     valid = query < count
     for corner in range(corners):
@@ -59,7 +59,7 @@ def _tile(outs: int) -> tuple[int, int]:
 
 
 def ensemble(pred: Tensor, area_weight: Tensor) -> Tensor:
-    """[B, Q, S, O] and [B, Q, S] -> [B, Q, O] in area_weight's dtype; see `library.ensemble`."""
+    """[B, Q, S, O] and [B, Q, S] -> [B, Q, O] in area_weight's dtype."""
     batch, queries, corners, outs = pred.shape
     out = area_weight.new_zeros(batch, queries, outs)
     if pred.numel() == 0:
@@ -74,7 +74,7 @@ def ensemble(pred: Tensor, area_weight: Tensor) -> Tensor:
 
 
 def ensemble_backward(grad_out: Tensor, pred: Tensor, area_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of pred and area_weight in area_weight's dtype; see `library.ensemble_backward`."""
+    """Gradients of pred and area_weight in area_weight's dtype."""
     batch, queries, corners, outs = pred.shape
     grad_pred = torch.zeros_like(pred, dtype=area_weight.dtype, memory_format=torch.contiguous_format)
     grad_area_weight = torch.zeros_like(area_weight, memory_format=torch.contiguous_format)

@@ -1,45 +1,111 @@
-"""The fused decode in Triton: gather, every layer and the ensemble in one kernel, and the way back through the layers.
+"""The fused decode in Triton: gather, every layer and the ensemble in one kernel, and the backward through the layers.
 
-A tile of rows stays on the chip from the first layer to the last. Activations are NB blocks of BLOCK columns; every
-step makes one block of the next layer, so that a step's weights, [BLOCK, NB * BLOCK], are all of them that is in shared
-memory, and Triton's pipeline fetches the next ones meanwhile. The launch says how many stages ahead: a loop that says
-so itself would put biases and masks into the pipeline too, which need the room of a block.
+A tile of rows stays on the chip from the first layer to the last. Activations are NB blocks of BLOCK columns. Each step
+computes one block of the next layer, so that shared memory holds only that step's weights, [BLOCK, NB * BLOCK], while
+Triton's pipeline loads the next ones. The launch sets the number of pipeline stages: if the loop set it, the pipeline
+would include biases and masks, which need the room of a block.
 
-With 16-bit operands a tile's activations, old and new, fit the registers. One loop walks all steps, and what travels
-from one to the next does so as integers: a product whose left operand is the loop's own argument would go through
-shared memory, a bitcast keeps it in registers. In float32 they are too many, so there shared memory is what is wanted
-for the old ones: a loop over layers puts them there once, and a loop within it makes the new ones.
+In 16 bits, a tile's old and new activations fit in registers. One loop runs over all steps and carries activations as
+integers: a product whose left operand is a loop argument would go through shared memory, a bitcast keeps it in
+registers. In float32 old and new activations do not both fit in registers. The outer loop (layers) keeps the old ones
+in shared memory; the inner loop computes the new ones.
 
-The last layer and its gradient are products of 16 columns: twice the same eight outputs (or less), once with the
-operand rounded and once with what rounding left over, so that both are as good as in float32.
+The last layer and its gradient are products of 16 columns: the same eight outputs (or fewer) twice, once with the
+operand rounded and once with the rounding error, so that both are as accurate as in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ...decode_inputs import DecodeInputs
+from .launch import (
+    DTYPES,
+    OPTIONS,
+    DecodeChunk,
+    Kernel,
+    Shapes,
+    TileConfigKey,
+    current_device,
+    padded_width,
+    tile_config,
+    tile_width,
+)
+from .layerwise import DecodeGrads, backward_first_layer, product_of_rows
 from .rows import as_operand, find_queries, find_rows, first_layer, joined, out_offset, relu
 
-OUTS = tl.constexpr(8)  # at most; a last layer's product has twice as many columns
+MAX_WIDTH = 256  # of a hidden layer: registers do not hold wider ones
+MAX_OUTS = tl.constexpr(8)  # a last layer's product has twice as many columns
+FUSED_CHUNK_BYTES = 1 << 29  # of activations and their gradients if the backward computes activations again
+
+
+class PackedImnet(NamedTuple):
+    """The layers as kernels read them; P is the tile width of the widest hidden layer, L the hidden products."""
+
+    first: Tensor  # [terms + 1, P], float32
+    weights: Tensor  # [L, P, P] (out, in), for float32's backward (in, out); matmul_dtype
+    biases: Tensor  # [L, P], float32
+    last: Tensor  # [P, 16]: the last layer's columns rounded, then their rounding errors; matmul_dtype
+    last_bias: Tensor  # [8], float32
+
+
+class SavedActivations(NamedTuple):
+    """What the forward saves for the backward; S is the padded width of the widest hidden layer."""
+
+    acts: Tensor  # [L, rows, S], the hidden layers' inputs, in matmul_dtype
+    masks: Tensor  # which activations are positive: [L + 1, rows, mask_bytes]
+    blended: Tensor  # [queries, S], float32
+    preds: Tensor  # [rows, 8], float32; empty without gradients of coordinates
+
+
+class RowGrads(NamedTuple):
+    """What the backward kernel writes."""
+
+    layers: Tensor  # [L + 1, rows, S]: gradients of every layer's output before its ReLU, in matmul_dtype
+    bias_sums: Tensor  # [tiles, L, P]: each tile's sums for the hidden layers' biases
+    area_weight: Tensor  # [rows]; empty without gradients of coordinates
+
+
+class TileMemory(NamedTuple):
+    """Where a tile's rows are in the memory of saved activations or of gradients, STORED columns a row."""
+
+    layers: Any  # pointer to the tile's first row in the first layer's activations or gradients
+    masks: Any  # pointer to the tile's first row in the first layer's masks
+    total: Any  # rows of the whole launch, the distance between layers
+    valid: Any  # [ROWS]
+    row: Any  # [ROWS], distance from the tile's first row
+    block: Any  # [ROWS, BLOCK]: offsets of a block's values
 
 
 @triton.constexpr_function
 def mask_bytes(width, wide):
-    """Bytes that say which of a row's `width` activations are positive: bits of 16-bit ones, in eights for 64 columns;
-    bytes of wider ones, for which bits would save little."""
+    """Bytes of the ReLU mask of a row of `width` activations: eight bytes for 64 columns of 16 bits; a byte for each
+    column of 32 bits, where bits would save little."""
     return width if wide else (width + 63) // 64 * 8
+
+
+@triton.constexpr_function
+def carrier(op):
+    """The dtype in which activations go from layer to layer."""
+    return tl.float32 if op == tl.float32 else tl.int16
 
 
 @triton.jit
 def pack_kernel(
-    layers, layer_biases, weights, biases, last, last_bias,
+    layers, layer_biases, imnet,
     WIDTHS: tl.constexpr, TRANSPOSED: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a hidden layer's weights, [P, P] with zeros behind its widths, or of the last layer's.
+    """Packs a tile of a hidden layer's weights, [P, P] with zeros past its widths, or of the last layer's weights.
 
-    layers: weights [out, in], a tuple; WIDTHS: of every layer, the first one's output to the last one's.
+    layers: tuple of weights [out, in]; WIDTHS: outputs of every layer from the first to the last.
     """
     HIDDEN: tl.constexpr = len(WIDTHS) - 2
     tiles: tl.constexpr = P // TILE
@@ -54,23 +120,23 @@ def pack_kernel(
             place = layers[layer] + output[:, None] * WIDTHS[layer] + column[None, :]
             value = as_operand(tl.load(place, mask=inside, other=0.0).to(tl.float32), OP, PRECISION)
             if TRANSPOSED:
-                tl.store(weights + layer * (P * P) + column[None, :] * P + output[:, None], value)
+                tl.store(imnet.weights + layer * (P * P) + column[None, :] * P + output[:, None], value)
             else:
-                tl.store(weights + layer * (P * P) + output[:, None] * P + column[None, :], value)
+                tl.store(imnet.weights + layer * (P * P) + output[:, None] * P + column[None, :], value)
             bias = tl.load(layer_biases[layer + 1] + output, mask=exists, other=0.0).to(tl.float32)
-            tl.store(biases + layer * P + output, bias, mask=((output >= 0) & (tile % tiles == 0)) != 0)
+            tl.store(imnet.biases + layer * P + output, bias, mask=((output >= 0) & (tile % tiles == 0)) != 0)
     if part == HIDDEN:
-        number = tl.arange(0, OUTS)
+        number = tl.arange(0, MAX_OUTS)
         exists = number < WIDTHS[HIDDEN + 1]
         inside = (column < WIDTHS[HIDDEN])[:, None] & exists[None, :]
         place = layers[HIDDEN] + number[None, :] * WIDTHS[HIDDEN] + column[:, None]
         value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         rounded = as_operand(value, OP, PRECISION)
-        place = last + column[:, None] * (2 * OUTS) + number[None, :]
+        place = imnet.last + column[:, None] * (2 * MAX_OUTS) + number[None, :]
         tl.store(place, rounded)
-        tl.store(place + OUTS, as_operand(value - rounded.to(tl.float32), OP, PRECISION))
+        tl.store(place + MAX_OUTS, as_operand(value - rounded.to(tl.float32), OP, PRECISION))
         bias = tl.load(layer_biases[HIDDEN + 1] + number, mask=exists, other=0.0)
-        tl.store(last_bias + number, bias.to(tl.float32))
+        tl.store(imnet.last_bias + number, bias.to(tl.float32))
 
 
 @triton.jit
@@ -83,8 +149,8 @@ def multiply(blocks, weights, offsets, total, step, NB: tl.constexpr, OP: tl.con
 
 
 @triton.jit
-def no_blocks(NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Room for the blocks of a layer in float32."""
+def zero_blocks(NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """The blocks of a layer in float32, to be replaced one by one."""
     blocks = ()
     for _ in tl.static_range(NB):
         blocks = blocks + (tl.zeros([ROWS, BLOCK], tl.float32),)
@@ -92,8 +158,8 @@ def no_blocks(NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def put(blocks, block, slot, NB: tl.constexpr):
-    """The blocks with number `slot` replaced."""
+def replace_block(blocks, block, slot, NB: tl.constexpr):
+    """The blocks with block number `slot` replaced."""
     replaced = ()
     for k in tl.static_range(NB):
         replaced = replaced + (tl.where(slot == k, block, blocks[k]),)
@@ -101,283 +167,387 @@ def put(blocks, block, slot, NB: tl.constexpr):
 
 
 @triton.jit
-def advance(blocks, made, block, slot, NB: tl.constexpr):
-    """After block number `slot` of a layer was made: (the activations of the next step, the blocks made so far)."""
+def advance(blocks, computed, block, slot, NB: tl.constexpr):
+    """After block number `slot` of a layer: (the input blocks of the next step, the blocks computed so far)."""
     if NB == 1:
-        return (block,), made
+        return (block,), computed
     else:
         done = slot == NB - 1
         following = ()
         for k in tl.static_range(NB - 1):
-            following = following + (tl.where(done, made[k], blocks[k]),)
+            following = following + (tl.where(done, computed[k], blocks[k]),)
         following = following + (tl.where(done, block, blocks[NB - 1]),)
         if NB == 2:
             return following, (block,)
         else:
-            kept = ()
-            for k in tl.static_range(NB - 1):
-                kept = kept + (tl.where(slot == k, block, made[k]),)
-            return following, kept
+            return following, replace_block(computed, block, slot, NB - 1)
 
 
 @triton.jit
-def kept_columns(valid, slot, KEPT: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr):
-    """Which of a block's values memory has a place for: rows that exist, columns before KEPT."""
-    if KEPT == NB * BLOCK:
+def stored_columns(valid, slot, STORED: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr):
+    """Which of a block's values have a place in memory: rows that exist, columns before STORED."""
+    if STORED == NB * BLOCK:
         return valid[:, None]
     else:
-        return valid[:, None] & (slot * BLOCK + tl.arange(0, BLOCK) < KEPT)[None, :]
+        return valid[:, None] & (tl.arange(0, BLOCK) + slot * BLOCK < STORED)[None, :]
 
 
 @triton.jit
-def store_mask(
-    masks, before, row, slot, valid, carried,
-    KEPT: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Keeps which columns of a block are positive, behind `before` rows of other layers, in mask_bytes a row.
+def mask_place(memory, layer, slot, WIDE: tl.constexpr, STORED: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to the ReLU mask of a tile's block."""
+    stride: tl.constexpr = mask_bytes(STORED, WIDE)
+    size: tl.constexpr = mask_bytes(BLOCK, WIDE)
+    place = memory.masks + (layer * memory.total * stride + slot * size)
+    return place + (memory.row * stride)[:, None] + tl.arange(0, size)[None, :]
 
-    Where those are bits, bit j of byte i is column 8j + i of 64. carried: activations after ReLU, as they travel; as
-    integers those are positive where the activations are, or NaN.
+
+@triton.jit
+def store_mask(memory, layer, slot, carried, STORED: tl.constexpr, NB: tl.constexpr):
+    """Stores which columns of a block are positive.
+
+    As bits, bit j of byte i is column 8j + i of 64. carried: activations after ReLU as they go from layer to layer. As
+    integers they are positive where the activations are positive or NaN.
     """
     WIDE: tl.constexpr = carried.dtype != tl.int16
-    stride: tl.constexpr = mask_bytes(KEPT, WIDE)
+    ROWS: tl.constexpr = carried.shape[0]
+    BLOCK: tl.constexpr = carried.shape[1]
     size: tl.constexpr = mask_bytes(BLOCK, WIDE)
-    place = masks + (before * stride + slot * size) + (row * stride)[:, None] + tl.arange(0, size)[None, :]
+    place = mask_place(memory, layer, slot, WIDE, STORED, BLOCK)
     if WIDE:
         positive = carried.to(tl.int32, bitcast=True) > 0
-        tl.store(place, positive.to(tl.uint8), mask=kept_columns(valid, slot, KEPT, NB, BLOCK))
+        tl.store(place, positive.to(tl.uint8), mask=stored_columns(memory.valid, slot, STORED, NB, BLOCK))
     else:
         tl.static_assert(NB == 1 or BLOCK % 64 == 0, "blocks share no group of 64 columns")
         BITS: tl.constexpr = BLOCK // size
         bit = tl.arange(0, BITS)
         positive = tl.reshape(carried > 0, [ROWS, size // 8, BITS, 8])
         bits = tl.sum(tl.where(positive, (1 << bit)[None, None, :, None], 0), axis=2)
-        tl.store(place, tl.reshape(bits, [ROWS, size]).to(tl.uint8), mask=valid[:, None])
+        tl.store(place, tl.reshape(bits, [ROWS, size]).to(tl.uint8), mask=memory.valid[:, None])
 
 
 @triton.jit
-def load_mask(
-    masks, before, row, slot, valid,
-    OP: tl.constexpr, KEPT: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """What store_mask kept, [ROWS, BLOCK]; columns behind KEPT are not positive."""
-    WIDE: tl.constexpr = OP == tl.float32
-    stride: tl.constexpr = mask_bytes(KEPT, WIDE)
+def load_mask(memory, layer, slot, WIDE: tl.constexpr, STORED: tl.constexpr, NB: tl.constexpr):
+    """What store_mask stored, [ROWS, BLOCK]; columns from STORED on are not positive."""
+    ROWS: tl.constexpr = memory.block.shape[0]
+    BLOCK: tl.constexpr = memory.block.shape[1]
     size: tl.constexpr = mask_bytes(BLOCK, WIDE)
-    place = masks + (before * stride + slot * size) + (row * stride)[:, None] + tl.arange(0, size)[None, :]
+    place = mask_place(memory, layer, slot, WIDE, STORED, BLOCK)
     if WIDE:
-        return tl.load(place, mask=kept_columns(valid, slot, KEPT, NB, BLOCK), other=0) != 0
+        return tl.load(place, mask=stored_columns(memory.valid, slot, STORED, NB, BLOCK), other=0) != 0
     else:
         tl.static_assert(NB == 1 or BLOCK % 64 == 0, "blocks share no group of 64 columns")
         bit = tl.arange(0, BLOCK // size)
-        bits = tl.reshape(tl.load(place, mask=valid[:, None], other=0), [ROWS, size // 8, 1, 8]).to(tl.int32)
+        bits = tl.reshape(tl.load(place, mask=memory.valid[:, None], other=0), [ROWS, size // 8, 1, 8]).to(tl.int32)
         return tl.reshape((bits & (1 << bit)[None, None, :, None]) != 0, [ROWS, BLOCK])
 
 
 @triton.jit
 def forward_block(
-    blocks, weights, biases, offsets, acts, masks, block_of_row, row, valid, number, layers, step, slot,
-    SAVE: tl.constexpr, OP: tl.constexpr, CARRY: tl.constexpr, PRECISION: tl.constexpr,
-    KEPT: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    blocks, imnet, memory, offsets, layers, step, slot,
+    SAVE: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, STORED: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
-    """Block `slot` of the next layer, as it travels; kept for SAVE."""
+    """Computes block `slot` of the next layer, in the dtype in which it is carried; SAVE stores it."""
+    ROWS: tl.constexpr = memory.block.shape[0]
+    BLOCK: tl.constexpr = memory.block.shape[1]
     P: tl.constexpr = NB * BLOCK
     inner = tl.arange(0, BLOCK)
-    total = tl.broadcast_to(tl.load(biases + step * BLOCK + inner)[None, :], [ROWS, BLOCK])
-    total = multiply(blocks, weights + step * (BLOCK * P), offsets, total, BLOCK, NB, OP, PRECISION)
+    total = tl.broadcast_to(tl.load(imnet.biases + step * BLOCK + inner)[None, :], [ROWS, BLOCK])
+    total = multiply(blocks, imnet.weights + step * (BLOCK * P), offsets, total, BLOCK, NB, OP, PRECISION)
     value = as_operand(relu(total), OP, PRECISION)
-    carried = value.to(CARRY, bitcast=True)
+    carried = value.to(carrier(OP), bitcast=True)
     if SAVE:
-        before = (step // NB + 1) * number  # rows of the layers before
-        store_mask(masks, before, row, slot, valid, carried, KEPT, NB, BLOCK, ROWS)
-        place = acts + (before * KEPT + slot * BLOCK) + block_of_row
-        inside = kept_columns(valid, slot, KEPT, NB, BLOCK)
+        layer = step // NB + 1
+        store_mask(memory, layer, slot, carried, STORED, NB)
+        place = memory.layers + (layer * memory.total * STORED + slot * BLOCK) + memory.block
+        inside = stored_columns(memory.valid, slot, STORED, NB, BLOCK)
         tl.store(place, value, mask=(inside & (step < (layers - 1) * NB)) != 0)
     return carried
 
 
 @triton.jit(do_not_specialize=["layers"])
-def chain_forward_kernel(
-    latent_map, coord, cell, first, weights, biases, last, last_bias, out, acts, masks, blended, preds,
-    places, rows, cols, image_rows, image_cols, layers,
-    WIDTH: tl.constexpr, NUMBER: tl.constexpr, TERMS: tl.constexpr, GRID: tl.constexpr, ENSEMBLE: tl.constexpr,
-    SAVE: tl.constexpr, COORD: tl.constexpr, OP: tl.constexpr, CARRY: tl.constexpr, PRECISION: tl.constexpr,
-    KEPT: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+def fused_decode_forward_kernel(
+    latent_map, imnet, out, saved, grid, layers,
+    WIDTH: tl.constexpr, OUTS: tl.constexpr, TERMS: tl.constexpr, GRID: tl.constexpr, ENSEMBLE: tl.constexpr,
+    SAVE: tl.constexpr, COORD: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, STORED: tl.constexpr,
+    NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Decodes a tile of queries to NUMBER outputs.
+    """Decodes a tile of queries to OUTS outputs.
 
-    first [TERMS + 1, P] and biases [layers, P] in float32, weights [layers, P, P] (out, in) and last [P, 16] in OP,
-    last_bias [8]; P = NB * BLOCK. SAVE keeps what the backward needs: inputs of the hidden layers acts
-    [layers, rows, KEPT], masks [layers + 1, rows, ...], blended [queries, KEPT] and, for COORD, preds [rows, 8].
+    imnet: PackedImnet with P = NB * BLOCK; its weights and last are in OP. SAVE fills saved, SavedActivations; its
+    preds only with COORD. `layers` is the number of hidden products.
     """
     T: tl.constexpr = tl.float32
     P: tl.constexpr = NB * BLOCK
     CORNERS: tl.constexpr = 4 if ENSEMBLE else 1
     QUERIES: tl.constexpr = ROWS // CORNERS
     tile = tl.program_id(0).to(tl.int64)
-    valid, flat, latent, weight, rel, first_row, row = find_rows(
-        tile, coord, cell, places, rows, cols, image_rows, image_cols, TERMS, GRID, ENSEMBLE, T, ROWS
-    )
-    number = joined(places.total) * CORNERS
-    latent = tl.where(valid, latent, 0)
+    found = find_rows(tile, grid, TERMS, GRID, ENSEMBLE, T, ROWS)
+    valid = found.valid
+    row = found.distance
+    latent = tl.where(valid, found.latent, 0)
     inner = tl.arange(0, BLOCK)
-    block_of_row = row[:, None] * KEPT + inner[None, :]
-    if SAVE:
-        acts += first_row * KEPT
-        masks += first_row * mask_bytes(KEPT, OP == tl.float32)
+    memory = TileMemory(
+        saved.acts + found.first_row * STORED,
+        saved.masks + found.first_row * mask_bytes(STORED, OP == tl.float32),
+        joined(grid.total) * CORNERS,
+        valid,
+        row,
+        row[:, None] * STORED + inner[None, :],
+    )
     blocks = ()
     for k in tl.static_range(NB):
-        value = relu(first_layer(latent_map, latent, rel, first, k * BLOCK + inner, WIDTH, P, TERMS, T))
+        value = relu(first_layer(latent_map, latent, found.rel, imnet.first, k * BLOCK + inner, WIDTH, P, TERMS, T))
         value = as_operand(value, OP, PRECISION)
-        carried = value.to(CARRY, bitcast=True)
+        carried = value.to(carrier(OP), bitcast=True)
         if SAVE:
-            store_mask(masks, 0, row, k, valid, carried, KEPT, NB, BLOCK, ROWS)
-            inside = kept_columns(valid, k, KEPT, NB, BLOCK)
-            tl.store(acts + k * BLOCK + block_of_row, value, mask=(inside & (layers > 0)) != 0)
+            store_mask(memory, 0, k, carried, STORED, NB)
+            inside = stored_columns(valid, k, STORED, NB, BLOCK)
+            tl.store(memory.layers + k * BLOCK + memory.block, value, mask=(inside & (layers > 0)) != 0)
         blocks = blocks + (carried,)
     offsets = inner[None, :] * P + inner[:, None]
     if OP == tl.float32:
         for layer in range(layers):
-            made = no_blocks(NB, BLOCK, ROWS)
+            computed = zero_blocks(NB, BLOCK, ROWS)
             for slot in range(NB):
                 step = layer * NB + slot
                 carried = forward_block(
-                    blocks, weights, biases, offsets, acts, masks, block_of_row, row, valid, number, layers, step, slot,
-                    SAVE, OP, CARRY, PRECISION, KEPT, NB, BLOCK, ROWS,
-                )  # fmt: skip
-                made = put(made, carried, slot, NB)
-            blocks = made
+                    blocks, imnet, memory, offsets, layers, step, slot, SAVE, OP, PRECISION, STORED, NB
+                )
+                computed = replace_block(computed, carried, slot, NB)
+            blocks = computed
     else:
-        made = blocks[1:]
+        computed = blocks[1:]
         for step in range(layers * NB):
             slot = step % NB
-            carried = forward_block(
-                blocks, weights, biases, offsets, acts, masks, block_of_row, row, valid, number, layers, step, slot,
-                SAVE, OP, CARRY, PRECISION, KEPT, NB, BLOCK, ROWS,
-            )  # fmt: skip
-            blocks, made = advance(blocks, made, carried, slot, NB)
+            carried = forward_block(blocks, imnet, memory, offsets, layers, step, slot, SAVE, OP, PRECISION, STORED, NB)
+            blocks, computed = advance(blocks, computed, carried, slot, NB)
 
-    pair = tl.arange(0, 2 * OUTS)
-    output = tl.arange(0, OUTS)
-    exists, entry, _, _, first_query, query = find_queries(tile, tl.arange(0, QUERIES), places, GRID, QUERIES)
+    pair = tl.arange(0, 2 * MAX_OUTS)
+    output = tl.arange(0, MAX_OUTS)
+    exists, entry, _, _, first_query, query = find_queries(tile, tl.arange(0, QUERIES), grid, GRID, QUERIES)
     query = first_query + query
-    pred = tl.zeros([ROWS, 2 * OUTS], T)
+    pred = tl.zeros([ROWS, 2 * MAX_OUTS], T)
     for k in tl.static_range(NB):
         value = blocks[k].to(OP, bitcast=True)
         column = k * BLOCK + inner
-        weight_pair = tl.load(last + column[:, None] * (2 * OUTS) + pair[None, :])
+        weight_pair = tl.load(imnet.last + column[:, None] * (2 * MAX_OUTS) + pair[None, :])
         pred = tl.dot(value, weight_pair, pred, input_precision=PRECISION)
         if SAVE:
-            blend = tl.sum(tl.reshape(value.to(T) * weight[:, None], [QUERIES, CORNERS, BLOCK]), axis=1)
-            inside = kept_columns(exists, k, KEPT, NB, BLOCK)
-            tl.store(blended + query[:, None] * KEPT + column[None, :], blend, mask=inside)
+            blend = tl.sum(tl.reshape(value.to(T) * found.area_weight[:, None], [QUERIES, CORNERS, BLOCK]), axis=1)
+            inside = stored_columns(exists, k, STORED, NB, BLOCK)
+            tl.store(saved.blended + query[:, None] * STORED + column[None, :], blend, mask=inside)
     if COORD:
-        both = tl.sum(tl.reshape(pred, [ROWS, 2, OUTS]), axis=1)
-        tl.store(preds + first_row * OUTS + row[:, None] * OUTS + output[None, :], both, mask=valid[:, None])
-    value = tl.sum(tl.reshape(pred * weight[:, None], [QUERIES, CORNERS, 2 * OUTS]), axis=1)
-    value = tl.sum(tl.reshape(value, [QUERIES, 2, OUTS]), axis=1) + tl.load(last_bias + output)[None, :]
-    place = out_offset(query[:, None], entry, output[None, :], NUMBER, places, GRID)
-    tl.store(out + place, value, mask=exists[:, None] & (output < NUMBER)[None, :])
+        both = tl.sum(tl.reshape(pred, [ROWS, 2, MAX_OUTS]), axis=1)
+        place = saved.preds + found.first_row * MAX_OUTS + row[:, None] * MAX_OUTS + output[None, :]
+        tl.store(place, both, mask=valid[:, None])
+    value = tl.sum(tl.reshape(pred * found.area_weight[:, None], [QUERIES, CORNERS, 2 * MAX_OUTS]), axis=1)
+    value = tl.sum(tl.reshape(value, [QUERIES, 2, MAX_OUTS]), axis=1) + tl.load(imnet.last_bias + output)[None, :]
+    place = out_offset(query[:, None], entry, output[None, :], OUTS, grid, GRID)
+    tl.store(out + place, value, mask=exists[:, None] & (output < OUTS)[None, :])
 
 
 @triton.jit
 def backward_block(
-    blocks, weights, offsets, masks, sums, grads, block_of_row, row, valid, number, layer, slot,
-    OP: tl.constexpr, CARRY: tl.constexpr, PRECISION: tl.constexpr,
-    KEPT: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    blocks, imnet, memory, sums, offsets, layer, slot,
+    OP: tl.constexpr, PRECISION: tl.constexpr, STORED: tl.constexpr, NB: tl.constexpr,
 ):  # fmt: skip
-    """Block `slot` of the gradient of a layer's input before its ReLU, as it travels."""
+    """Computes block `slot` of the gradient of a layer's input before its ReLU, in the dtype in which it is carried."""
+    ROWS: tl.constexpr = memory.block.shape[0]
+    BLOCK: tl.constexpr = memory.block.shape[1]
     P: tl.constexpr = NB * BLOCK
-    column = slot * BLOCK + tl.arange(0, BLOCK)
-    before = layer * number
-    keep = load_mask(masks, before, row, slot, valid, OP, KEPT, NB, BLOCK, ROWS)
+    column = tl.arange(0, BLOCK) + slot * BLOCK
+    positive = load_mask(memory, layer, slot, OP == tl.float32, STORED, NB)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
-    if OP == tl.float32:  # weights (in, out): offsets of the forward's kind
-        place = weights + (layer * (P * P) + slot * (BLOCK * P))
+    if OP == tl.float32:  # weights (in, out): offsets as in the forward
+        place = imnet.weights + (layer * (P * P) + slot * (BLOCK * P))
         total = multiply(blocks, place, offsets, total, BLOCK, NB, OP, PRECISION)
     else:
-        place = weights + (layer * (P * P) + slot * BLOCK)
+        place = imnet.weights + (layer * (P * P) + slot * BLOCK)
         total = multiply(blocks, place, offsets, total, BLOCK * P, NB, OP, PRECISION)
-    total = tl.where(keep, total, 0.0)
+    total = tl.where(positive, total, 0.0)
     tl.store(sums + (layer - 1) * P + column, tl.sum(total, axis=0), mask=((column >= 0) & (layer > 0)) != 0)
     value = as_operand(total, OP, PRECISION)
-    inside = kept_columns(valid, slot, KEPT, NB, BLOCK)
-    tl.store(grads + (before * KEPT + slot * BLOCK) + block_of_row, value, mask=inside)
-    return value.to(CARRY, bitcast=True)
+    inside = stored_columns(memory.valid, slot, STORED, NB, BLOCK)
+    place = memory.layers + (layer * memory.total * STORED + slot * BLOCK) + memory.block
+    tl.store(place, value, mask=inside)
+    return value.to(carrier(OP), bitcast=True)
 
 
 @triton.jit(do_not_specialize=["layers"])
-def chain_backward_kernel(
-    grad_out, coord, weights, last, masks, preds, grads, partial, grad_area_weight,
-    places, rows, cols, image_rows, image_cols, layers,
-    NUMBER: tl.constexpr, GRID: tl.constexpr, ENSEMBLE: tl.constexpr, COORD: tl.constexpr, OP: tl.constexpr,
-    CARRY: tl.constexpr, PRECISION: tl.constexpr, KEPT: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+def fused_decode_backward_kernel(
+    grad_out, imnet, saved, grads, grid, layers,
+    OUTS: tl.constexpr, GRID: tl.constexpr, ENSEMBLE: tl.constexpr, COORD: tl.constexpr, OP: tl.constexpr,
+    PRECISION: tl.constexpr, STORED: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of the output, [queries, NUMBER], to those of every layer before its ReLU, grads
-    [layers + 1, rows, KEPT] in OP.
+    """From the gradient of a tile's outputs, [queries, OUTS], to `grads`, RowGrads; its area_weight only with COORD.
 
-    weights [layers, P, P] (out, in; of float32 in, out) and last [P, 16] in OP. Sums a tile's rows for the hidden
-    layers' biases, partial [tiles, layers, P], and, for COORD, the outputs for the area weights' gradients [rows].
+    imnet: PackedImnet, for float32 with weights (in, out). saved: SavedActivations, of which masks and preds are read.
     """
     T: tl.constexpr = tl.float32
     P: tl.constexpr = NB * BLOCK
     CORNERS: tl.constexpr = 4 if ENSEMBLE else 1
     tile = tl.program_id(0).to(tl.int64)
-    valid, flat, latent, weight, rel, first_row, row = find_rows(
-        tile, coord, coord, places, rows, cols, image_rows, image_cols, 2, GRID, ENSEMBLE, T, ROWS
-    )
-    number = joined(places.total) * CORNERS
+    found = find_rows(tile, grid, 2, GRID, ENSEMBLE, T, ROWS)
+    valid = found.valid
+    row = found.distance
     inner = tl.arange(0, BLOCK)
-    pair = tl.arange(0, 2 * OUTS)
-    inside = valid[:, None] & (pair % OUTS < NUMBER)[None, :]
-    grad = tl.load(grad_out + flat[:, None] * NUMBER + (pair % OUTS)[None, :], mask=inside, other=0.0)
+    pair = tl.arange(0, 2 * MAX_OUTS)
+    inside = valid[:, None] & (pair % MAX_OUTS < OUTS)[None, :]
+    grad = tl.load(grad_out + found.flat[:, None] * OUTS + (pair % MAX_OUTS)[None, :], mask=inside, other=0.0)
     if COORD:
-        pred = tl.load(preds + first_row * OUTS + row[:, None] * OUTS + (pair % OUTS)[None, :], mask=inside, other=0.0)
-        tl.store(
-            grad_area_weight + first_row + row,
-            tl.sum(tl.where((pair < OUTS)[None, :], grad * pred, 0.0), axis=1),
-            mask=valid,
-        )
-    grad = grad * weight[:, None]
+        place = saved.preds + found.first_row * MAX_OUTS + row[:, None] * MAX_OUTS + (pair % MAX_OUTS)[None, :]
+        product = grad * tl.load(place, mask=inside, other=0.0)
+        total = tl.sum(tl.where((pair < MAX_OUTS)[None, :], product, 0.0), axis=1)
+        tl.store(grads.area_weight + found.first_row + row, total, mask=valid)
+    grad = grad * found.area_weight[:, None]
     rounded = as_operand(grad, OP, PRECISION)
     rest = as_operand(grad - rounded.to(T), OP, PRECISION)
-    grad = tl.where((pair < OUTS)[None, :], rounded.to(T), rest.to(T)).to(OP)
-    sums = partial + tile * layers * P
-    block_of_row = row[:, None] * KEPT + inner[None, :]
-    grads += first_row * KEPT
-    masks += first_row * mask_bytes(KEPT, OP == tl.float32)
+    grad = tl.where((pair < MAX_OUTS)[None, :], rounded.to(T), rest.to(T)).to(OP)
+    sums = grads.bias_sums + tile * layers * P
+    memory = TileMemory(
+        grads.layers + found.first_row * STORED,
+        saved.masks + found.first_row * mask_bytes(STORED, OP == tl.float32),
+        joined(grid.total) * CORNERS,
+        valid,
+        row,
+        row[:, None] * STORED + inner[None, :],
+    )
     blocks = ()
     for k in tl.static_range(NB):
         column = k * BLOCK + inner
-        value = tl.dot(grad, tl.load(last + column[None, :] * (2 * OUTS) + pair[:, None]), input_precision=PRECISION)
-        before = layers * number  # rows of the layers before
-        value = tl.where(load_mask(masks, before, row, k, valid, OP, KEPT, NB, BLOCK, ROWS), value, 0.0)
+        weight_pair = tl.load(imnet.last + column[None, :] * (2 * MAX_OUTS) + pair[:, None])
+        value = tl.dot(grad, weight_pair, input_precision=PRECISION)
+        value = tl.where(load_mask(memory, layers, k, OP == tl.float32, STORED, NB), value, 0.0)
         tl.store(sums + (layers - 1) * P + column, tl.sum(value, axis=0), mask=((column >= 0) & (layers > 0)) != 0)
         value = as_operand(value, OP, PRECISION)
-        inside = kept_columns(valid, k, KEPT, NB, BLOCK)
-        tl.store(grads + (before * KEPT + k * BLOCK) + block_of_row, value, mask=inside)
-        blocks = blocks + (value.to(CARRY, bitcast=True),)
+        inside = stored_columns(valid, k, STORED, NB, BLOCK)
+        place = memory.layers + (layers * memory.total * STORED + k * BLOCK) + memory.block
+        tl.store(place, value, mask=inside)
+        blocks = blocks + (value.to(carrier(OP), bitcast=True),)
     if OP == tl.float32:
         offsets = inner[None, :] * P + inner[:, None]
         for back in range(layers):
             layer = layers - 1 - back
-            made = no_blocks(NB, BLOCK, ROWS)
+            computed = zero_blocks(NB, BLOCK, ROWS)
             for slot in range(NB):
-                carried = backward_block(
-                    blocks, weights, offsets, masks, sums, grads, block_of_row, row, valid, number, layer, slot,
-                    OP, CARRY, PRECISION, KEPT, NB, BLOCK, ROWS,
-                )  # fmt: skip
-                made = put(made, carried, slot, NB)
-            blocks = made
+                carried = backward_block(blocks, imnet, memory, sums, offsets, layer, slot, OP, PRECISION, STORED, NB)
+                computed = replace_block(computed, carried, slot, NB)
+            blocks = computed
     else:
-        made = blocks[1:]
+        computed = blocks[1:]
         offsets = inner[:, None] * P + inner[None, :]
         for step in range(layers * NB):
             slot = step % NB
             layer = layers - 1 - step // NB
-            carried = backward_block(
-                blocks, weights, offsets, masks, sums, grads, block_of_row, row, valid, number, layer, slot,
-                OP, CARRY, PRECISION, KEPT, NB, BLOCK, ROWS,
-            )  # fmt: skip
-            blocks, made = advance(blocks, made, carried, slot, NB)
+            carried = backward_block(blocks, imnet, memory, sums, offsets, layer, slot, OP, PRECISION, STORED, NB)
+            blocks, computed = advance(blocks, computed, carried, slot, NB)
+
+
+def can_fuse(widths: Sequence[int], matmul_dtype: torch.dtype) -> bool:
+    """Whether these kernels take an imnet (K, *hidden, O)."""
+    takes_dtype = matmul_dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return takes_dtype and len(widths) > 1 and max(widths[:-1]) <= MAX_WIDTH and widths[-1] <= MAX_OUTS.value
+
+
+def saved_shapes(inputs: DecodeInputs, queries: int, rows: int, coord_grad: bool) -> Shapes:
+    """Shapes and dtypes of SavedActivations."""
+    matmul_dtype, layers = inputs.matmul_dtype, len(inputs.weights) - 1
+    width = padded_width(max(inputs.widths[:-1]))
+    return [
+        ((layers, rows, width), matmul_dtype),
+        ((layers + 1, rows, mask_bytes(width, matmul_dtype == torch.float32)), torch.uint8),
+        ((queries, width), torch.float32),
+        ((rows if coord_grad else 0, MAX_OUTS.value), torch.float32),
+    ]
+
+
+def pack(chunk: DecodeChunk, *, backward: bool = False) -> PackedImnet:
+    """Packs the imnet for the kernels. Tensor cores read TF32 along a product's sum only, so the backward in float32
+    takes transposed weights."""
+    weights, biases, widths = chunk.inputs.weights, chunk.inputs.biases, tuple(chunk.inputs.widths)
+    matmul_dtype, first = chunk.inputs.matmul_dtype, chunk.first
+    hidden, width = len(weights) - 1, tile_width(max(widths[:-1]))
+    tile = min(width, 64)
+    if first.shape[1] < width:
+        first = F.pad(first, (0, width - first.shape[1]))
+    imnet = PackedImnet(
+        first=first,
+        weights=first.new_empty(hidden, width, width, dtype=matmul_dtype),
+        biases=first.new_empty(hidden, width),
+        last=first.new_empty(width, 2 * MAX_OUTS.value, dtype=matmul_dtype),
+        last_bias=first.new_empty(MAX_OUTS.value),
+    )
+    pack_kernel[(hidden * (width // tile) ** 2 + width // tile,)](
+        tuple(weight.contiguous() for weight in weights), tuple(bias.contiguous() for bias in biases), imnet,
+        WIDTHS=widths, TRANSPOSED=backward and matmul_dtype == torch.float32, OP=DTYPES[matmul_dtype],
+        PRECISION=chunk.precision, P=width, TILE=tile, **OPTIONS,
+    )  # fmt: skip
+    return imnet
+
+
+def _configure(chunk: DecodeChunk, kernel: Kernel, width: int) -> tuple[int, dict[str, Any]]:
+    """Rows of a tile, and the constants and options that both kernels share."""
+    matmul_dtype, widths = chunk.inputs.matmul_dtype, chunk.inputs.widths
+    config = tile_config(TileConfigKey(kernel, width, matmul_dtype, chunk.precision), current_device())
+    stored = width if kernel == "forward" else padded_width(max(widths[:-1]))
+    return config.rows, dict(
+        OUTS=widths[-1], OP=DTYPES[matmul_dtype], PRECISION=chunk.precision, STORED=stored, NB=width // config.block,
+        BLOCK=config.block, num_stages=config.stages, num_warps=config.warps, **chunk.flags(config.rows),
+    )  # fmt: skip
+
+
+def _forward_chunk(chunk: DecodeChunk, imnet: PackedImnet, out: Tensor, saved: SavedActivations | None) -> None:
+    """Decodes to `out`, the whole decode's for points, the chunk's own for a grid; fills `saved`."""
+    layers, width = imnet.biases.shape
+    rows, options = _configure(chunk, "forward" if saved is None else "save", width)
+    tiles, grid = chunk.tiles(rows)
+    fused_decode_forward_kernel[(tiles,)](
+        chunk.latent_map, imnet, out, SavedActivations(*[imnet.first] * 4) if saved is None else saved, grid, layers,
+        WIDTH=chunk.latent_map.shape[-1], TERMS=chunk.terms, SAVE=saved is not None,
+        COORD=saved is not None and saved.preds.numel() > 0, **options,
+    )  # fmt: skip
+
+
+def _backward_chunk(
+    chunk: DecodeChunk, imnet: PackedImnet, grad_out: Tensor, saved: SavedActivations, grads: DecodeGrads
+) -> None:
+    """Adds a chunk's gradients; grad_out is [queries, O]."""
+    layers, width = imnet.biases.shape
+    rows, options = _configure(chunk, "backward", width)
+    tiles, grid = chunk.tiles(rows)
+    coord_grad = grads.coord is not None
+    row_grads = RowGrads(
+        grad_out.new_empty(layers + 1, chunk.rows, saved.blended.shape[1], dtype=chunk.inputs.matmul_dtype),
+        grad_out.new_empty(tiles, layers, width),
+        grad_out.new_empty(chunk.rows if coord_grad else 0),
+    )
+    fused_decode_backward_kernel[(tiles,)](grad_out, imnet, saved, row_grads, grid, layers, COORD=coord_grad, **options)
+    sums = row_grads.bias_sums.sum(0)
+    for layer in range(layers):
+        weight, bias = grads.weights[layer], grads.biases[layer + 1]
+        product = product_of_rows(row_grads.layers[layer + 1], saved.acts[layer])
+        weight += product[: weight.shape[0], : weight.shape[1]]
+        bias += sums[layer, : bias.shape[0]]
+    grads.weights[-1].add_(torch.mm(grad_out.t(), saved.blended)[:, : grads.weights[-1].shape[1]])
+    grads.biases[-1].add_(grad_out.sum(0))
+    backward_first_layer(chunk, row_grads.layers[0], row_grads.area_weight, grads)
+
+
+def forward(whole: DecodeChunk, out: Tensor, saved: Sequence[Tensor] | None) -> None:
+    """Decodes to `out`; fills `saved`, tensors of `saved_shapes`."""
+    _forward_chunk(whole, pack(whole), out, None if saved is None else SavedActivations(*saved))
+
+
+def backward(whole: DecodeChunk, grad_out: Tensor, saved: Sequence[Tensor] | None, grads: DecodeGrads) -> None:
+    """Adds all gradients; without `saved` it computes the activations again, chunk by chunk."""
+    inputs, imnet = whole.inputs, pack(whole, backward=True)
+    if saved is not None:
+        _backward_chunk(whole, imnet, whole.of_queries(grad_out).contiguous(), SavedActivations(*saved), grads)
+        return
+    forward_imnet = pack(whole)
+    row_bytes = padded_width(max(inputs.widths[:-1])) * inputs.matmul_dtype.itemsize * (2 * len(inputs.weights) + 1)
+    for chunk in whole.chunks(FUSED_CHUNK_BYTES // row_bytes):
+        shapes = saved_shapes(inputs, chunk.queries, chunk.rows, grads.coord is not None)
+        again = SavedActivations(*(grad_out.new_empty(shape, dtype=dtype) for shape, dtype in shapes))
+        _forward_chunk(chunk, forward_imnet, torch.empty_like(grad_out), again)
+        _backward_chunk(chunk, imnet, chunk.of_queries(grad_out).contiguous(), again, grads)

@@ -1,7 +1,7 @@
-"""`gather` in Triton: imnet inputs of every corner in one pass, and back.
+"""`gather` in Triton: the imnet's inputs of every corner in one pass, and back.
 
-A row of x is one corner of one query. A program writes a tile of rows and features; what it reads for a feature
-(channel, place in the 3x3) is the same offset from every row's latent. No unfolded map exists.
+A row of x is one corner of one query. A program writes a tile of rows and features. A feature (channel, place in the
+3x3 neighborhood) is at the same offset from the latent of every row. The unfolded map is never stored.
 """
 
 from __future__ import annotations
@@ -12,101 +12,61 @@ import triton.language as tl
 from torch import Tensor
 
 from ...dtypes import geometry_dtype
-from .geometry import Axis, area_weights_backward, find_corner, find_neighbor, make_axis
-from .launch import DTYPES, OPTIONS, on_device_of, power_of_two, segments
+from .geometry import Axis, area_weights_backward, find_neighbor, make_axis
+from .launch import DTYPES, OPTIONS, on_device_of, point_grid, power_of_two, segments
+from .rows import QueryGrid, find_rows
 
 ROWS, QUERIES = 32, 128  # rows of a tile; queries of a program of the geometry's backward
 PATCHES = 16  # queries of a program of feat's backward
 _STRIDES = ["batch_stride", "channel_stride", "row_stride", "col_stride"]
-_SIZES = ["count", "queries", "features", "depth", "channels", "height", "width", *_STRIDES]
-
-
-@triton.jit
-def find_features(index, features, feat_strides, UNFOLD: tl.constexpr):
-    """Offset of feature `index` from a row's latent, its place (dy, dx) in the 3x3, and whether there is such one."""
-    batch, channel_stride, row_stride, col_stride = feat_strides
-    if UNFOLD:
-        channel = index // 9
-        dy = index % 9 // 3 - 1
-        dx = index % 3 - 1
-    else:
-        channel = index
-        dy = index * 0
-        dx = index * 0
-    offset = channel.to(tl.int64) * channel_stride + dy.to(tl.int64) * row_stride + dx.to(tl.int64) * col_stride
-    return offset, dy, dx, index < features
-
-
-@triton.jit
-def find_rows(index, count, coord, queries, rows, cols, ENSEMBLE: tl.constexpr, T: tl.constexpr):
-    """Query, batch entry, latent, relative coordinates and area weight of rows `index` of x; and whether they exist."""
-    valid = index < count
-    if ENSEMBLE:
-        query = index // 4
-    else:
-        query = index
-    row = tl.load(coord + 2 * query, mask=valid, other=0.0)
-    col = tl.load(coord + 2 * query + 1, mask=valid, other=0.0)
-    map_row, map_col, rel_row, rel_col, weight = find_corner(row, col, index % 4, rows, cols, ENSEMBLE, T)
-    return valid, query, map_row, map_col, rel_row, rel_col, weight
-
-
-@triton.jit
-def find_tile(
-    count,
-    queries,
-    coord,
-    feat_strides,
-    rows,
-    cols,
-    features,
-    UNFOLD,
-    ENSEMBLE,
-    T,
-    ROWS: tl.constexpr,
-    FEATURES: tl.constexpr,
-):
-    """Rows and features of this program's tile, and where in feat they lie."""
-    blocks = tl.cdiv(features, FEATURES)
-    at = tl.program_id(0).to(tl.int64)
-    index = at // blocks * ROWS + tl.arange(0, ROWS)
-    feature = (at % blocks).to(tl.int32) * FEATURES + tl.arange(0, FEATURES)
-    found = find_rows(index, count, coord, queries, rows, cols, ENSEMBLE, T)
-    valid, query, map_row, map_col, rel_row, rel_col, weight = found
-    offset, dy, dx, exists = find_features(feature, features, feat_strides, UNFOLD)
-    batch_stride, channel_stride, row_stride, col_stride = feat_strides
-    latent = query // queries * batch_stride + map_row.to(tl.int64) * row_stride + map_col.to(tl.int64) * col_stride
-    y = map_row[:, None] + dy[None, :]
-    x = map_col[:, None] + dx[None, :]
-    stored = valid[:, None] & exists[None, :]
-    inside = stored & (y >= 0) & (y < tl.cast(rows.size, tl.int32)) & (x >= 0) & (x < tl.cast(cols.size, tl.int32))
-    return index, feature, valid, query, rel_row, rel_col, weight, latent[:, None] + offset[None, :], stored, inside
+_SIZES = ["count", "features", "depth", "channels", "height", "width", *_STRIDES]
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def gather_forward_kernel(
-    feat, coord, cell, x, area_weight, count, queries,
-    batch_stride, channel_stride, row_stride, col_stride, rows, cols, features, depth,
+    feat, grid, x, area_weight, batch_stride, channel_stride, row_stride, col_stride, features, depth,
     HAS_CELL: tl.constexpr, UNFOLD: tl.constexpr, ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """A tile of x; the first tile of a row writes its geometry too."""
-    index, feature, valid, query, rel_row, rel_col, weight, offset, stored, inside = find_tile(
-        count, queries, coord, (batch_stride, channel_stride, row_stride, col_stride), rows, cols, features,
-        UNFOLD, ENSEMBLE, T, ROWS, FEATURES,
-    )  # fmt: skip
-    value = tl.load(feat + offset, mask=inside, other=0.0)
+    """A tile of x. The first tile of a row also writes the row's geometry."""
+    blocks = tl.cdiv(features, FEATURES)
+    at = tl.program_id(0).to(tl.int64)
+    feature = (at % blocks).to(tl.int32) * FEATURES + tl.arange(0, FEATURES)
+    found = find_rows(at // blocks, grid, 2, False, ENSEMBLE, T, ROWS)
+    exists = feature < features
+    if UNFOLD:
+        channel = feature // 9
+        dy = feature % 9 // 3 - 1
+        dx = feature % 3 - 1
+    else:
+        channel = feature
+        dy = feature * 0
+        dx = feature * 0
+    # Of a feature from a row's latent.
+    offset = channel.to(tl.int64) * channel_stride + dy.to(tl.int64) * row_stride + dx.to(tl.int64) * col_stride
+    map_row = found.map_row
+    map_col = found.map_col
+    latent = found.batch * batch_stride + map_row.to(tl.int64) * row_stride + map_col.to(tl.int64) * col_stride
+    row = map_row[:, None] + dy[None, :]
+    col = map_col[:, None] + dx[None, :]
+    height = tl.cast(grid.rows.size, tl.int32)
+    width = tl.cast(grid.cols.size, tl.int32)
+    stored = found.valid[:, None] & exists[None, :]
+    inside = stored & (row >= 0) & (row < height) & (col >= 0) & (col < width)
+    value = tl.load(feat + (latent[:, None] + offset[None, :]), mask=inside, other=0.0)
+    index = found.first_row + found.distance
     tl.store(x + index[:, None] * depth + feature[None, :], value, mask=stored)
-    if tl.program_id(0) % tl.cdiv(features, FEATURES) == 0:
-        tl.store(area_weight + index, weight, mask=valid)
+    if at % blocks == 0:
+        tl.store(area_weight + index, found.area_weight, mask=found.valid)
         geometry = x + index * depth + features
-        tl.store(geometry, rel_row.to(x.dtype.element_ty), mask=valid)
-        tl.store(geometry + 1, rel_col.to(x.dtype.element_ty), mask=valid)
+        tl.store(geometry, found.rel[0].to(x.dtype.element_ty), mask=found.valid)
+        tl.store(geometry + 1, found.rel[1].to(x.dtype.element_ty), mask=found.valid)
         if HAS_CELL:
-            cell_row = tl.load(cell + 2 * query, mask=valid, other=0.0) * tl.cast(rows.size, T)
-            cell_col = tl.load(cell + 2 * query + 1, mask=valid, other=0.0) * tl.cast(cols.size, T)
-            tl.store(geometry + 2, cell_row.to(x.dtype.element_ty), mask=valid)
-            tl.store(geometry + 3, cell_col.to(x.dtype.element_ty), mask=valid)
+            cell = grid.cell + 2 * found.flat
+            cell_row = tl.load(cell, mask=found.valid, other=0.0) * tl.cast(grid.rows.size, T)
+            cell_col = tl.load(cell + 1, mask=found.valid, other=0.0) * tl.cast(grid.cols.size, T)
+            tl.store(geometry + 2, cell_row.to(x.dtype.element_ty), mask=found.valid)
+            tl.store(geometry + 3, cell_col.to(x.dtype.element_ty), mask=found.valid)
 
 
 @triton.jit(do_not_specialize=["count", "queries", "depth"])
@@ -116,8 +76,8 @@ def gather_backward_feat_kernel(
 ):  # fmt: skip
     """Adds a tile of queries and channels to grad_feat, [B, H, W, C], in the hardware's order.
 
-    The 3x3 neighbours of a query's four corners are 4x4 latents: what goes to the same one is added up first, so that
-    memory sees 16 additions instead of 36. A few channels that lie side by side are one addition where the device can.
+    The 3x3 neighbors of a query's four corners are 4x4 latents. Values for the same latent are summed first, so that
+    memory sees 16 additions instead of 36. Where the device can, adjacent channels are one addition.
     """
     SIDE: tl.constexpr = 3 if UNFOLD else 1
     CORNERS: tl.constexpr = 4 if ENSEMBLE else 1
@@ -130,7 +90,7 @@ def gather_backward_feat_kernel(
     col = tl.load(coord + 2 * query + 1, mask=valid, other=0.0)
     top, _ = find_neighbor(row, False, rows, ENSEMBLE, T)
     left, _ = find_neighbor(col, False, cols, ENSEMBLE, T)
-    if ENSEMBLE:  # one latent on, none at a border
+    if ENSEMBLE:  # the next latent, the same one at a border
         down = find_neighbor(row, True, rows, True, T)[0] - top
         right = find_neighbor(col, True, cols, True, T)[0] - left
     else:
@@ -157,15 +117,11 @@ def gather_backward_feat_kernel(
             tl.atomic_add(grad_feat + pixel[:, None] * channels + channel[None, :], total, mask=stored, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def gather_latent_kernel(
-    coord, latent, count, queries, rows, cols, ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr
-):
-    """The number of every row's latent, batch entries one behind the other."""
-    index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid, query, map_row, map_col, _, _, _ = find_rows(index, count, coord, queries, rows, cols, ENSEMBLE, T)
-    plane = query // queries * tl.cast(rows.size, tl.int32) + map_row
-    tl.store(latent + index, plane * tl.cast(cols.size, tl.int32) + map_col, mask=valid)
+@triton.jit
+def latent_kernel(grid, numbers, GRID: tl.constexpr, ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr):
+    """The number of every row's latent in memory, batch entry after batch entry."""
+    found = find_rows(tl.program_id(0).to(tl.int64), grid, 2, GRID, ENSEMBLE, T, ROWS)
+    tl.store(numbers + (found.first_row + found.distance), found.latent, mask=found.valid)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -173,7 +129,7 @@ def gather_backward_feat_ordered_kernel(
     grad_x, order, begins, grad_feat, channels, height, width, depth,
     UNFOLD: tl.constexpr, T: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One pixel of grad_feat: the rows of the latents that read it, latent by latent and row by row."""
+    """Sums one pixel of grad_feat over the rows of the latents that read it, latent by latent and row by row."""
     blocks = tl.cdiv(channels, CHANNELS)
     at = tl.program_id(0).to(tl.int64)
     pixel = at // blocks
@@ -205,7 +161,7 @@ def gather_backward_geometry_kernel(
     grad_x, grad_area_weight, coord, grad_coord, grad_cell, count, rows, cols, features, depth,
     HAS_CELL: tl.constexpr, ENSEMBLE: tl.constexpr, T: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """What flows back through the relative coordinates, the relative cells and the area weights of each query."""
+    """Gradients of each query's coord and cell, through relative coordinates, relative cells and area weights."""
     at = tl.program_id(0).to(tl.int64) * QUERIES + tl.arange(0, QUERIES)
     valid = at < count
     height = tl.cast(rows.size, T)
@@ -249,10 +205,15 @@ def _axes(feat: Tensor) -> tuple[Axis, Axis]:
     return make_axis(feat.shape[2]), make_axis(feat.shape[3])
 
 
+def _grid(feat: Tensor, coord: Tensor, cell: Tensor) -> QueryGrid:
+    batch, queries = coord.shape[:2]
+    return point_grid(coord, cell, feat.shape[2:], queries, batch * queries)
+
+
 def gather(
     feat: Tensor, coord: Tensor, cell: Tensor | None, feat_unfold: bool, local_ensemble: bool
 ) -> tuple[Tensor, Tensor]:
-    """Any strides of feat; see `library.gather`."""
+    """Takes feat of any strides; returns x [B, Q, corners, depth] and area_weight [B, Q, corners]."""
     (batch, queries), corners = coord.shape[:2], 4 if local_ensemble else 1
     features = feat.shape[1] * (9 if feat_unfold else 1)
     depth = features + (2 if cell is None else 4)
@@ -262,11 +223,11 @@ def gather(
     if count == 0:
         return x, area_weight
     coord = coord.contiguous()
+    grid = _grid(feat, coord, coord if cell is None else cell.contiguous())
     tile = power_of_two(features, 16, 64)
     with on_device_of(feat):
         gather_forward_kernel[(triton.cdiv(count, ROWS) * triton.cdiv(features, tile),)](
-            feat, coord, coord if cell is None else cell.contiguous(), x, area_weight,
-            count, queries, *feat.stride(), *_axes(feat), features, depth,
+            feat, grid, x, area_weight, *feat.stride(), features, depth,
             HAS_CELL=cell is not None, UNFOLD=feat_unfold, ENSEMBLE=local_ensemble, T=DTYPES[coord.dtype],
             ROWS=ROWS, FEATURES=tile, num_warps=8, **OPTIONS,
         )  # fmt: skip
@@ -276,7 +237,7 @@ def gather(
 def launch_gather_backward_feat(
     grad_x: Tensor, feat: Tensor, coord: Tensor, feat_unfold: bool, local_ensemble: bool
 ) -> Tensor:
-    """grad_feat [B, C, H, W]: by atomic additions, or in a fixed order where PyTorch asks for it."""
+    """grad_feat [B, C, H, W]: by atomic additions, or in a fixed order if deterministic algorithms are on."""
     (batch, queries), corners = coord.shape[:2], 4 if local_ensemble else 1
     channels, height, width = feat.shape[1:]
     flags = {"UNFOLD": feat_unfold, "T": DTYPES[coord.dtype], **OPTIONS}
@@ -290,11 +251,11 @@ def launch_gather_backward_feat(
         )  # fmt: skip
         return grad_feat.permute(0, 3, 1, 2).contiguous()
     grad_feat, count = coord.new_zeros(feat.shape), batch * queries * corners
-    latent = torch.empty(count, dtype=torch.int64, device=feat.device)
-    gather_latent_kernel[(triton.cdiv(count, 128),)](
-        coord, latent, count, queries, *_axes(feat), ENSEMBLE=local_ensemble, T=flags["T"], ROWS=128, **OPTIONS
+    numbers = torch.empty(count, dtype=torch.int64, device=feat.device)
+    latent_kernel[(triton.cdiv(count, 128),)](
+        _grid(feat, coord, coord), numbers, GRID=False, ENSEMBLE=local_ensemble, T=flags["T"], ROWS=128, **OPTIONS
     )
-    order, begins = segments(latent, batch * height * width)
+    order, begins = segments(numbers, batch * height * width)
     tile = power_of_two(channels, 16, 128)
     gather_backward_feat_ordered_kernel[(batch * height * width * triton.cdiv(channels, tile),)](
         grad_x, order, begins, grad_feat, channels, height, width, depth, CHANNELS=tile, **flags
@@ -311,7 +272,7 @@ def gather_backward(
     feat_unfold: bool,
     local_ensemble: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of feat, coord and cell in the compute dtype; see `library.gather_backward`."""
+    """Gradients of feat, coord and cell in the geometry dtype."""
     dtype = geometry_dtype(feat)
     grad_coord = torch.zeros_like(coord, dtype=dtype, memory_format=torch.contiguous_format)
     grad_cell = coord.new_zeros(0 if cell is None else coord.shape, dtype=dtype)

@@ -1,8 +1,8 @@
 """Where a query finds its latents, in Triton: csrc/geometry.h function by function, under the same names.
 
 Every line follows the original's order of operations in the dtype T of the coordinates, because a rounding decides
-which latent is nearest. Nothing here may contract to FMA, so every launch passes `triton_launch.OPTIONS`; where a
-fused multiply-add is welcome, kernels ask for it by name (`tl.fma`).
+which latent is nearest. Multiplications and additions must not contract to FMA, so every launch passes
+`launch.OPTIONS`. Where a fused multiply-add is welcome, kernels call `tl.fma`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ HIGH = tl.constexpr(1.0 - 1e-6)
 class Axis(NamedTuple):
     """One axis of a map of pixels that tile [-1, 1], as kernels take it.
 
-    Whole numbers are floats too, exact below 2^24: Triton compiles a kernel again for integers that are 1 or multiples
-    of 16, which sizes and places of bands often are. Triton hands a Python float to a kernel as float32, rounded once:
-    what `static_cast<float>` makes of it in geometry.h. In float64 the kernels work these numbers out of `size`
-    themselves; GPUs without float64 need none.
+    Whole numbers are floats, exact below 2^24. Triton would compile a kernel again for integers that are 1 or a
+    multiple of 16, as sizes and positions often are. Triton passes a Python float as float32, rounded once, as
+    `static_cast<float>` does in geometry.h. In float64 kernels compute these numbers from `size`, so that GPUs without
+    float64 never see one.
     """
 
     size: float  # pixels of the whole map
     begin: float  # the first pixel in memory
     held: float  # pixels in memory
-    low: float  # centre of pixel 0
-    step: float  # from centre to centre
-    minus: float  # the shift to the lower neighbour
-    plus: float  # and to the upper one
-    half: float  # of a pixel
+    low: float  # center of pixel 0
+    step: float  # from center to center
+    minus: float  # shift to the lower neighbor
+    plus: float  # shift to the upper neighbor
+    half: float  # half a pixel
 
 
 def make_axis(size: int, begin: int = 0, held: int | None = None) -> Axis:
@@ -54,7 +54,7 @@ def make_axis(size: int, begin: int = 0, held: int | None = None) -> Axis:
 
 @triton.jit
 def pixel_center(index, axis, T: tl.constexpr):
-    """Centre of pixel `index`."""
+    """Center of pixel `index`."""
     if T == tl.float64:
         half = 1.0 / tl.cast(axis.size, tl.float64)
         return (-1.0 + half) + (2.0 * half) * index.to(T)
@@ -70,7 +70,7 @@ def clamp_coord(coord):
 
 @triton.jit
 def round_half_even(value):
-    """As C's rint. Triton has none that every device knows; value - floor(value) is exact."""
+    """As C's rint, which Triton does not offer on every device. value - floor(value) is exact."""
     below = tl.floor(value)
     rest = value - below
     odd = tl.floor(below * 0.5) * 2.0 != below
@@ -89,8 +89,9 @@ def nearest_index(coord, axis, T: tl.constexpr):
 
 
 @triton.jit
-def held_index(index, axis):
-    """Where a latent of the whole map lies in memory. What is not there is not reached; the clamp makes that safe."""
+def clamp_to_region(index, axis):
+    """Index in memory of a latent of the whole map. The Python ops check that the region covers the window; the clamp
+    keeps a wrong call inside the region."""
     return tl.minimum(tl.maximum(index - tl.cast(axis.begin, tl.int32), 0), tl.cast(axis.held, tl.int32) - 1)
 
 
@@ -111,7 +112,8 @@ def find_neighbor(coord, upper, axis, ENSEMBLE: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def find_metasr_neighbor(coord, cell, axis, T: tl.constexpr):
-    """MetaSR's: the latent under the query's upper left corner, relative to the latent's own upper left corner."""
+    """For MetaSR: index of the latent under the query's upper left corner, and that corner's position relative to the
+    latent's upper left corner."""
     corner = coord - cell * 0.5
     index = nearest_index(clamp_coord(corner + EPS_SHIFT), axis, T)
     if T == tl.float64:
@@ -124,7 +126,7 @@ def find_metasr_neighbor(coord, cell, axis, T: tl.constexpr):
 
 @triton.jit
 def divide(a, b, T: tl.constexpr):
-    """a / b rounded once: Triton's own float32 division may be two units off."""
+    """a / b, correctly rounded. Triton's own float32 division may be off by two units in the last place."""
     if T == tl.float64:
         return a / b
     else:
@@ -139,7 +141,7 @@ def corner_area(rel_row, rel_col):
 
 @triton.jit
 def area_weights(rel_row0, rel_row1, rel_col0, rel_col1, down, right, T: tl.constexpr):
-    """Each lane's blending weight, its corner's of the four: the area towards the corner diagonally opposite."""
+    """Blending weight of the corner (down, right): the area between the query and the diagonally opposite corner."""
     area0 = corner_area(rel_row0, rel_col0)
     area1 = corner_area(rel_row0, rel_col1)
     area2 = corner_area(rel_row1, rel_col0)
@@ -150,10 +152,16 @@ def area_weights(rel_row0, rel_row1, rel_col0, rel_col1, down, right, T: tl.cons
 
 
 @triton.jit
-def find_corner(row, col, corner, rows, cols, ENSEMBLE: tl.constexpr, T: tl.constexpr):
-    """Latent (row, col) of one corner of each query at (row, col), relative coordinates, and the corner's area weight.
+def single_corner_weight(rel_row, rel_col):
+    """Blending weight without local ensemble, the original's area / area: 1, or NaN where the area is not finite."""
+    return rel_row * rel_col * 0.0 + 1.0
 
-    `corner` is 2*row_side + col_side; every corner works out all four areas, which is cheaper than asking the others.
+
+@triton.jit
+def find_corner(row, col, corner, rows, cols, ENSEMBLE: tl.constexpr, T: tl.constexpr):
+    """For one corner of each query at (row, col): the latent's row and column, relative coordinates, area weight.
+
+    `corner` is 2*row_side + col_side. Every corner computes all four areas, which is cheaper than sharing them.
     """
     if ENSEMBLE:
         lower_row, rel_row0 = find_neighbor(row, False, rows, True, T)
@@ -172,13 +180,13 @@ def find_corner(row, col, corner, rows, cols, ENSEMBLE: tl.constexpr, T: tl.cons
     else:
         index_row, rel_row = find_neighbor(row, False, rows, False, T)
         index_col, rel_col = find_neighbor(col, False, cols, False, T)
-        # 1, or NaN where the reference's area / area is.
-        return index_row, index_col, rel_row, rel_col, rel_row * rel_col * 0.0 + 1.0
+        return index_row, index_col, rel_row, rel_col, single_corner_weight(rel_row, rel_col)
 
 
 @triton.jit
 def corner_area_backward(rel_row, rel_col, grad_opposite, mean, total):
-    """Gradients of one corner's relative coordinates through all weights; grad_opposite is the diagonal corner's."""
+    """Gradients of one corner's relative coordinates through all weights; grad_opposite is that of the weight of the
+    diagonally opposite corner."""
     product = rel_row * rel_col
     sign = tl.where(product > 0.0, 1.0, tl.where(product < 0.0, -1.0, 0.0))
     grad = (grad_opposite - mean) / total * sign
@@ -187,7 +195,7 @@ def corner_area_backward(rel_row, rel_col, grad_opposite, mean, total):
 
 @triton.jit
 def area_weights_backward(rel_row0, rel_row1, rel_col0, rel_col1, grad0, grad1, grad2, grad3):
-    """Gradients of (rel_row0, rel_row1, rel_col0, rel_col1) from those of the four corners' area weights."""
+    """Gradients of (rel_row0, rel_row1, rel_col0, rel_col1) from the gradients of the four corners' area weights."""
     area0 = corner_area(rel_row0, rel_col0)
     area1 = corner_area(rel_row0, rel_col1)
     area2 = corner_area(rel_row1, rel_col0)

@@ -1,22 +1,27 @@
-"""What every Triton launcher shares: compile options, device, tile sizes, dtypes, a fixed order for sums."""
+"""What every Triton launcher shares: compile options, device, tile configurations, and a decode's tensors in chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
-from ...dtypes import allows_tf32
+from ...decode_inputs import DecodeInputs
+from ...dtypes import allows_tf32, geometry_dtype
+from .geometry import make_axis
+from .rows import PATCH, QueryGrid, split
 
-# No multiply and add may contract to an FMA unasked: a rounding decides which latent is the nearest one.
+# Multiplications and additions must not contract to FMA: a rounding decides which latent is the nearest one.
 OPTIONS = {"enable_fp_fusion": False}
 
 DTYPES = {
@@ -25,16 +30,15 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-# As what a fused decode's activations travel from layer to layer; fused.py says why.
-CARRIED = {torch.float32: tl.float32, torch.bfloat16: tl.int16, torch.float16: tl.int16}
+Shapes = list[tuple[tuple[int, ...], torch.dtype]]  # of the tensors that a forward saves
 
 
 @contextmanager
 def on_device_of(tensor: Tensor) -> Iterator[None]:
-    """Makes the tensor's device current, and PyTorch's own products keep the dtypes they are given.
+    """Makes the tensor's device current and switches autocast off.
 
     Triton launches on the current device and its current stream. An op runs under its caller's autocast, which would
-    round float32 products; the operands' dtype has been decided before.
+    round the float32 products of PyTorch's layers; matmul_dtype has been chosen before.
     """
     with torch.autocast(tensor.device.type, enabled=False):
         if tensor.device.type == "cpu":  # the interpreter
@@ -63,87 +67,88 @@ def segments(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(ordered, torch.arange(count + 1, device=keys.device))
 
 
-class Settings(NamedTuple):
-    """How a fused kernel is cut; found ahead of time (registers, shared memory), not yet tuned on a GPU."""
+# ------------------------------------------------------------------------------------------------ tile configurations
+
+
+class TileConfig(NamedTuple):
+    """The tiles of a fused kernel. Chosen by compiling ahead of time (registers, shared memory); not yet tuned on a
+    GPU."""
 
     rows: int  # of a tile
     block: int  # columns of a block of activations
     warps: int
-    stages: int  # of the pipeline that fetches weights
+    stages: int  # of the pipeline that loads weights
 
 
-Kernel = Literal["forward", "save", "backward"]  # save: the forward that keeps activations
+Kernel = Literal["forward", "save", "backward"]  # save: the forward that saves activations
 
 
-class Problem(NamedTuple):
-    """What a fused kernel's settings depend on, besides the device."""
+class TileConfigKey(NamedTuple):
+    """What the tile configuration of a fused kernel depends on, apart from the device."""
 
     kernel: Kernel
-    width: int  # of a tile, from `tile_width` of the widest hidden layer
-    operands: torch.dtype  # of products
-    precision: str  # of products of float32, from `product_precision`
+    width: int  # of a tile: `tile_width` of the widest hidden layer
+    matmul_dtype: torch.dtype
+    precision: str  # of float32 products, from `product_precision`
 
 
 def tile_width(width: int) -> int:
-    """Columns that `width` activations take in a tile, which Triton wants in powers of two: one up to 128, then blocks
-    of 64."""
+    """Columns of a tile for `width` activations: a power of two up to 128, then a multiple of 64, because Triton takes
+    blocks of powers of two."""
     return power_of_two(width, 16, 128) if width <= 128 else triton.cdiv(width, 64) * 64
 
 
 def padded_width(width: int) -> int:
-    """Columns that they take in memory: a multiple of 16, so that rows are aligned; above 128 those of a tile.
+    """Columns in memory for `width` activations: a multiple of 16, so that rows are aligned; above 128 the tile's.
 
-    To leave columns out takes registers that wide tiles do not have: on sm_90 they would spill 112 bytes or have half
-    the rows, and read the weights twice as often.
+    Above 128, masking columns would take registers that wide tiles do not have: on sm_90 they would spill 112 bytes,
+    or have half the rows and read the weights twice as often.
     """
     return triton.cdiv(width, 16) * 16 if width <= 128 else tile_width(width)
 
 
-def launch_settings(problem: Problem, device: GPUTarget | None) -> Settings:
-    """The table of tile sizes for the fused decode.
-
-    Args:
-        problem: the kernel and what it computes.
-        device: what Triton calls the device, from `current_device`; None for the interpreter.
-    """
-    kernel, width, operands, _ = problem
+def tile_config(key: TileConfigKey, device: GPUTarget | None) -> TileConfig:
+    """The table of tile configurations of the fused decode; device: from `current_device`, None for the interpreter."""
+    kernel, width, matmul_dtype, _ = key
     whole = min(width, 128) if width % 128 == 0 or width < 128 else 64
     if device is None:
-        return Settings(64, whole, 4, 2)
+        return TileConfig(64, whole, 4, 2)
     if device.backend != "cuda":  # AMD and Intel: 64 KB of shared memory at least
-        return Settings(64, min(width, 64), 4, 2) if operands.itemsize == 2 else Settings(32, min(width, 32), 4, 1)
+        rows, stages = (64, 2) if matmul_dtype.itemsize == 2 else (32, 1)
+        return TileConfig(rows, min(width, rows), 4, stages)
     family = device.arch // 10
     roomy = family in (9, 10) or device.arch == 80  # 227 or 163 KB of shared memory instead of 99
-    if operands.itemsize > 2:
-        return _float32_settings(problem, family, roomy)
+    if matmul_dtype.itemsize > 2:
+        return _float32_tile_config(key, family, roomy)
     narrow = min(width, 64)
-    if kernel == "save":  # needs registers for places too
-        return Settings(128, narrow, 8, 3 if roomy else 2)
+    if kernel == "save":  # addresses need registers too
+        return TileConfig(128, narrow, 8, 3 if roomy else 2)
     if kernel == "backward":
-        return Settings(64, whole, 8, 2) if family == 10 else Settings(128, whole, 8, 3 if roomy else 2)
-    return Settings(128, whole if roomy else narrow, 8, 3)
+        return TileConfig(64, whole, 8, 2) if family == 10 else TileConfig(128, whole, 8, 3 if roomy else 2)
+    return TileConfig(128, whole if roomy else narrow, 8, 3)
 
 
-def _float32_settings(problem: Problem, family: int, roomy: bool) -> Settings:
-    """Activations take twice the room: half of them are in shared memory, where one product finds them whole."""
-    kernel, width, _, precision = problem
+def _float32_tile_config(key: TileConfigKey, family: int, roomy: bool) -> TileConfig:
+    """Activations are twice as large as in 16 bits: half of them are in shared memory, where a product reads them."""
+    kernel, width, _, precision = key
     narrow = min(width, 32)
     if precision == "ieee":
         rows = {"forward": 128 if roomy else 64, "save": 64, "backward": 32}
         block = min(width, 64) if kernel == "backward" and family == 10 else narrow  # 32 columns spill there
-        return Settings(rows[kernel], block, 8, 2)
+        return TileConfig(rows[kernel], block, 8, 2)
     if family == 9:
-        return Settings(128, narrow, 8, 2)
+        return TileConfig(128, narrow, 8, 2)
     if family == 10:
-        return Settings(128, narrow, 8, 1) if kernel == "forward" else Settings(64, min(width, 64), 8, 1)
+        return TileConfig(128, narrow, 8, 1) if kernel == "forward" else TileConfig(64, min(width, 64), 8, 1)
     if width < 64:
-        return Settings(64, width, 4, 2)
-    # Fewer rows than columns: then Triton gives each warp columns of its own, and all find the rows in shared memory.
-    return Settings(32, 64, 8, 2 if roomy or kernel == "forward" else 1)
+        return TileConfig(64, width, 4, 2)
+    # Fewer rows than columns: Triton then gives each warp its own columns, and all warps read the rows from shared
+    # memory.
+    return TileConfig(32, 64, 8, 2 if roomy or kernel == "forward" else 1)
 
 
 def current_device() -> GPUTarget | None:
-    """The current device as `launch_settings` wants it."""
+    """The current device as `tile_config` takes it."""
     return None if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target()
 
 
@@ -152,12 +157,146 @@ def _precisions(target: GPUTarget) -> tuple[str, ...]:
     return make_backend(target).parse_options({}).allowed_dot_input_precisions
 
 
-def product_precision(operands: torch.dtype) -> str:
-    """How kernels multiply float32: "tf32" where PyTorch's switch allows it and the device can, otherwise "ieee".
+def product_precision(matmul_dtype: torch.dtype) -> str:
+    """How kernels multiply float32: "tf32" if PyTorch's switch allows it and the device can, otherwise "ieee".
 
-    Read at every launch, as by PyTorch's own products: what a forward keeps looks the same either way.
+    Read at every launch, as PyTorch's own products do. The layout of saved activations does not depend on it.
     """
-    if operands != torch.float32 or not allows_tf32():
+    if matmul_dtype != torch.float32 or not allows_tf32():
         return "ieee"
     device = current_device()
     return "tf32" if device is None or "tf32" in _precisions(device) else "ieee"
+
+
+# ------------------------------------------------------------------------------------------------------- decode chunks
+
+
+def point_grid(
+    coord: Tensor, cell: Tensor, map_size: Sequence[int], points: int, total: int, first: int = 0
+) -> QueryGrid:
+    """QueryGrid of `total` of the points in coord, with `points` in each batch entry, on a map of (height, width)."""
+    axes = make_axis(map_size[0]), make_axis(map_size[1])
+    return QueryGrid(coord, cell, *axes, *axes, split(total), split(first), split(points))
+
+
+def grid_rel_cell(inputs: DecodeInputs) -> tuple[float, float]:
+    """rel_cell of every query of a grid."""
+    return inputs.grid_cell[0] * inputs.grid[8], inputs.grid_cell[1] * inputs.grid[9]
+
+
+def _first_table(inputs: DecodeInputs) -> Tensor:
+    """The first layer's geometry weights and bias, [terms + 1, padded K]. A grid's cell is added to the bias."""
+    dtype = geometry_dtype(inputs.latent_map)
+    weight, bias = inputs.weight_geometry.to(dtype), inputs.biases[0].to(dtype)
+    if inputs.coord is None and weight.shape[1] == 4:
+        cell = grid_rel_cell(inputs)
+        bias = torch.add(torch.add(bias, weight[:, 2], alpha=cell[0]), weight[:, 3], alpha=cell[1])
+        weight = weight[:, :2]
+    table = torch.cat([weight.t(), bias.unsqueeze(0)])
+    missing = tile_width(table.shape[1]) - table.shape[1]
+    return F.pad(table, (0, missing)) if missing else table
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeChunk:
+    """A decode with its tensors as kernels take them, or a chunk of one: a range of points, or some rows of the window
+    of one batch entry."""
+
+    inputs: DecodeInputs  # of the whole decode
+    latent_map: Tensor  # [b, h, w, K], contiguous: the chunk's batch entries
+    coord: Tensor | None  # [B*Q, 2] of the whole decode; None for a grid
+    cell: Tensor | None  # [B*Q, 2] of the whole decode, for points with cells
+    first: Tensor  # [terms + 1, padded K]: the weights of each geometry term, then the bias
+    precision: str  # of float32 products, from `product_precision`
+    queries: int  # of the chunk
+    first_query: int = 0  # points: number of the chunk's first one
+    window: tuple[int, ...] = ()  # grid: top, left, height, width in the image
+    begin: tuple[int, int] = (0, 0)  # grid: first batch entry and row in the whole decode's window
+
+    @classmethod
+    def whole(cls, inputs: DecodeInputs) -> DecodeChunk:
+        """The decode as one chunk."""
+        coord, cell = (
+            None if points is None else points.reshape(-1, 2).contiguous() for points in (inputs.coord, inputs.cell)
+        )
+        precision, window = product_precision(inputs.matmul_dtype), tuple(inputs.grid[2:6])
+        latent_map, first = inputs.latent_map.contiguous(), _first_table(inputs)
+        return cls(inputs, latent_map, coord, cell, first, precision, inputs.queries, window=window)
+
+    @property
+    def corners(self) -> int:
+        return 4 if self.inputs.local_ensemble else 1
+
+    @property
+    def rows(self) -> int:
+        return self.queries * self.corners
+
+    @property
+    def terms(self) -> int:
+        return self.first.shape[0] - 1
+
+    @property
+    def kernel_dtype(self) -> Any:
+        """Triton's name for the dtype of geometry and sums."""
+        return DTYPES[self.first.dtype]
+
+    def flags(self, rows: int) -> dict[str, Any]:
+        """Compile-time arguments that all kernels of a decode share, for tiles of `rows`."""
+        return {"GRID": self.coord is None, "ENSEMBLE": self.inputs.local_ensemble, "ROWS": rows, **OPTIONS}
+
+    def tiles(self, rows: int) -> tuple[int, QueryGrid]:
+        """The number of tiles of `rows` rows, and the queries in them."""
+        queries, map_size = rows // self.corners, self.latent_map.shape[1:3]
+        if self.coord is not None:
+            cell, points = self.first if self.cell is None else self.cell, self.coord.shape[0] // len(self.latent_map)
+            grid = point_grid(self.coord, cell, map_size, points, self.queries, self.first_query)
+            return triton.cdiv(self.queries, queries), grid
+        image_height, image_width, *_, region_top, region_left, map_height, map_width = self.inputs.grid
+        tiles_y = triton.cdiv(self.window[2], queries // PATCH.value)
+        tiles_x = triton.cdiv(self.window[3], PATCH.value)
+        map_axes = make_axis(map_height, region_top, map_size[0]), make_axis(map_width, region_left, map_size[1])
+        image_axes = make_axis(image_height), make_axis(image_width)
+        zero = split(0)
+        window = map(float, (*self.window, tiles_y, tiles_x))
+        grid = QueryGrid(self.first, self.first, *map_axes, *image_axes, split(self.queries), zero, zero, *window)
+        return len(self.latent_map) * tiles_y * tiles_x, grid
+
+    def chunks(self, rows: int) -> Iterator[DecodeChunk]:
+        """Chunks of about `rows` rows, which bound the memory for activations."""
+        limit = max(rows // self.corners, 1)
+        if self.queries <= limit:
+            yield self
+        elif self.coord is not None:
+            for first in range(0, self.queries, limit):
+                yield dataclasses.replace(self, first_query=first, queries=min(limit, self.queries - first))
+        else:
+            top, left, height, width = self.window
+            step = min(max(limit // width, 1), height)
+            for entry in range(len(self.latent_map)):
+                for row in range(0, height, step):
+                    window = (top + row, left, min(step, height - row), width)
+                    part = dataclasses.replace(self, window=window, begin=(entry, row), queries=window[2] * width)
+                    yield dataclasses.replace(part, latent_map=self.latent_map[entry : entry + 1])
+
+    def _of_window(self, out: Tensor) -> Tensor:
+        """The chunk's part of the output of a grid."""
+        entry, top = self.begin
+        return out[entry : entry + len(self.latent_map), :, top : top + self.window[2]]
+
+    def of_queries(self, out: Tensor) -> Tensor:
+        """The chunk's part of the whole decode's output or its gradient, [queries, O]; a view where possible."""
+        if self.coord is not None:
+            return out.reshape(-1, out.shape[-1])[self.first_query : self.first_query + self.queries]
+        return self._of_window(out).permute(0, 2, 3, 1).reshape(self.queries, -1)
+
+    def put_queries(self, out: Tensor, values: Tensor) -> None:
+        """Writes [queries, O] to the chunk's part of the whole decode's output."""
+        if self.coord is not None:
+            self.of_queries(out).copy_(values)
+            return
+        part = self._of_window(out)
+        part.copy_(values.view(-1, *self.window[2:], out.shape[1]).permute(0, 3, 1, 2))
+
+    def of_latents(self, whole: Tensor) -> Tensor:
+        """The chunk's batch entries of the whole decode's latent map or its gradient."""
+        return whole[self.begin[0] : self.begin[0] + len(self.latent_map)]

@@ -1,5 +1,8 @@
-"""`metasr_query` in Triton: hidden = relu(weight r + bias) with r = (rel_row, rel_col, rel_cell) of a query, and
-out_o = sum_j hidden_j latent[o, j] + latent[o, hidden], of the latent under the query; and back."""
+"""`metasr_query` in Triton, forward and backward.
+
+With r = (rel_row, rel_col, rel_cell) of a query and the latent under it: hidden = relu(weight r + bias) and
+out_o = sum_j hidden_j latent[o, j] + latent[o, hidden].
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...dtypes import geometry_dtype
-from .geometry import Axis, find_metasr_neighbor, held_index, make_axis
+from .geometry import Axis, clamp_to_region, find_metasr_neighbor, make_axis
 from .launch import DTYPES, OPTIONS, on_device_of, power_of_two, segments
 from .rows import relu
 
@@ -24,8 +27,8 @@ def find_inputs(coord, cell, at, valid, queries, rows, cols, T: tl.constexpr):
     row, rel_row = find_metasr_neighbor(tl.load(coord + 2 * at, mask=valid, other=0.0), cell_row, rows, T)
     cell_col = tl.load(cell + 2 * at + 1, mask=valid, other=0.0)
     col, rel_col = find_metasr_neighbor(tl.load(coord + 2 * at + 1, mask=valid, other=0.0), cell_col, cols, T)
-    plane = at // queries * tl.cast(rows.held, tl.int32) + held_index(row, rows)
-    latent = plane * tl.cast(cols.held, tl.int32) + held_index(col, cols)
+    plane = at // queries * tl.cast(rows.held, tl.int32) + clamp_to_region(row, rows)
+    latent = plane * tl.cast(cols.held, tl.int32) + clamp_to_region(col, cols)
     return latent, rel_row, rel_col, cell_row * (tl.cast(rows.size, T) * 0.5)
 
 
@@ -67,9 +70,9 @@ def metasr_backward_kernel(
     count, queries, rows, cols, hidden, outs,
     SCATTER: tl.constexpr, T: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of a tile of queries; those of weights and bias leave as sums, partial [tiles, 4, hidden].
+    """All gradients of a tile of queries; those of weights and bias as sums over the tile, partial [tiles, 4, hidden].
 
-    Without SCATTER the latents' gradients are left out, and each query's latent is noted.
+    Without SCATTER the kernel writes the number of each query's latent instead of the latents' gradients.
     """
     tile = tl.program_id(0).to(tl.int64)
     at = tile * QUERIES + tl.arange(0, QUERIES)
@@ -121,7 +124,7 @@ def metasr_scatter_ordered_kernel(
     grad_out, coord, cell, weight, bias, order, begins, grad_latent_map, queries, rows, cols, hidden, outs,
     T: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a few numbers of one latent: its queries, one after the other."""
+    """The gradient of one output of one latent, summed over its queries in their order."""
     latent = tl.program_id(0).to(tl.int64)
     output = tl.program_id(1)
     one = tl.arange(0, 1)
@@ -146,7 +149,7 @@ def _axes(latent_map: Tensor, region: list[int]) -> tuple[Axis, Axis]:
 def metasr_query(
     latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int]
 ) -> Tensor:
-    """[B, Q, O]; see `library.metasr_query`."""
+    """[B, Q, O] in the geometry dtype."""
     (batch, queries), hidden = coord.shape[:2], weight.shape[0]
     outs = latent_map.shape[-1] // (hidden + 1)
     dtype = geometry_dtype(latent_map)
@@ -165,15 +168,14 @@ def metasr_query(
 def metasr_query_backward(
     grad_out: Tensor, latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int]
 ) -> list[Tensor]:
-    """Gradients of latent_map, coord, cell, weight, bias; see `library.metasr_query_backward`."""
+    """Gradients of latent_map, coord, cell, weight and bias in the geometry dtype."""
     (batch, queries), hidden = coord.shape[:2], weight.shape[0]
     dtype = geometry_dtype(latent_map)
-    grad_latent_map, grad_coord, grad_cell = (
-        torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) for tensor in (latent_map, coord, cell)
-    )
+    tensors = (latent_map, coord, cell, weight, bias)
+    grads = [torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) for tensor in tensors]
     if grad_out.numel() == 0:
-        weight_grads = [torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (weight, bias)]
-        return [grad_latent_map, grad_coord, grad_cell, *weight_grads]
+        return grads
+    grad_latent_map, grad_coord, grad_cell = grads[:3]
     count, outs = batch * queries, grad_out.shape[-1]
     exact = torch.are_deterministic_algorithms_enabled()
     inputs = [t.contiguous() for t in (coord, cell, weight.to(dtype), bias.to(dtype))]

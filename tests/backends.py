@@ -127,7 +127,8 @@ class Backend(NamedTuple):
     op_backend: str  # the ops' argument `backend`
     activate: Callable  # a context manager; skips with the reason where the backend cannot run here
     device: str = "cpu"
-    every: int = 1  # a slow backend runs one of so many cases of each test, and the others with `-m prove`
+    every: int = 1  # a slow backend runs one of so many cases of each test,
+    every_proof: int = 1  # one of so many with `-m prove`, and the others with `-m exhaustive`
     most_queries: int = 1 << 20  # of a random case
     has_tf32: bool = False  # follows torch's switch for TF32
     has_atomics: bool = False  # adds gradients in no fixed order unless torch.use_deterministic_algorithms is on
@@ -158,7 +159,7 @@ _ROWS = [
     Backend("reference", "reference", _reference),
     *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ("avx512", "avx2", "portable")),
     Backend("cuda-emulated", activate=emulated, every=3, most_queries=40, **_CUDA),
-    Backend("triton-interpreted", activate=interpreted, every=11, most_queries=9, **_TRITON),
+    Backend("triton-interpreted", activate=interpreted, every=60, every_proof=12, most_queries=9, **_TRITON),
     Backend("cuda", activate=_on_device("cuda"), device="cuda", **_CUDA),
     Backend("triton", activate=_on_device("triton"), device="cuda", **_TRITON),
 ]

@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Leaves a slow backend one of `every` cases of each test, from varying positions, and `-m prove` the others.
+    """Leaves a slow backend one of `every` cases of each test, from varying positions; the others are proofs.
 
     With --backend, tests/ops runs nothing that has no backend: the run without the option does.
     """
@@ -49,10 +49,15 @@ def pytest_collection_modifyitems(config, items):
         if row is not None:
             groups.setdefault((item.function, row), []).append(item)
     for position, ((_, row), cases) in enumerate(groups.items()):
-        first = position % min(row.every, len(cases))
+        if row.every > 10:  # the widest imnets and compiled graphs take long under an interpreter
+            slow = [item for item in cases if "paper-width" in item.name or "test_compile" in item.name]
+            for item in slow:
+                item.add_marker(pytest.mark.exhaustive if "paper-width" in item.name else pytest.mark.prove)
+            cases = [item for item in cases if item not in slow]
+        first = position % min(row.every, len(cases) or 1)
         for index, item in enumerate(cases):
             if (index - first) % row.every:
-                item.add_marker(pytest.mark.prove)
+                item.add_marker(pytest.mark.exhaustive if index % row.every_proof else pytest.mark.prove)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def gather_forward_kernel(
     stored = found.valid[:, None] & exists[None, :]
     inside = stored & (row >= 0) & (row < height) & (col >= 0) & (col < width)
     value = tl.load(feat + (latent[:, None] + offset[None, :]), mask=inside, other=0.0)
-    index = found.first_row + found.distance
+    index = at // blocks * ROWS + tl.arange(0, ROWS)  # first_row + distance would spill on sm_100
     tl.store(x + index[:, None] * depth + feature[None, :], value, mask=stored)
     if at % blocks == 0:
         tl.store(area_weight + index, found.area_weight, mask=found.valid)

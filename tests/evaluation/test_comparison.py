@@ -169,6 +169,7 @@ def test_an_interrupted_run_continues(images, tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "out") == ["scores.csv"]
 
 
+@pytest.mark.prove  # test_distributed runs two processes by default
 def test_two_processes_write_what_one_writes(images, tmp_path):
     model = checkpoint(tmp_path, "liif")
     common = ["evaluate", "--images", str(images), "--model", f"liif={model}", "--methods", "bicubic", "liif"]

@@ -33,33 +33,17 @@ def manifest(path, names, columns=("file", "author", "licence", "source_package"
 def test_the_recipe_trains_and_its_card_holds_the_numbers_of_the_run(tmp_path, monkeypatch, capsys, model_card):
     monkeypatch.chdir(make_folders(tmp_path))
     folders = ["train_dataset.dataset.args.root_path=load/HR", "val_dataset.dataset.args.root_path=load/HR"]
-    small = [
-        "train_dataset.dataset.args.repeat=1",
-        "train_dataset.wrapper.args={inp_size: 8, scale_max: 4, scale_min: 1}",
-    ]
-    small += [
-        "train_dataset.wrapper.args.sample_q=32",
-        "epoch_max=1",
-        "epoch_val=1",
-        "model.args.encoder_spec.args={n_resblocks: 1, n_feats: 8, no_upsampling: true}",
-    ]
+    small = ["train_dataset.dataset.args.repeat=1", "epoch_max=1", "epoch_val=1"]
+    small.append("train_dataset.wrapper.args={inp_size: 8, scale_max: 4, scale_min: 1, sample_q: 32}")
+    small.append("model.args.encoder_spec.args={n_resblocks: 1, n_feats: 8, no_upsampling: true}")
     content = config.load(RECIPE, overrides=[*QUICK, *folders, *small])
     training.train(content, "run", device="cpu", report=lambda line: None)
     weights = Path("run/epoch-last.safetensors").rename("small.safetensors")
     arguments = ["--images", "load/HR", "--model", f"small={weights}", "--scales", "2", "--out", "out"]
     assert cli.main(["evaluate", *arguments]) == 0
     manifests = ["--train-manifest", manifest("train.csv", ["0.png"]), "--val-manifest", manifest("val.csv", ["1.png"])]
-    arguments = [
-        "--weights",
-        str(weights),
-        "--run",
-        "run",
-        "--scores",
-        "out/scores.csv",
-        *manifests,
-        "--out",
-        "card.md",
-    ]
+    arguments = ["--weights", str(weights), "--run", "run", "--scores", "out/scores.csv", "--out", "card.md"]
+    arguments += manifests
     assert model_card.main(arguments) == 0
     card = Path("card.md").read_text()
     assert Path("out/table.md").read_text().strip() in card

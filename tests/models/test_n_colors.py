@@ -92,8 +92,9 @@ def test_a_gray_model_enlarges_gray_images(folder):
 def test_tables_of_gray_images(folder, tmp_path, capsys):
     for n_colors in (1, 3):
         checkpoints.save(model_of(n_colors), tmp_path / f"{n_colors}.safetensors")
-    arguments = ["--images", str(folder), "--out", str(tmp_path / "out"), "--scales", "2", "--n-colors", "1"]
-    assert cli.main(["evaluate", *arguments, "--model", f"gray={tmp_path / '1.safetensors'}"]) == 0
+    out = str(tmp_path / "out")
+    arguments = ["evaluate", "--images", str(folder), "--out", out, "--scales", "2", "--n-colors", "1"]
+    assert cli.main([*arguments, "--model", f"gray={tmp_path / '1.safetensors'}"]) == 0
     assert (tmp_path / "out" / "scores.csv").read_text().count("\n") == 1 + 4
     with Image.open(tmp_path / "out" / "comparison-x2.png") as picture:
         pixels = np.asarray(picture)

@@ -23,4 +23,23 @@ struct MetasrGrads {
   T *latent_map, *coord, *cell, *weight, *bias;
 };
 
+// A problem's sizes, without its pointers. latent_map: batch, height, width, channels in memory. region: top, left, map
+// height, map width. hidden: 0 for a problem that only finds latents.
+template <class T>
+MetasrProblem<T> make_metasr_problem(const int64_t (&latent_map)[4], int64_t queries, const int64_t* region,
+                                     int64_t hidden) {
+  MetasrProblem<T> p{};
+  p.batch = latent_map[0];
+  p.queries = queries;
+  p.map_height = region[2];
+  p.map_width = region[3];
+  p.region_top = region[0];
+  p.region_left = region[1];
+  p.region_height = latent_map[1];
+  p.region_width = latent_map[2];
+  p.hidden = hidden;
+  p.outs = latent_map[3] / (hidden + 1);
+  return p;
+}
+
 }  // namespace liif_fast

@@ -25,7 +25,8 @@ Tensor metasr_latents(const Tensor& coord, const Tensor& cell, const Sizes& regi
   check_on_gpu(coord, "coord", 3);
   return with_geometry(coord, [&](auto zero) {
     using T = decltype(zero);
-    const MetasrProblem<T> p = metasr_points<T>(coord, cell, region, sizes);
+    STD_TORCH_CHECK(sizes.size() == 3, "sizes are batch, height and width of the latent map");
+    const MetasrProblem<T> p = metasr_points<T>(coord, cell, region, {sizes[0], sizes[1], sizes[2], 0}, 0);
     const int32_t device = coord.get_device_index();
     const DeviceGuard guard(device);
     Tensor latents = torch::stable::new_empty(coord, {p.batch * p.queries}, ScalarType::Long);

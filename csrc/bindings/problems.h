@@ -42,7 +42,7 @@ EnsembleProblem<T> ensemble_problem(const Tensor& pred, const Tensor& area_weigh
 
 // -------------------------------------------------------------------------------------------------------------- decode
 
-// The arguments that decode and decode_backward share. liif_fast/ops/decode_inputs.py describes them.
+// The arguments that decode and decode_backward share. liif_fast/ops/inputs.py describes them.
 struct DecodeInputs {
   const Tensor& latent_map;
   const MaybeTensor &coord, &cell;
@@ -108,22 +108,14 @@ struct MetasrInputs {
   const Sizes& region;  // top, left, map height, map width
 };
 
-// The problem without latent map and filter. map_sizes: batch, height, width of the latent map in memory.
+// The problem without latent map and filter. map: batch, height, width, channels of the latent map in memory.
 template <class T>
-MetasrProblem<T> metasr_points(const Tensor& coord, const Tensor& cell, const Sizes& region, const Sizes& map_sizes) {
-  MetasrProblem<T> p{};
+MetasrProblem<T> metasr_points(const Tensor& coord, const Tensor& cell, const Sizes& region, const int64_t (&map)[4],
+                               int64_t hidden) {
   STD_TORCH_CHECK(coord.dim() == 3, "coord must have 3 dimensions");
   STD_TORCH_CHECK(region.size() == 4 && region[2] > 0 && region[3] > 0, "a region is top, left, map height, map width");
-  STD_TORCH_CHECK(map_sizes.size() == 3 && map_sizes[0] >= 0 && map_sizes[1] > 0 && map_sizes[2] > 0,
-                  "latent_map is empty");
-  p.batch = map_sizes[0];
-  p.region_height = map_sizes[1];
-  p.region_width = map_sizes[2];
-  p.region_top = region[0];
-  p.region_left = region[1];
-  p.map_height = region[2];
-  p.map_width = region[3];
-  p.queries = coord.size(1);
+  STD_TORCH_CHECK(map[0] >= 0 && map[1] > 0 && map[2] > 0, "latent_map is empty");
+  MetasrProblem<T> p = make_metasr_problem<T>(map, coord.size(1), region.data(), hidden);
   const int32_t device = device_index(coord);
   p.coord = checked<T>(coord, "coord", device, {p.batch, p.queries, 2});
   p.cell = checked<T>(cell, "cell", device, {p.batch, p.queries, 2});
@@ -140,9 +132,8 @@ template <class T>
 MetasrProblem<T> metasr_problem(const MetasrInputs& in) {
   const Tensor& map = in.latent_map;
   STD_TORCH_CHECK(map.dim() == 4 && in.weight.dim() == 2, "latent_map or weight has a wrong rank");
-  MetasrProblem<T> p = metasr_points<T>(in.coord, in.cell, in.region, {map.size(0), map.size(1), map.size(2)});
-  p.hidden = in.weight.size(0);
-  p.outs = map.size(3) / (p.hidden + 1);
+  MetasrProblem<T> p = metasr_points<T>(in.coord, in.cell, in.region,
+                                        {map.size(0), map.size(1), map.size(2), map.size(3)}, in.weight.size(0));
   STD_TORCH_CHECK(p.hidden > 0 && p.outs > 0, "weight is empty, or latent_map too narrow for it");
   const int32_t device = device_index(in.coord);
   check_contiguous(map, "latent_map", device, map_sizes(p));

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from . import reference, registration
 from .backends import OpRequest, choose_fused
-from .decode_inputs import DecodeInputs
 from .dtypes import autocast_dtype, geometry_dtype, needs_grad
 from .ensemble import ensemble_on
 from .fold import fold, fold_for
 from .gather import gather_on
+from .inputs import DecodeInputs
 from .validation import (
     check_cell,
     check_feat,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .backends import implementation
-from .decode_inputs import DecodeInputs
 from .dtypes import geometry_dtype
+from .inputs import DecodeInputs, GatherInputs, MetasrInputs
 
 
 def _match(grads: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -30,51 +30,55 @@ def _empty_grads(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [tensor.new_empty(tensor.shape, dtype=dtype) for tensor in tensors]
 
 
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    list[int]: "int[]",
+    list[float]: "float[]",
+    bool: "bool",
+    torch.dtype: "ScalarType",
+}
+
+
+def _arguments(inputs: type) -> str:
+    """The fields of a NamedTuple as arguments in a schema."""
+    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in inputs.__annotations__.items())
+
+
 # ------------------------------------------------------------------------------------------------------------- gather
 
 
-@torch.library.custom_op("liif_fast::gather", mutates_args=())
-def gather(
-    feat: Tensor, coord: Tensor, cell: Tensor | None, feat_unfold: bool, local_ensemble: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    return implementation(backend).gather(feat, coord, cell, feat_unfold, local_ensemble)
+@torch.library.custom_op(
+    "liif_fast::gather", mutates_args=(), schema=f"({_arguments(GatherInputs)}, str backend) -> (Tensor, Tensor)"
+)
+def gather(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *fields, backend = arguments
+    return implementation(backend).gather(GatherInputs(*fields))
 
 
 @gather.register_fake
-def _(
-    feat: Tensor, coord: Tensor, cell: Tensor | None, feat_unfold: bool, local_ensemble: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    batch, queries = coord.shape[:2]
-    corners = 4 if local_ensemble else 1
-    depth = feat.shape[1] * (9 if feat_unfold else 1) + 2 + (0 if cell is None else 2)
-    return (
-        feat.new_empty(batch, queries, corners, depth),
-        coord.new_empty(batch, queries, corners, dtype=geometry_dtype(feat)),
-    )
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs = GatherInputs(*arguments[:-1])
+    weight = inputs.coord.new_empty(inputs.x_shape[:3], dtype=geometry_dtype(inputs.feat))
+    return inputs.feat.new_empty(inputs.x_shape), weight
 
 
-@torch.library.custom_op("liif_fast::gather_backward", mutates_args=())
-def gather_backward(
-    grad_x: Tensor,
-    grad_area_weight: Tensor,
-    feat: Tensor,
-    coord: Tensor,
-    cell: Tensor | None,
-    feat_unfold: bool,
-    local_ensemble: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation(backend).gather_backward(
-        grad_x, grad_area_weight, feat, coord, cell, feat_unfold, local_ensemble
-    )
+@torch.library.custom_op(
+    "liif_fast::gather_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_x, Tensor grad_area_weight, {_arguments(GatherInputs)}, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def gather_backward(grad_x: Tensor, grad_area_weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *fields, backend = arguments
+    return implementation(backend).gather_backward(grad_x, grad_area_weight, GatherInputs(*fields))
 
 
 @gather_backward.register_fake
-def _(
-    grad_x: Tensor, grad_area_weight: Tensor, feat: Tensor, coord: Tensor, cell: Tensor | None, *_: Any
-) -> tuple[Tensor, ...]:
-    grads = _empty_grads([feat, coord, coord.new_empty(0) if cell is None else cell], geometry_dtype(feat))
-    return tuple(grads)
+def _(grad_x: Tensor, grad_area_weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    feat, coord, cell = arguments[:3]
+    return tuple(_empty_grads([feat, coord, coord.new_empty(0) if cell is None else cell], geometry_dtype(feat)))
 
 
 def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -130,16 +134,7 @@ ensemble.register_autograd(_ensemble_backward, setup_context=_ensemble_setup)
 # bytes whose layout only the backend knows; without it that tensor is empty and the backward computes it again.
 # Gradients come back in the order of DecodeInputs.differentiable.
 
-_SCHEMA_TYPES = {
-    Tensor: "Tensor",
-    Tensor | None: "Tensor?",
-    list[Tensor]: "Tensor[]",
-    list[int]: "int[]",
-    list[float]: "float[]",
-    bool: "bool",
-    torch.dtype: "ScalarType",
-}
-_INPUTS = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in DecodeInputs.__annotations__.items())
+_INPUTS = _arguments(DecodeInputs)
 _FIELDS = len(DecodeInputs._fields)
 
 
@@ -216,40 +211,35 @@ def _decode_backward(ctx: Any, grad_out: Tensor, _grad_saved: Tensor) -> tuple[A
 decode.register_autograd(_decode_backward, setup_context=_decode_setup)
 
 # ------------------------------------------------------------------------------------------------------- metasr_query
-# latent_map is the result of `metasr_fold`, [B, H, W, O*(hidden + 1)]; weight [hidden, 3] and bias [hidden] are the
-# first layer's. `region` = top, left, map height, map width.
 
 
-@torch.library.custom_op("liif_fast::metasr_query", mutates_args=())
-def metasr_query(
-    latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int], backend: str
-) -> Tensor:
-    return implementation(backend).metasr_query(latent_map, coord, cell, weight, bias, region)
+@torch.library.custom_op(
+    "liif_fast::metasr_query", mutates_args=(), schema=f"({_arguments(MetasrInputs)}, str backend) -> Tensor"
+)
+def metasr_query(*arguments: Any) -> Tensor:
+    *fields, backend = arguments
+    return implementation(backend).metasr_query(MetasrInputs(*fields))
 
 
 @metasr_query.register_fake
-def _(latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    shape = (coord.shape[0], coord.shape[1], latent_map.shape[-1] // (weight.shape[0] + 1))
-    return latent_map.new_empty(shape, dtype=geometry_dtype(latent_map))
+def _(*arguments: Any) -> Tensor:
+    inputs = MetasrInputs(*arguments[:-1])
+    return inputs.latent_map.new_empty(inputs.out_shape, dtype=geometry_dtype(inputs.latent_map))
 
 
-@torch.library.custom_op("liif_fast::metasr_query_backward", mutates_args=())
-def metasr_query_backward(
-    grad_out: Tensor,
-    latent_map: Tensor,
-    coord: Tensor,
-    cell: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    region: list[int],
-    backend: str,
-) -> list[Tensor]:
-    return implementation(backend).metasr_query_backward(grad_out, latent_map, coord, cell, weight, bias, region)
+@torch.library.custom_op(
+    "liif_fast::metasr_query_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, {_arguments(MetasrInputs)}, str backend) -> Tensor[]",
+)
+def metasr_query_backward(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
+    *fields, backend = arguments
+    return implementation(backend).metasr_query_backward(grad_out, MetasrInputs(*fields))
 
 
 @metasr_query_backward.register_fake
-def _(grad_out: Tensor, latent_map: Tensor, *others: Any) -> list[Tensor]:
-    return _empty_grads([latent_map, *others[:4]], geometry_dtype(latent_map))
+def _(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
+    return _empty_grads(arguments[:5], geometry_dtype(arguments[0]))
 
 
 def _metasr_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from liif_fast.ops import backends
-from liif_fast.ops.decode_inputs import DecodeInputs
+from liif_fast.ops.inputs import DecodeInputs
 from tests.cuda.emulator import build
 
 pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=build.why_not())

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from liif_fast.ops.backends.triton import fused, launch
 from liif_fast.ops.backends.triton.rows import as_operand
-from liif_fast.ops.decode_inputs import DecodeInputs
+from liif_fast.ops.inputs import DecodeInputs
 from tests.backends import KINDS, TABLE
 from tests.helpers import Case, random_problem
 from tests.ops.rounded_model import to_tf32

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..decode_inputs import DecodeInputs
 from ..dtypes import geometry_dtype
+from ..inputs import DecodeInputs, GatherInputs, MetasrInputs
 
 _C = torch.ops.liif_fast_C
 
@@ -20,37 +20,21 @@ def _widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
 
 
-def gather(
-    feat: Tensor, coord: Tensor, cell: Tensor | None, feat_unfold: bool, local_ensemble: bool
-) -> tuple[Tensor, Tensor]:
-    cell = None if cell is None else cell.contiguous()
-    x, area_weight = _C.gather(feat.contiguous(), coord.contiguous(), cell, feat_unfold, local_ensemble)
-    return x, area_weight
+def gather(inputs: GatherInputs) -> tuple[Tensor, Tensor]:
+    return _C.gather(*inputs.for_kernels()._replace(feat=inputs.feat.contiguous()))
 
 
-def gather_backward(
-    grad_x: Tensor,
-    grad_area_weight: Tensor,
-    feat: Tensor,
-    coord: Tensor,
-    cell: Tensor | None,
-    feat_unfold: bool,
-    local_ensemble: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = geometry_dtype(feat)
-    height, width = feat.shape[2:]
-    grad_feat, grad_coord, grad_cell = _C.gather_backward(
+def gather_backward(grad_x: Tensor, grad_area_weight: Tensor, inputs: GatherInputs) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = geometry_dtype(inputs.feat)
+    return _C.gather_backward(
         _widen(grad_x, dtype),
         _widen(grad_area_weight, dtype),
-        coord.contiguous(),
-        feat.shape[1],
-        height,
-        width,
-        cell is not None,
-        feat_unfold,
-        local_ensemble,
+        inputs.coord.contiguous(),
+        *inputs.feat.shape[1:],
+        inputs.cell is not None,
+        inputs.feat_unfold,
+        inputs.local_ensemble,
     )
-    return grad_feat, grad_coord, grad_cell
 
 
 def ensemble(pred: Tensor, area_weight: Tensor) -> Tensor:
@@ -91,30 +75,10 @@ def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord
     return grads[: len(inputs.differentiable(coord_grad))]
 
 
-def metasr_query(
-    latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int]
-) -> Tensor:
-    dtype = geometry_dtype(latent_map)
-    return _C.metasr_query(
-        _widen(latent_map, dtype),
-        coord.contiguous(),
-        cell.contiguous(),
-        _widen(weight, dtype),
-        _widen(bias, dtype),
-        region,
-    )
+def metasr_query(inputs: MetasrInputs) -> Tensor:
+    return _C.metasr_query(*inputs.for_kernels(inputs.latent_map.to(geometry_dtype(inputs.latent_map))))
 
 
-def metasr_query_backward(
-    grad_out: Tensor, latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int]
-) -> list[Tensor]:
-    dtype = geometry_dtype(latent_map)
-    return _C.metasr_query_backward(
-        _widen(grad_out, dtype),
-        _widen(latent_map, dtype),
-        coord.contiguous(),
-        cell.contiguous(),
-        _widen(weight, dtype),
-        _widen(bias, dtype),
-        region,
-    )
+def metasr_query_backward(grad_out: Tensor, inputs: MetasrInputs) -> list[Tensor]:
+    dtype = geometry_dtype(inputs.latent_map)
+    return _C.metasr_query_backward(_widen(grad_out, dtype), *inputs.for_kernels(inputs.latent_map.to(dtype)))

@@ -7,33 +7,18 @@ namespace {
 using Region = std::vector<int64_t>;  // top, left, height and width of the whole map
 using Ordered = std::optional<std::pair<py::array, py::array>>;
 
-// sizes: of the latent map in memory, [batch, height, width, ...].
-template <class T>
-MetasrProblem<T> make_problem(const Shape& sizes, const py::array& coord, const py::array& cell, const Region& region) {
-  MetasrProblem<T> p{};
-  p.batch = sizes[0];
-  p.queries = coord.shape(1);
-  p.region_top = region[0];
-  p.region_left = region[1];
-  p.map_height = region[2];
-  p.map_width = region[3];
-  p.region_height = sizes[1];
-  p.region_width = sizes[2];
-  p.coord = read<T>(coord);
-  p.cell = read<T>(cell);
-  return p;
-}
-
 Shape shape(const py::array& array) { return {array.shape(), array.shape() + array.ndim()}; }
 
 template <class T>
 MetasrProblem<T> make_problem(const py::array& latent_map, const py::array& coord, const py::array& cell,
                               const py::array& weight, const py::array& bias, const Region& region) {
   if (!(latent_map.flags() & py::array::c_style)) throw std::invalid_argument("latent_map is not contiguous");
-  MetasrProblem<T> p = make_problem<T>(shape(latent_map), coord, cell, region);
+  const auto size = [&](int axis) { return int64_t{latent_map.shape(axis)}; };
+  MetasrProblem<T> p =
+      make_metasr_problem<T>({size(0), size(1), size(2), size(3)}, coord.shape(1), region.data(), weight.shape(0));
   p.latent_map = latent_map.data();
-  p.hidden = weight.shape(0);
-  p.outs = latent_map.shape(3) / (p.hidden + 1);
+  p.coord = read<T>(coord);
+  p.cell = read<T>(cell);
   p.weight = read<T>(weight);
   p.bias = read<T>(bias);
   return p;
@@ -74,7 +59,9 @@ py::list backward(const py::args& arguments) {
 
 template <class T>
 py::array latents(const py::array& coord, const py::array& cell, const Region& region, const Shape& sizes) {
-  const MetasrProblem<T> p = make_problem<T>(sizes, coord, cell, region);
+  MetasrProblem<T> p = make_metasr_problem<T>({sizes[0], sizes[1], sizes[2], 0}, coord.shape(1), region.data(), 0);
+  p.coord = read<T>(coord);
+  p.cell = read<T>(cell);
   py::array result = make(py::dtype::of<int64_t>(), {p.batch * p.queries}, kNaN);
   check(launch_metasr_latents(p, write<int64_t>(result), nullptr));
   return result;

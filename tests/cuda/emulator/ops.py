@@ -87,7 +87,7 @@ class Ops:
         return torch.from_numpy(self.kernels.metasr_forward(_name(latent_map.dtype), *arguments))
 
     def cuda_metasr_latents(self, coord: Tensor, cell: Tensor, region: list[int], sizes: list[int]) -> Tensor:
-        return torch.from_numpy(self.kernels.metasr_latents(_array(coord), _array(cell), region, [*sizes, 1]))
+        return torch.from_numpy(self.kernels.metasr_latents(_array(coord), _array(cell), region, sizes))
 
     def cuda_metasr_query_backward(self, grad_out: Tensor, latent_map: Tensor, *others: object) -> list[Tensor]:
         *arguments, order, starts = map(_arrays, (grad_out, latent_map, *others))

@@ -99,7 +99,7 @@ def watch(found: dict) -> None:
 def decode(dtype: torch.dtype, width: int, *, grid: bool, save: bool, coord_grad: bool, ensemble: bool = True) -> None:
     """A decode with three hidden products, and its backward if the forward saves activations for one."""
     from liif_fast.ops.backends import triton as triton_backend
-    from liif_fast.ops.decode_inputs import DecodeInputs
+    from liif_fast.ops.inputs import DecodeInputs
 
     narrow = dtype in (torch.bfloat16, torch.float16)
     geometry = torch.float64 if dtype == torch.float64 else torch.float32
@@ -126,16 +126,18 @@ def decode(dtype: torch.dtype, width: int, *, grid: bool, save: bool, coord_grad
 def everything_else(dtype: torch.dtype) -> None:
     """gather, ensemble and MetaSR, forward and backward."""
     from liif_fast.ops.backends import triton as triton_backend
+    from liif_fast.ops.inputs import GatherInputs, MetasrInputs
 
     geometry = torch.float64 if dtype == torch.float64 else torch.float32
     feat, coord = torch.zeros(1, 64, 8, 8, dtype=dtype), torch.zeros(1, 64, 2, dtype=geometry)
-    x, area_weight = triton_backend.gather(feat, coord, coord, True, True)
-    triton_backend.gather_backward(x, area_weight, feat, coord, coord, True, True)
+    patches = GatherInputs(feat, coord, coord, feat_unfold=True, local_ensemble=True)
+    x, area_weight = triton_backend.gather(patches)
+    triton_backend.gather_backward(x, area_weight, patches)
     out = triton_backend.ensemble(x, area_weight)
     triton_backend.ensemble_backward(out, x, area_weight)
     latent_map, weight, bias = torch.zeros(1, 8, 8, 3 * 257, dtype=dtype), torch.zeros(256, 3), torch.zeros(256)
-    out = triton_backend.metasr_query(latent_map, coord, coord, weight, bias, [0, 0, 8, 8])
-    triton_backend.metasr_query_backward(out, latent_map, coord, coord, weight, bias, [0, 0, 8, 8])
+    metasr = MetasrInputs(latent_map, coord, coord, weight, bias, [0, 0, 8, 8])
+    triton_backend.metasr_query_backward(triton_backend.metasr_query(metasr), metasr)
 
 
 def main(arch: int) -> None:

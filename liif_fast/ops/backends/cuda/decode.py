@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...decode_inputs import DecodeInputs
 from ...dtypes import allows_tf32
+from ...inputs import DecodeInputs
 
 _C = torch.ops.liif_fast_C
 

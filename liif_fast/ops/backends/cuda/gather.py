@@ -10,42 +10,31 @@ import torch
 from torch import Tensor
 
 from ...dtypes import geometry_dtype
+from ...inputs import GatherInputs, MetasrInputs
 
 _C = torch.ops.liif_fast_C
 
 
-def gather(
-    feat: Tensor, coord: Tensor, cell: Tensor | None, feat_unfold: bool, local_ensemble: bool
-) -> tuple[Tensor, Tensor]:
-    cell = None if cell is None else cell.contiguous()
-    if feat_unfold and local_ensemble and 4 * coord.shape[1] >= feat.shape[2] * feat.shape[3]:
+def gather(inputs: GatherInputs) -> tuple[Tensor, Tensor]:
+    inputs = inputs.for_kernels()
+    feat = inputs.feat
+    if inputs.feat_unfold and inputs.local_ensemble and 4 * inputs.coord.shape[1] >= feat.shape[2] * feat.shape[3]:
         # The fast kernel reads channels-last maps. x has at least nine times as many values as the map, so a copy pays.
-        feat = feat.contiguous(memory_format=torch.channels_last)
-    x, area_weight = _C.gather(feat, coord.contiguous(), cell, feat_unfold, local_ensemble)  # any strides of feat
-    return x, area_weight
+        inputs = inputs._replace(feat=feat.contiguous(memory_format=torch.channels_last))
+    return _C.gather(*inputs)  # any strides of feat
 
 
-def gather_backward(
-    grad_x: Tensor,
-    grad_area_weight: Tensor,
-    feat: Tensor,
-    coord: Tensor,
-    cell: Tensor | None,
-    feat_unfold: bool,
-    local_ensemble: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    channels, height, width = feat.shape[1:]
+def gather_backward(grad_x: Tensor, grad_area_weight: Tensor, inputs: GatherInputs) -> tuple[Tensor, Tensor, Tensor]:
+    feat, (feat_unfold, local_ensemble) = inputs.feat, inputs[3:]
     deterministic = torch.are_deterministic_algorithms_enabled()
     # The fast kernel adds four channels at a time to a channels-last gradient.
-    channels_last = feat_unfold and local_ensemble and channels % 4 == 0 and not deterministic
+    channels_last = feat_unfold and local_ensemble and feat.shape[1] % 4 == 0 and not deterministic
     grad_feat, grad_coord, grad_cell = _C.cuda_gather_backward(
         grad_x.to(feat.dtype).contiguous(),
         grad_area_weight.contiguous(),
-        coord.contiguous(),
-        channels,
-        height,
-        width,
-        cell is not None,
+        inputs.coord.contiguous(),
+        *feat.shape[1:],
+        inputs.cell is not None,
         feat_unfold,
         local_ensemble,
         deterministic,
@@ -67,39 +56,17 @@ def ensemble_backward(grad_out: Tensor, pred: Tensor, area_weight: Tensor) -> tu
     return grad_pred, grad_area_weight
 
 
-def metasr_query(
-    latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int]
-) -> Tensor:
-    dtype = geometry_dtype(latent_map)
-    return _C.metasr_query(
-        latent_map.contiguous(),
-        coord.contiguous(),
-        cell.contiguous(),
-        weight.to(dtype).contiguous(),
-        bias.to(dtype).contiguous(),
-        region,
-    )
+def metasr_query(inputs: MetasrInputs) -> Tensor:
+    return _C.metasr_query(*inputs.for_kernels(inputs.latent_map))
 
 
-def metasr_query_backward(
-    grad_out: Tensor, latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int]
-) -> list[Tensor]:
-    dtype = geometry_dtype(latent_map)
-    coord, cell = coord.contiguous(), cell.contiguous()
+def metasr_query_backward(grad_out: Tensor, inputs: MetasrInputs) -> list[Tensor]:
+    inputs = inputs.for_kernels(inputs.latent_map)
+    latent_map, coord, cell = inputs[:3]
     order = starts = None
     if torch.are_deterministic_algorithms_enabled():  # queries sorted by latent, stably
-        sizes = list(latent_map.shape[:3])
-        latents, order = torch.sort(_C.cuda_metasr_latents(coord, cell, region, sizes), stable=True)
-        every = torch.arange(latent_map.shape[:3].numel() + 1, device=coord.device)
-        starts = torch.searchsorted(latents, every)
-    return _C.cuda_metasr_query_backward(
-        grad_out.to(dtype).contiguous(),
-        latent_map.contiguous(),
-        coord,
-        cell,
-        weight.to(dtype).contiguous(),
-        bias.to(dtype).contiguous(),
-        region,
-        order,
-        starts,
-    )
+        sizes = latent_map.shape[:3]
+        latents, order = torch.sort(_C.cuda_metasr_latents(coord, cell, inputs.region, list(sizes)), stable=True)
+        starts = torch.searchsorted(latents, torch.arange(sizes.numel() + 1, device=coord.device))
+    grad_out = grad_out.to(geometry_dtype(latent_map)).contiguous()
+    return _C.cuda_metasr_query_backward(grad_out, *inputs, order, starts)

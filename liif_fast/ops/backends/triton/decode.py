@@ -13,8 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ...decode_inputs import DecodeInputs
 from ...dtypes import geometry_dtype
+from ...inputs import DecodeInputs
 from . import fused, layerwise
 from .launch import DecodeChunk, grid_rel_cell, on_device_of
 from .layerwise import DecodeGrads

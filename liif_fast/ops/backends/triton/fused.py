@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...decode_inputs import DecodeInputs
+from ...inputs import DecodeInputs
 from .launch import (
     DTYPES,
     OPTIONS,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...dtypes import geometry_dtype
+from ...inputs import GatherInputs
 from .geometry import Axis, area_weights_backward, find_neighbor, make_axis
 from .launch import DTYPES, OPTIONS, on_device_of, point_grid, power_of_two, segments
 from .rows import QueryGrid, find_rows
@@ -205,43 +205,32 @@ def _axes(feat: Tensor) -> tuple[Axis, Axis]:
     return make_axis(feat.shape[2]), make_axis(feat.shape[3])
 
 
-def _grid(feat: Tensor, coord: Tensor, cell: Tensor) -> QueryGrid:
+def _grid(feat: Tensor, coord: Tensor, cell: Tensor | None) -> QueryGrid:
     batch, queries = coord.shape[:2]
-    return point_grid(coord, cell, feat.shape[2:], queries, batch * queries)
+    return point_grid(coord, coord if cell is None else cell, feat.shape[2:], queries, batch * queries)
 
 
-def gather(
-    feat: Tensor, coord: Tensor, cell: Tensor | None, feat_unfold: bool, local_ensemble: bool
-) -> tuple[Tensor, Tensor]:
-    """Takes feat of any strides; returns x [B, Q, corners, depth] and area_weight [B, Q, corners]."""
-    (batch, queries), corners = coord.shape[:2], 4 if local_ensemble else 1
-    features = feat.shape[1] * (9 if feat_unfold else 1)
-    depth = features + (2 if cell is None else 4)
-    x = feat.new_empty(batch, queries, corners, depth)
-    area_weight = coord.new_empty(batch, queries, corners)
-    count = area_weight.numel()
+def gather(inputs: GatherInputs) -> tuple[Tensor, Tensor]:
+    """x [B, Q, corners, depth] and area_weight [B, Q, corners]."""
+    feat, coord, cell, feat_unfold, local_ensemble = inputs.for_kernels()
+    x, area_weight = feat.new_empty(inputs.x_shape), coord.new_empty(inputs.x_shape[:3])
+    count, tile = area_weight.numel(), power_of_two(inputs.features, 16, 64)
     if count == 0:
         return x, area_weight
-    coord = coord.contiguous()
-    grid = _grid(feat, coord, coord if cell is None else cell.contiguous())
-    tile = power_of_two(features, 16, 64)
     with on_device_of(feat):
-        gather_forward_kernel[(triton.cdiv(count, ROWS) * triton.cdiv(features, tile),)](
-            feat, grid, x, area_weight, *feat.stride(), features, depth,
+        gather_forward_kernel[(triton.cdiv(count, ROWS) * triton.cdiv(inputs.features, tile),)](
+            feat, _grid(feat, coord, cell), x, area_weight, *feat.stride(), inputs.features, x.shape[-1],
             HAS_CELL=cell is not None, UNFOLD=feat_unfold, ENSEMBLE=local_ensemble, T=DTYPES[coord.dtype],
             ROWS=ROWS, FEATURES=tile, num_warps=8, **OPTIONS,
         )  # fmt: skip
     return x, area_weight
 
 
-def launch_gather_backward_feat(
-    grad_x: Tensor, feat: Tensor, coord: Tensor, feat_unfold: bool, local_ensemble: bool
-) -> Tensor:
+def launch_gather_backward_feat(grad_x: Tensor, inputs: GatherInputs) -> Tensor:
     """grad_feat [B, C, H, W]: by atomic additions, or in a fixed order if deterministic algorithms are on."""
-    (batch, queries), corners = coord.shape[:2], 4 if local_ensemble else 1
-    channels, height, width = feat.shape[1:]
+    feat, coord, _, feat_unfold, local_ensemble = inputs
+    (batch, queries, corners, depth), (channels, height, width) = inputs.x_shape, feat.shape[1:]
     flags = {"UNFOLD": feat_unfold, "T": DTYPES[coord.dtype], **OPTIONS}
-    depth = grad_x.shape[-1]
     if not torch.are_deterministic_algorithms_enabled():
         grad_feat = coord.new_zeros(batch, height, width, channels)
         count, tile = batch * queries, power_of_two(channels, 16, 64)
@@ -253,7 +242,7 @@ def launch_gather_backward_feat(
     grad_feat, count = coord.new_zeros(feat.shape), batch * queries * corners
     numbers = torch.empty(count, dtype=torch.int64, device=feat.device)
     latent_kernel[(triton.cdiv(count, 128),)](
-        _grid(feat, coord, coord), numbers, GRID=False, ENSEMBLE=local_ensemble, T=flags["T"], ROWS=128, **OPTIONS
+        _grid(feat, coord, None), numbers, GRID=False, ENSEMBLE=local_ensemble, T=flags["T"], ROWS=128, **OPTIONS
     )
     order, begins = segments(numbers, batch * height * width)
     tile = power_of_two(channels, 16, 128)
@@ -263,28 +252,21 @@ def launch_gather_backward_feat(
     return grad_feat
 
 
-def gather_backward(
-    grad_x: Tensor,
-    grad_area_weight: Tensor,
-    feat: Tensor,
-    coord: Tensor,
-    cell: Tensor | None,
-    feat_unfold: bool,
-    local_ensemble: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def gather_backward(grad_x: Tensor, grad_area_weight: Tensor, inputs: GatherInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of feat, coord and cell in the geometry dtype."""
-    dtype = geometry_dtype(feat)
-    grad_coord = torch.zeros_like(coord, dtype=dtype, memory_format=torch.contiguous_format)
-    grad_cell = coord.new_zeros(0 if cell is None else coord.shape, dtype=dtype)
+    inputs = inputs.for_kernels()
+    feat, coord, cell = inputs[:3]
+    grad_coord = torch.zeros_like(coord)
+    grad_cell = coord.new_zeros(0 if cell is None else coord.shape)
     if coord.numel() == 0:
         return coord.new_zeros(feat.shape), grad_coord, grad_cell
-    grad_x, coord = grad_x.contiguous(), coord.contiguous()
-    count = coord.shape[0] * coord.shape[1]
+    grad_x, count = grad_x.contiguous(), coord.shape[0] * coord.shape[1]
     with on_device_of(feat):
-        grad_feat = launch_gather_backward_feat(grad_x, feat, coord, feat_unfold, local_ensemble)
+        grad_feat = launch_gather_backward_feat(grad_x, inputs)
         gather_backward_geometry_kernel[(triton.cdiv(count, QUERIES),)](
             grad_x, grad_area_weight.contiguous(), coord, grad_coord, grad_cell, count,
-            *_axes(feat), feat.shape[1] * (9 if feat_unfold else 1), grad_x.shape[-1],
-            HAS_CELL=cell is not None, ENSEMBLE=local_ensemble, T=DTYPES[dtype], QUERIES=QUERIES, **OPTIONS,
+            *_axes(feat), inputs.features, grad_x.shape[-1],
+            HAS_CELL=cell is not None, ENSEMBLE=inputs.local_ensemble, T=DTYPES[coord.dtype], QUERIES=QUERIES,
+            **OPTIONS,
         )  # fmt: skip
     return grad_feat, grad_coord, grad_cell

@@ -16,8 +16,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
-from ...decode_inputs import DecodeInputs
 from ...dtypes import allows_tf32, geometry_dtype
+from ...inputs import DecodeInputs
 from .geometry import make_axis
 from .rows import PATCH, QueryGrid, split
 

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...decode_inputs import DecodeInputs
 from ...dtypes import geometry_dtype
+from ...inputs import DecodeInputs
 from .ensemble import ensemble, ensemble_backward
 from .gather import QUERIES, gather_backward_geometry_kernel, latent_kernel
 from .launch import OPTIONS, DecodeChunk, Shapes, power_of_two, segments

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...dtypes import geometry_dtype
+from ...inputs import MetasrInputs
 from .geometry import Axis, clamp_to_region, find_metasr_neighbor, make_axis
 from .launch import DTYPES, OPTIONS, on_device_of, power_of_two, segments
 from .rows import relu
@@ -146,46 +147,38 @@ def _axes(latent_map: Tensor, region: list[int]) -> tuple[Axis, Axis]:
     return make_axis(height, top, latent_map.shape[1]), make_axis(width, left, latent_map.shape[2])
 
 
-def metasr_query(
-    latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int]
-) -> Tensor:
+def metasr_query(inputs: MetasrInputs) -> Tensor:
     """[B, Q, O] in the geometry dtype."""
-    (batch, queries), hidden = coord.shape[:2], weight.shape[0]
-    outs = latent_map.shape[-1] // (hidden + 1)
-    dtype = geometry_dtype(latent_map)
-    out = coord.new_empty(batch, queries, outs, dtype=dtype)
+    latent_map, coord, cell, weight, bias, region = inputs.for_kernels(inputs.latent_map)
+    (batch, queries, outs), hidden = inputs.out_shape, weight.shape[0]
+    out = coord.new_empty(inputs.out_shape)
     if out.numel() == 0:
         return out
     with on_device_of(out):
         metasr_forward_kernel[(triton.cdiv(batch * queries, QUERIES), outs)](
-            latent_map.contiguous(), coord.contiguous(), cell.contiguous(), weight.to(dtype).contiguous(),
-            bias.to(dtype).contiguous(), out, batch * queries, queries, *_axes(latent_map, region), hidden, outs,
-            T=DTYPES[dtype], QUERIES=QUERIES, COLS=power_of_two(hidden, 16, COLS), **OPTIONS,
+            latent_map, coord, cell, weight, bias, out, batch * queries, queries, *_axes(latent_map, region), hidden,
+            outs, T=DTYPES[out.dtype], QUERIES=QUERIES, COLS=power_of_two(hidden, 16, COLS), **OPTIONS,
         )  # fmt: skip
     return out
 
 
-def metasr_query_backward(
-    grad_out: Tensor, latent_map: Tensor, coord: Tensor, cell: Tensor, weight: Tensor, bias: Tensor, region: list[int]
-) -> list[Tensor]:
+def metasr_query_backward(grad_out: Tensor, inputs: MetasrInputs) -> list[Tensor]:
     """Gradients of latent_map, coord, cell, weight and bias in the geometry dtype."""
-    (batch, queries), hidden = coord.shape[:2], weight.shape[0]
-    dtype = geometry_dtype(latent_map)
-    tensors = (latent_map, coord, cell, weight, bias)
-    grads = [torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) for tensor in tensors]
+    latent_map, *points_and_filter, region = inputs.for_kernels(inputs.latent_map)
+    dtype, hidden = geometry_dtype(latent_map), inputs.weight.shape[0]
+    grads = [torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) for tensor in inputs[:5]]
     if grad_out.numel() == 0:
         return grads
     grad_latent_map, grad_coord, grad_cell = grads[:3]
-    count, outs = batch * queries, grad_out.shape[-1]
-    exact = torch.are_deterministic_algorithms_enabled()
-    inputs = [t.contiguous() for t in (coord, cell, weight.to(dtype), bias.to(dtype))]
+    batch, queries, outs = grad_out.shape
+    count, exact = batch * queries, torch.are_deterministic_algorithms_enabled()
     grad_out = grad_out.to(dtype).contiguous()
     axes, tile = _axes(latent_map, region), power_of_two(hidden, 16, COLS)
     partial = grad_out.new_empty(triton.cdiv(count, QUERIES), 4, hidden)
-    numbers = torch.empty(count if exact else 0, dtype=torch.int64, device=coord.device)
+    numbers = torch.empty(count if exact else 0, dtype=torch.int64, device=grad_out.device)
     with on_device_of(grad_out):
         metasr_backward_kernel[(partial.shape[0],)](
-            grad_out, latent_map.contiguous(), *inputs, grad_latent_map, grad_coord, grad_cell, partial, numbers,
+            grad_out, latent_map, *points_and_filter, grad_latent_map, grad_coord, grad_cell, partial, numbers,
             count, queries, *axes, hidden, outs, SCATTER=not exact, T=DTYPES[dtype], QUERIES=QUERIES, COLS=tile,
             **OPTIONS,
         )  # fmt: skip
@@ -193,7 +186,7 @@ def metasr_query_backward(
             latents = grad_latent_map.numel() // grad_latent_map.shape[-1]
             order, begins = segments(numbers, latents)
             metasr_scatter_ordered_kernel[(latents, outs)](
-                grad_out, *inputs, order, begins, grad_latent_map, queries, *axes, hidden, outs,
+                grad_out, *points_and_filter, order, begins, grad_latent_map, queries, *axes, hidden, outs,
                 T=DTYPES[dtype], COLS=tile, **OPTIONS,
             )  # fmt: skip
     sums = partial.sum(0)

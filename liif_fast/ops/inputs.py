@@ -1,10 +1,64 @@
-"""The arguments of one decode: the single place where they are declared in Python."""
+"""The arguments of the registered ops and their backends: the single place where Python declares them."""
 
 # Without `from __future__ import annotations`: registration.py derives the op's schema from these types.
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .dtypes import geometry_dtype
+
+
+class GatherInputs(NamedTuple):
+    """What the registered ops `gather` and `gather_backward` and every backend take."""
+
+    feat: Tensor  # [B, C, H, W]
+    coord: Tensor  # [B, Q, 2], geometry dtype
+    cell: Tensor | None  # [B, Q, 2], geometry dtype
+    feat_unfold: bool
+    local_ensemble: bool
+
+    @property
+    def features(self) -> int:
+        """Columns of x that come from feat."""
+        return self.feat.shape[1] * (9 if self.feat_unfold else 1)
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        """[B, Q, corners, features + 2 (+ 2)]."""
+        corners, geometry = 4 if self.local_ensemble else 1, 2 if self.cell is None else 4
+        return *self.coord.shape[:2], corners, self.features + geometry
+
+    def for_kernels(self) -> "GatherInputs":
+        """The same gather with contiguous coordinates and cells; feat keeps its strides."""
+        cell = None if self.cell is None else self.cell.contiguous()
+        return self._replace(coord=self.coord.contiguous(), cell=cell)
+
+
+class MetasrInputs(NamedTuple):
+    """What the registered ops `metasr_query` and `metasr_query_backward` and every backend take."""
+
+    latent_map: Tensor  # [B, H, W, O*(hidden + 1)], the result of `metasr_fold`
+    coord: Tensor  # [B, Q, 2], geometry dtype
+    cell: Tensor  # [B, Q, 2], geometry dtype
+    weight: Tensor  # [hidden, 3], the first layer's
+    bias: Tensor  # [hidden]
+    region: list[int]  # top, left, map height, map width
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return *self.coord.shape[:2], self.latent_map.shape[-1] // (self.weight.shape[0] + 1)
+
+    def for_kernels(self, latent_map: Tensor) -> "MetasrInputs":
+        """The same decode of `latent_map` with contiguous tensors, and the filter in the geometry dtype."""
+        dtype = geometry_dtype(latent_map)
+        return self._replace(
+            latent_map=latent_map.contiguous(),
+            coord=self.coord.contiguous(),
+            cell=self.cell.contiguous(),
+            weight=self.weight.to(dtype).contiguous(),
+            bias=self.bias.to(dtype).contiguous(),
+        )
 
 
 class DecodeInputs(NamedTuple):

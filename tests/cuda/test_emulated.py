@@ -28,7 +28,7 @@ BACKEND = TABLE["cuda-emulated"]
 # Most blocks of a launch (0: as many as it asks for), and whether they run from last to first.
 SCHEDULES = {"one-block": (1, False), "two-blocks-backwards": (2, True), "backwards": (0, True)}
 schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-kinds = pytest.mark.parametrize("kind", [KINDS[index] for index in (1, 2, 5, 6)], ids=lambda kind: kind.name)
+kinds = pytest.mark.parametrize("kind", [KINDS[i] for i in (1, 2, 5, 6)], ids=lambda kind: kind.name, indirect=True)
 ordered = pytest.mark.parametrize("deterministic", [True], indirect=True)
 
 

@@ -12,7 +12,7 @@ def geometry_dtype(values: Tensor) -> torch.dtype:
 
 
 def autocast_dtype(feat: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for on feat's device; None outside autocast and for float64."""
+    """The dtype that autocast uses on feat's device; None outside autocast and for float64."""
     kind = feat.device.type
     if feat.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None

@@ -115,7 +115,7 @@ def fold(feat: Tensor, weight: Tensor, *, feat_unfold: bool = True) -> Tensor:
         feat_unfold: a 3x3 convolution with zero padding, otherwise 1x1.
 
     Returns:
-        latent_map, [B, H, W, K], contiguous, in the dtype that `query` and `render` want (`dtypes.latent_dtype`). The
+        latent_map, [B, H, W, K], contiguous, in the dtype that `query` and `render` take (`dtypes.latent_dtype`). The
         bias is not in it: they add it with the geometry terms.
 
     Source: linearity of the first layer in the unfolded latent; exact up to the order of the sum.

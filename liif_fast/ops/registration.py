@@ -1,4 +1,4 @@
-"""The ops as PyTorch sees them: schema, fake and autograd, each once for every backend.
+"""The ops as PyTorch registers them: schema, fake and autograd, each once for every backend.
 
 Every op takes the chosen backend's name as its last argument and calls the function of the same name in that backend's
 module. `decode` starts at the latent map: PyTorch differentiates the convolution that makes it. An op returns the

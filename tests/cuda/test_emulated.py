@@ -25,7 +25,7 @@ from tests.ops.test_metasr import problem as metasr_problem
 from tests.ops.tolerances import assert_close, check_decode
 
 BACKEND = TABLE["cuda-emulated"]
-# Most blocks of a launch (0: as many as it asks for), and whether they run from last to first.
+# Most blocks of a launch (0: no limit), and whether they run from last to first.
 SCHEDULES = {"one-block": (1, False), "two-blocks-backwards": (2, True), "backwards": (0, True)}
 schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 kinds = pytest.mark.parametrize("kind", [KINDS[i] for i in (1, 2, 5, 6)], ids=lambda kind: kind.name, indirect=True)
@@ -104,7 +104,7 @@ def test_ordered_gradients_of_gather_are_those_of_the_cpu_backend(kernels, sched
 @pytest.mark.parametrize("width", [64, 128, pytest.param(256, marks=pytest.mark.prove)])
 @kinds
 def test_the_largest_workspace_fits(kernels, device, width, kind):
-    """Sixteen outputs, a query a row, gradients of coordinates: what asks for the most shared memory."""
+    """Sixteen outputs, a query a row, gradients of coordinates: the case with the most shared memory."""
     set_device(device)
     case = Case(channels=2, queries=2, hidden=(width, 16), outs=16, local_ensemble=False)
     check_decode(BACKEND, kind, case, "points")

@@ -20,7 +20,7 @@ from . import cpu, cuda, extension
 
 
 class OpRequest(NamedTuple):
-    """What decides whether a backend can run an op. It holds no tensor, so that it can be traced."""
+    """What decides whether a backend can run an op. It holds no tensor, so torch.compile can trace it."""
 
     op: str  # gather | ensemble | decode | metasr_query
     device: str  # torch device type
@@ -38,7 +38,7 @@ _BUILT_WITH_CUDA = extension.is_available() and hasattr(torch.ops.liif_fast_C, "
 
 
 def _find_triton() -> str:
-    """What is wrong with the installed Triton, '' if nothing; found without importing it."""
+    """Why the installed Triton cannot be used, '' if it can; found without importing it."""
     needed = ".".join(map(str, _OLDEST_TRITON))
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
@@ -133,7 +133,7 @@ def can_run_triton(request: OpRequest, raise_error: bool = False) -> bool:
 
 
 def _is_too_old() -> bool:
-    """Whether the current GPU is NVIDIA's and older than Triton supports; not asked while tracing."""
+    """Whether the current GPU is NVIDIA's and older than Triton supports; False while tracing."""
     if torch.compiler.is_compiling() or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability() < (8, 0)

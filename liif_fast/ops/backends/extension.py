@@ -34,7 +34,7 @@ def path() -> Path:
 
 @cache
 def build_facts() -> dict[str, Any]:
-    """The contents of _build.json, by setup.py: compiler, torch, cuda, cuda_archs, why_no_cuda; or only missing."""
+    """The contents of _build.json: compiler, torch, cuda, cuda_archs, why_no_cuda; `missing` alone without a build."""
     try:
         facts = json.loads((path().parent / "_build.json").read_text())
     except (OSError, ValueError):

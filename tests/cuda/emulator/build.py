@@ -2,7 +2,7 @@
 
 `cuda_on_cpu_kernels` is a pybind11 module of csrc/cuda/*.cu and module*.cpp, compiled with the headers beside this file
 in the place of CUDA's: nothing of CUDA is needed. It is tied to the running Python, and never shipped.
-LIIF_FAST_SANITIZE=1, as `make sanitize` sets it, puts the address and undefined-behaviour sanitisers in.
+LIIF_FAST_SANITIZE=1, as `make sanitize` sets it, adds the address and undefined-behavior sanitizers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SANITIZE = os.environ.get("LIIF_FAST_SANITIZE", "0") not in ("", "0")
 # As in setup.py: no FMA contraction, since rounding decides which latent is the nearest. torch ships pybind11.
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off"]
 SANITIZERS = ["-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-SANITIZERS += ["-Wno-maybe-uninitialized"]  # GCC's own page on it says that the sanitisers make it see ghosts
+SANITIZERS += ["-Wno-maybe-uninitialized"]  # GCC documents false positives with sanitizers
 
 
 @cache
@@ -102,7 +102,7 @@ def _compile_one(source: Path, made: Path, flags: Sequence[str]) -> None:
 
 
 def _compile(output: str, sources: Sequence[Path], flags: Sequence[str], link: Sequence[str]) -> Path:
-    """Compile what is new, two at a time, and link once; whoever comes second waits, then finds the result."""
+    """Compile what is new, two at a time, and link once; a second process waits and then uses the result."""
     command = compiler()
     assert command is not None
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -141,5 +141,5 @@ def load() -> ModuleType:
 
 
 def probes() -> Path:
-    """The program of probes.cpp, always with the sanitisers in it; raises RuntimeError where the compiler has none."""
+    """The program of probes.cpp, always with sanitizers; raises RuntimeError if the compiler has none."""
     return _compile("probes", [HERE / "probes.cpp"], [*FLAGS, "-O1", *SANITIZERS], [])

@@ -77,7 +77,7 @@ def gather_backward_feat_kernel(
     """Adds a tile of queries and channels to grad_feat, [B, H, W, C], in the hardware's order.
 
     The 3x3 neighbors of a query's four corners are 4x4 latents. Values for the same latent are summed first, so that
-    memory sees 16 additions instead of 36. Where the device can, adjacent channels are one addition.
+    memory receives 16 additions instead of 36. Where the device can, adjacent channels are one addition.
     """
     SIDE: tl.constexpr = 3 if UNFOLD else 1
     CORNERS: tl.constexpr = 4 if ENSEMBLE else 1

@@ -8,6 +8,8 @@ PYTEST_ARGS ?=
 PY := $(VENV)/bin/python
 # Triton's kernels under its interpreter, which has to be chosen before Triton is imported: a run of its own.
 INTERPRETED = TRITON_INTERPRET=1 $(PY) -m pytest tests/ops tests/triton/test_interpreted.py --backend triton-interpreted
+# Proofs run in two processes, each file of tests in one of them: their fixtures compile for minutes.
+TWO_AT_A_TIME = -n 2 --dist loadfile
 # Tests of what runs inside the extension: the ones worth running under the sanitizers.
 KERNEL_TESTS = tests/ops/test_decode.py tests/ops/test_gather.py tests/ops/test_metasr.py tests/ops/test_cpu.py tests/cuda/test_emulated.py
 CXX_FILES = find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
@@ -28,9 +30,9 @@ test: build ## build, then run the tests (PYTEST_ARGS='-k name' for some of them
 	$(INTERPRETED) $(PYTEST_ARGS)
 
 prove: build ## the slow proofs: every architecture ahead of time, all cases on slow backends, some under sanitizers
-	$(PY) -m pytest -m prove $(PYTEST_ARGS)
-	$(INTERPRETED) -m prove $(PYTEST_ARGS)
-	$(MAKE) sanitize PYTEST_ARGS='-k "(avx2 or emulated) and (flag or nan or layout or launch or mistakes)"'
+	$(PY) -m pytest -m prove $(TWO_AT_A_TIME) $(PYTEST_ARGS)
+	$(INTERPRETED) -m prove $(TWO_AT_A_TIME) $(PYTEST_ARGS)
+	$(MAKE) sanitize PYTEST_ARGS='$(TWO_AT_A_TIME) -k "(avx2 or emulated) and (flag or nan or layout or launch or mistakes)"'
 
 lint: $(VENV)/.lint ## ruff, clang-format and mypy; changes nothing
 	$(PY) -m ruff check .

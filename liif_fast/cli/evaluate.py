@@ -38,42 +38,29 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--metrics", nargs="+", default=["psnr"], help="psnr, ssim (default: psnr)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument(
-        "--backend", choices=list(BACKENDS), help="backend of the ops (default: the fastest that can run)"
-    )
+    parser.add_argument("--backend", choices=list(BACKENDS), help="backend of the ops (default: first that can run)")
     parser.add_argument("--threads", type=whole_number, help="processor threads (default: as many as cores)")
     images = parser.add_argument_group("with --images")
     images.add_argument("--scales", nargs="+", type=float, default=list(_SCALES), help="default: 2 3 4 6 12 18 24 30")
     images.add_argument(
         "--methods", nargs="+", help="bicubic, liif (the shipped model), or names from --model (default: all of them)"
     )
-    images.add_argument(
-        "--cells",
-        nargs="+",
-        default=["1/s"],
-        help="cells to decode with in addition to 1/s, such as 1/4 (default: 1/s)",
-    )
+    cells = "cells to decode with in addition to 1/s, such as 1/4 (default: 1/s)"
+    images.add_argument("--cells", nargs="+", default=["1/s"], help=cells)
     images.add_argument("--protocol", default="div2k", help="div2k, benchmark or none (default: %(default)s)")
     images.add_argument("--n-colors", type=int, default=3, help="1 (gray), 3 (RGB) or 4 (default: 3)")
     images.add_argument(
         "--trained-up-to", type=float, default=4.0, metavar="SCALE", help="mark scales above this (default: 4)"
     )
     images.add_argument("--compare", metavar="IMAGE", help="image of the visual comparison (default: the first)")
-    images.add_argument(
-        "--out",
-        type=Path,
-        default=Path("evaluation"),
-        metavar="DIR",
-        help="folder of the results (default: %(default)s)",
-    )
+    out = "folder of the results (default: %(default)s)"
+    images.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help=out)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate; returns the exit code."""
-    from liif_fast.utils import (
-        distributed,
-    )  # imported here, because other commands start faster without torch.distributed
+    from liif_fast.utils import distributed  # imports torch.distributed, which most commands do not need
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -45,9 +45,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train; returns the exit code."""
     from liif_fast import training
-    from liif_fast.utils import (
-        distributed,
-    )  # imported here, because other commands start faster without torch.distributed
+    from liif_fast.utils import distributed  # imports torch.distributed, which most commands do not need
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -55,14 +53,8 @@ def run(options: argparse.Namespace) -> int:
     content = config.load(options.config, "train", overrides)
     with distributed.setup(options.device) as device:
         report = _print_line if distributed.is_main() else _ignore
-        folder = training.train(
-            content,
-            options.save / _folder_name(options),
-            resume=options.resume,
-            device=device,
-            source=str(options.config),
-            report=report,
-        )
+        folder, source = options.save / _folder_name(options), str(options.config)
+        training.train(content, folder, resume=options.resume, device=device, source=source, report=report)
         report(f"wrote {folder}")
     return 0
 

@@ -25,7 +25,7 @@ from liif_fast.data.pictures import (
 from liif_fast.data.registry import register
 from liif_fast.models.coordinates import make_coord
 
-FLAT_ENERGY = 0.1  # on the scale of 0 to 255; added to every block, so that flat blocks are drawn now and then
+FLAT_ENERGY = 0.1  # on the scale of 0 to 255; added to every block, so that flat blocks are sometimes drawn
 
 
 class _Crop(NamedTuple):
@@ -78,7 +78,7 @@ class SRImplicitPaired(_Wrapper):
     inp_size: side of a random crop of the small image; None uses the whole image, and h*s x w*s of the large image.
     augment: flip rows, flip columns, transpose, each with probability 1/2.
     sample_q: number of pixels sampled without replacement; None uses all. seed: seed of all random decisions.
-    Raises ValueError for a bad argument, and, with its name, for a pair that does not fit or a too small image.
+    Raises ValueError for a bad argument, and for a pair that does not fit or is too small, with the image's name.
     Source: original datasets/wrappers.py, SRImplicitPaired.
     """
 
@@ -133,8 +133,8 @@ class SRImplicitDownsampled(_Wrapper):
     sample_q: number of pixels sampled without replacement; None uses all.
     energy: within an image, draw crops in proportion to gradient energy to this power; 0 draws them uniformly, as in
         the paper.
-    seed: seed of all random decisions; item i of a wrapper is always the same, and `item` makes others.
-    Raises ValueError for a bad argument, and, with its name, for an image that is smaller than a crop.
+    seed: seed of all random decisions of `wrapper[i]`; `item` takes another generator.
+    Raises ValueError for a bad argument, and for an image that is smaller than a crop, with the image's name.
     Source: original datasets/wrappers.py, SRImplicitDownsampled.
     """
 

@@ -32,7 +32,7 @@ from liif_fast.utils.normalization import normalizations
 PROTOCOLS = ("div2k", "benchmark", "none")
 BICUBIC = "bicubic"
 OWN_CELL = "1/s"  # the cell of the scale itself
-_SCHEMA = 1  # part of every fingerprint: increase it when the same inputs give other scores
+_SCHEMA = 1  # part of every fingerprint: increase it if a change of the code gives other scores
 _SAVE_SECONDS = 5.0
 
 

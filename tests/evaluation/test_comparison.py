@@ -216,7 +216,7 @@ def test_tables(tmp_path):
     rows = rows_of(TABLE)
     lines = tables.markdown(rows, protocol="div2k").splitlines()
     assert lines[0] == (
-        "PSNR in dB, mean over 2 images (RGB, scale + 6 pixels shaved a side). "
+        "PSNR in dB, mean over 2 images (RGB without a border of scale + 6 pixels). "
         "Columns with * lie beyond the scales trained on (up to x4)."
     )
     assert lines[2:] == [
@@ -245,7 +245,7 @@ def test_command_writes_tables_plot_and_comparison(images, tmp_path, capsys):
     printed = capsys.readouterr().out
     names = ["comparison-x8.png", "psnr.png", "scores.csv", "table.csv", "table.md"]
     assert sorted(os.listdir(out)) == names
-    assert (out / "table.md").read_text() in printed and "luma, scale pixels shaved" in printed
+    assert (out / "table.md").read_text() in printed and "luma without a border" in printed
     labels = [line.split("|")[1].strip() for line in (out / "table.md").read_text().splitlines()[4:]]
     assert labels == ["bicubic", "liif", "liif, cell 1/4", "metasr", "edsr"]
     edsr = (out / "table.md").read_text().splitlines()[-1]

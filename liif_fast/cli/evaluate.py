@@ -9,8 +9,14 @@ from typing import Any
 
 import torch
 
+from liif_fast import data, evaluation
 from liif_fast.cli.arguments import whole_number
+from liif_fast.evaluation import comparison, figures, tables
+from liif_fast.models import checkpoints
 from liif_fast.ops.backends import BACKENDS
+from liif_fast.training import config
+from liif_fast.utils import distributed
+from liif_fast.utils.files import write_atomically
 
 _SCALES = (2.0, 3.0, 4.0, 6.0, 12.0, 18.0, 24.0, 30.0)
 
@@ -60,8 +66,6 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate; returns the exit code."""
-    from liif_fast.utils import distributed  # imports torch.distributed, which most commands do not need
-
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with distributed.setup(options.device) as device:
@@ -74,11 +78,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _evaluate_config(options: argparse.Namespace, device: torch.device) -> None:
     """Print the mean scores of a test configuration, and PSNR in the original's format."""
-    from liif_fast import data, evaluation
-    from liif_fast.models import checkpoints
-    from liif_fast.training import config
-    from liif_fast.utils import distributed
-
     if len(options.model) != 1:
         raise ValueError(f"--config scores one model, not {len(options.model)}: give one --model FILE")
     content = config.load(options.config, "test")
@@ -106,11 +105,7 @@ def _evaluate_config(options: argparse.Namespace, device: torch.device) -> None:
 
 def _evaluate_images(options: argparse.Namespace, device: torch.device) -> None:
     """Write tables, plot and visual comparison; print the tables."""
-    from liif_fast.evaluation import comparison, figures, tables
-    from liif_fast.utils import distributed
-    from liif_fast.utils.files import write_atomically
-
-    config = comparison.ComparisonConfig(
+    setup = comparison.ComparisonConfig(
         methods=comparison.resolve_methods(options.methods, options.model),
         scales=list(dict.fromkeys(options.scales)),
         cells=list(dict.fromkeys(["1/s", *options.cells])),
@@ -122,17 +117,15 @@ def _evaluate_images(options: argparse.Namespace, device: torch.device) -> None:
     )
     image = figures.choose_image(options.images, options.compare)
     show = distributed.is_main() and sys.stderr.isatty()
-    records = comparison.run(options.images, config, options.out, progress=show)
+    records = comparison.run(options.images, setup, options.out, progress=show)
     if not distributed.is_main():
         return
-    text = tables.markdown(
-        records, protocol=config.protocol, metrics=config.metrics, trained_up_to=options.trained_up_to
-    )
-    tables.write_means(records, options.out / "table.csv", config.metrics)
+    text = tables.markdown(records, protocol=setup.protocol, metrics=setup.metrics, trained_up_to=options.trained_up_to)
+    tables.write_means(records, options.out / "table.csv", setup.metrics)
     write_atomically(options.out / "table.md", text.encode())
     written = ["scores.csv", "table.csv", "table.md"]
-    picture = f"comparison-x{max(config.scales):g}.png"
-    figures.write_comparison(image, config, records, options.out / picture)
+    picture = f"comparison-x{max(setup.scales):g}.png"
+    figures.write_comparison(image, setup, records, options.out / picture)
     written.append(picture)
     print(text, flush=True)
     try:

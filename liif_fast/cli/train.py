@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from liif_fast import training
 from liif_fast.cli.arguments import whole_number
 from liif_fast.training import config
+from liif_fast.utils import distributed
 
 
 def add(commands: Any) -> None:
@@ -44,9 +46,6 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train; returns the exit code."""
-    from liif_fast import training
-    from liif_fast.utils import distributed  # imports torch.distributed, which most commands do not need
-
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     overrides = [each for group in options.overrides for each in group]

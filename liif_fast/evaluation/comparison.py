@@ -302,18 +302,6 @@ def read_records(path: str | Path) -> list[ScoreRecord]:
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != ScoreRecord._fields:
-            raise ValueError(
-                f"{path} is not a table of scores of liif-fast evaluate: move it away or choose another --out"
-            )
-        return [
-            ScoreRecord(
-                line["method"],
-                line["cell"],
-                float(line["scale"]),
-                line["image"],
-                float(line["psnr"]),
-                float(line["ssim"] or "nan"),
-                line["fingerprint"],
-            )
-            for line in reader
-        ]
+            raise ValueError(f"{path} is not a table of scores of liif-fast evaluate: move it or choose another --out")
+        numbers = ("scale", "psnr", "ssim")
+        return [ScoreRecord(**{**line, **{key: float(line[key] or "nan") for key in numbers}}) for line in reader]

@@ -303,5 +303,5 @@ def read_records(path: str | Path) -> list[ScoreRecord]:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != ScoreRecord._fields:
             raise ValueError(f"{path} is not a table of scores of liif-fast evaluate: move it or choose another --out")
-        numbers = ("scale", "psnr", "ssim")
-        return [ScoreRecord(**{**line, **{key: float(line[key] or "nan") for key in numbers}}) for line in reader]
+        numbers, lines = ("scale", "psnr", "ssim"), list[dict[str, Any]](reader)
+        return [ScoreRecord(**{**line, **{key: float(line[key] or "nan") for key in numbers}}) for line in lines]

@@ -42,7 +42,7 @@ OBJECTS = Path("build", "sanitize" if SANITIZE else "objects")  # relative to RO
 
 # No -march: code that needs more than the baseline is chosen at run time, function by function.
 # No FMA contraction: rounding decides which latent is the nearest, so geometry must round the same everywhere.
-# Kernels that want a fused multiply-add call it by name (fmaf, _mm512_fmadd_ps).
+# Where a fused multiply-add is safe, kernels call it explicitly (fmaf, _mm512_fmadd_ps).
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off"]
 CXX_FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI of torch 2.11
 CXX_FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3", "-g0"]

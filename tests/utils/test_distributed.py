@@ -54,8 +54,8 @@ def test_two_processes_train_as_one(tmp_path, folders, monkeypatch):
         content = config.load(LIIF, overrides=[*settings, *more])
         training.train(content, tmp_path / "one", resume=resume, device="cpu", report=lambda line: None)
     shared = ["train", "--config", str(LIIF), "--save", str(tmp_path), "--name", "two", "--device", "cpu", "--set"]
-    said = torchrun(folders, *shared, *settings, "epoch_max=2")
-    assert said.count("epoch 1/2") == 1 and said.count("wrote") == 1
+    printed = torchrun(folders, *shared, *settings, "epoch_max=2")
+    assert printed.count("epoch 1/2") == 1 and printed.count("wrote") == 1
     states = torch.load(tmp_path / "two" / "state.pth", weights_only=True)["random"]
     assert len(states) == 2 and not torch.equal(states[0]["torch"], states[1]["torch"])
     torchrun(folders, *shared, *settings, *one_item, "--resume", "auto")
@@ -74,8 +74,8 @@ def test_two_processes_share_a_folder_of_images(tmp_path, capsys):
         Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).save(tmp_path / "in" / f"{number}.png")
     arguments = ["upscale", str(tmp_path / "in"), "--scale", "2", "--model", str(tmp_path / "small.safetensors")]
     arguments += ["--device", "cpu", "-o"]
-    said = torchrun(tmp_path, *arguments, str(tmp_path / "two") + os.sep)
-    assert said.count(" -> ") == 5
+    printed = torchrun(tmp_path, *arguments, str(tmp_path / "two") + os.sep)
+    assert printed.count(" -> ") == 5
     assert cli.main([*arguments, str(tmp_path / "one") + os.sep]) == 0
     for number in range(5):
         two, one = (Image.open(tmp_path / each / f"{number}.png") for each in ("two", "one"))

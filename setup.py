@@ -7,7 +7,7 @@ torch's headers are found without importing torch, which would take seconds.
 LIIF_FAST_BUILD        auto (default): C++ always, CUDA when nvcc is found; a missing part is left out with a warning
                        cuda: C++ and CUDA, or an error; cpu: C++ without CUDA, or an error; none: pure Python
 LIIF_FAST_CUDA_ARCHS   narrows the CUDA architectures, for example "90a" or "80;90a" (PTX is for compute_80 in any case)
-LIIF_FAST_SANITIZE=1   address and undefined-behavior sanitizers, into build/sanitize; the package stays as it is
+LIIF_FAST_SANITIZE=1   address and undefined-behavior sanitizers, into build/sanitize; the package does not change
 CXX, CUDA_HOME, MAX_JOBS   as in torch's own extension builder
 """
 
@@ -42,7 +42,7 @@ OBJECTS = Path("build", "sanitize" if SANITIZE else "objects")  # relative to RO
 
 # No -march: code that needs more than the baseline is chosen at run time, function by function.
 # No FMA contraction: rounding decides which latent is the nearest, so geometry must round the same everywhere.
-# Kernels that want a fused multiply-add call it by name (fmaf, _mm512_fmadd_ps).
+# Where a fused multiply-add is safe, kernels call it explicitly (fmaf, _mm512_fmadd_ps).
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off"]
 CXX_FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI of torch 2.11
 CXX_FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3", "-g0"]
@@ -64,8 +64,8 @@ def on_path(*candidates: str) -> str | None:
     return next((path for candidate in candidates if (path := shutil.which(candidate))), None)
 
 
-def ask(*command: str) -> str:
-    """What a tool prints, stdout and stderr together."""
+def output_of(*command: str) -> str:
+    """The output of a tool, stdout and stderr together."""
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout
 
 
@@ -113,35 +113,36 @@ class Toolkit(NamedTuple):
 
     @classmethod
     def find(cls) -> Toolkit:
-        """The toolkit of nvcc, for those of LIIF_FAST_CUDA_ARCHS or CUDA_ARCHS that this nvcc knows."""
+        """The toolkit of nvcc, for the architectures of LIIF_FAST_CUDA_ARCHS or CUDA_ARCHS that this nvcc supports."""
         homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
         nvcc = on_path(*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc")
         if nvcc is None:
             raise BuildError("no nvcc was found (looked in CUDA_HOME, on PATH and in /usr/local/cuda)")
-        # nvcc may be a wrapper script outside its toolkit, so nvcc itself is asked for the toolkit's root.
-        top = re.search(r"^#\$ TOP=(.+)$", ask(nvcc, "-dryrun", "-c", "any.cu", "-o", os.devnull), re.MULTILINE)
-        release = re.search(r"release (\S+),", ask(nvcc, "--version"))
-        known = set(re.findall(r"sm_(\d+)", ask(nvcc, "--list-gpu-code")))
+        # nvcc may be a wrapper script outside its toolkit, so the toolkit's root comes from nvcc's dry run.
+        dry_run = output_of(nvcc, "-dryrun", "-c", "any.cu", "-o", os.devnull)
+        top = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
+        release = re.search(r"release (\S+),", output_of(nvcc, "--version"))
+        known = set(re.findall(r"sm_(\d+)", output_of(nvcc, "--list-gpu-code")))
         if not (top and release and known):
-            raise BuildError(f"{nvcc} does not answer as nvcc does; repair the CUDA toolkit or set LIIF_FAST_BUILD=cpu")
+            raise BuildError(f"{nvcc} does not work as nvcc; repair the CUDA toolkit or set LIIF_FAST_BUILD=cpu")
         words = re.split(r"[;,\s]+", os.environ.get("LIIF_FAST_CUDA_ARCHS", ""))
         wanted = [word.removeprefix("sm_") for word in words if word]
         for arch in wanted:
             if not re.fullmatch(r"\d+[af]?", arch):
                 sys.exit(f"error: LIIF_FAST_CUDA_ARCHS names {arch!r}: write architectures like '80;90a'")
             if arch.rstrip("af") not in known:
-                sys.exit(f"error: nvcc {release.group(1)} does not know sm_{arch} of LIIF_FAST_CUDA_ARCHS")
+                sys.exit(f"error: nvcc {release.group(1)} does not support sm_{arch} of LIIF_FAST_CUDA_ARCHS")
         archs = [arch for arch in wanted or CUDA_ARCHS if arch.rstrip("af") in known]
         flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         flags.append("-gencode=arch=compute_80,code=compute_80")  # PTX, for GPUs that are newer than these
-        if int(release.group(1).split(".")[0]) >= 13:  # a quarter of the size; every driver for CUDA 13 can unpack it
+        if int(release.group(1).split(".")[0]) >= 13:  # a quarter of the size; every driver for CUDA 13 unpacks it
             flags.append("--compress-mode=size")
         command = [nvcc, *NVCC_FLAGS, *flags, "-Xptxas", "-v"]
         return cls(command, Path(top.group(1).strip()).resolve(), release.group(1), archs)
 
 
 def why_not() -> str:
-    """Why no extension can be built here, found before anything is compiled; '' when nothing is missing."""
+    """The reason why no extension can be built here, found before the compilation; '' if one can be built."""
     if MODE == "none":
         return "LIIF_FAST_BUILD=none"
     if platform.system() != "Linux":
@@ -173,12 +174,12 @@ def quoted(*words: str) -> str:
 
 
 def write_ninja(folder: Path, toolkit: Toolkit | None) -> dict[str, object]:
-    """Write folder/build.ninja, with targets for _C.abi3.so and `cuda` (nvcc's objects); returns facts for _build.json.
+    """Write folder/build.ninja, with the targets _C.abi3.so and `cuda` (nvcc's objects); returns facts for _build.json.
 
-    ninja repeats a command whose text has changed, so every command ends in a comment with its tools' versions.
+    ninja repeats a command if its text has changed, so every command ends in a comment with the versions of its tools.
     """
     compiler, (torch, torch_version) = find_compiler(), find_torch()
-    version = ask(*compiler, "--version").splitlines()[0]
+    version = output_of(*compiler, "--version").splitlines()[0]
     tools = f"# {version}, torch {torch_version}"
     cxx = quoted(*compiler, *CXX_FLAGS, *SANITIZE_FLAGS, "-isystem", f"{torch}/include")
     link = quoted(*compiler, *LINK_FLAGS, *SANITIZE_FLAGS)
@@ -210,9 +211,9 @@ def write_ninja(folder: Path, toolkit: Toolkit | None) -> dict[str, object]:
 
 
 def run_ninja(folder: Path, target: str) -> None:
-    """Make a target of folder/build.ninja, MAX_JOBS commands at a time; raises when one fails, after its messages.
+    """Make a target of folder/build.ninja, MAX_JOBS commands at a time; prints their output, raises if one fails.
 
-    Where there are more jobs than .cu files, nvcc compiles for several architectures at a time.
+    If there are more jobs than .cu files, nvcc compiles for several architectures at a time.
     """
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     if not re.fullmatch("[1-9][0-9]*", jobs):
@@ -230,7 +231,7 @@ def run_ninja(folder: Path, target: str) -> None:
 
 
 def build() -> dict[str, object]:
-    """Build the extension in OBJECTS, in auto without CUDA where CUDA does not build; returns facts for _build.json."""
+    """Build the extension in OBJECTS; returns facts for _build.json. Mode auto leaves CUDA out if it does not build."""
     why_no_cuda = "LIIF_FAST_BUILD=cpu" if MODE == "cpu" else "LIIF_FAST_SANITIZE covers the C++ code only"
     if MODE != "cpu" and not SANITIZE:
         try:
@@ -261,14 +262,14 @@ def write_facts(folder: Path, facts: dict[str, object]) -> None:
 
 
 class BuildExtension(build_ext):
-    """Replaces the compiling half of setuptools by ninja."""
+    """Compiles with ninja instead of setuptools."""
 
     def destination(self) -> Path:
         in_place = self.inplace or self.editable_mode
         return ROOT / "liif_fast" if in_place else Path(self.build_lib).resolve() / "liif_fast"
 
     def run(self) -> None:
-        """Install what build() makes, or the reason why it cannot; a library of older sources does not stay."""
+        """Install the extension, or the reason why there is none. A library of older sources is removed."""
         target = self.destination() / "_C.abi3.so"
         try:
             if WHY_NOT:
@@ -290,7 +291,7 @@ class BuildExtension(build_ext):
 
 
 class BuildPython(build_py):
-    """Writes into the package why it has no extension, where that is known before anything is compiled."""
+    """Writes the reason for a missing extension into the package, if the reason is known before the compilation."""
 
     def run(self) -> None:
         super().run()

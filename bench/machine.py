@@ -16,7 +16,7 @@ import torch
 import liif_fast.ops  # noqa: F401  (loads the extension)
 
 _ROOT = Path(__file__).resolve().parent.parent
-# A change of these can change a timing; results and documents cannot.
+# The paths whose changes can change a timing, without results and documents.
 _MEASURED = ("csrc", "liif_fast", ":(glob)bench/**/*.py", "setup.py")
 
 

@@ -18,17 +18,8 @@ from bench.methods.method import Job, Method
 from bench.methods.registry import exact, methods_for
 from bench.workloads import Workload, flop, least_bytes, make_problem
 from liif_fast.benchmark import peak_rates
-from liif_fast.benchmark.runs import DTYPES
-from liif_fast.benchmark.timing import (
-    Candidate,
-    Clock,
-    PeakRate,
-    failure,
-    in_words,
-    interleave,
-    pair_ratios,
-    summary,
-)
+from liif_fast.benchmark.runs import DTYPES, flat
+from liif_fast.benchmark.timing import Candidate, Clock, PeakRate, failure, in_words, interleave, pair_ratios, summary
 
 PREPARE_LIMIT_S = 150.0  # for one method; torch.compile may take long
 GPU_ROUNDS = 100
@@ -122,7 +113,7 @@ def _prepare_all(
     job: Job, methods: list[Method], entries: Entries, deadline: float | None, on_method: Callable[[str], None]
 ) -> dict[str, Candidate]:
     """The methods that are ready to be timed, in their order; the entries of the others get the reason."""
-    truth = _flat(exact(job.workload, job.problem, job.clock))
+    truth = flat(exact(job.workload, job.problem, job.clock))
     now = perf_counter()
     prepare_until = None if deadline is None else now + _PREPARING * (deadline - now)
     candidates = {}
@@ -144,7 +135,7 @@ def _prepare_all(
 
 def _prepare(job: Job, method: Method, entry: dict[str, Any], truth: Tensor) -> Candidate:
     run, remark = method.prepare(job)
-    entry.update(_accuracy(job.workload, _flat(run()), truth))
+    entry.update(_accuracy(job.workload, flat(run()), truth))
     candidate = Candidate(method.name, run)
     entry["peak_bytes"] = job.clock.peak(run)
     job.clock.warm_up(candidate)
@@ -192,15 +183,6 @@ def validity_warnings(rates: list[PeakRate], entries: Entries) -> list[str]:
     return found
 
 
-def _flat(result: Any) -> Tensor:
-    """A result as float64 numbers in one row, images in the order of their queries [B, Q, O]."""
-    if isinstance(result, list):
-        return torch.cat([part.double().flatten() for part in result])
-    if result.dim() == 4 and result.shape[1] == 3:
-        result = result.flatten(2).transpose(1, 2)
-    return result.detach().double().flatten()
-
-
 def _accuracy(workload: Workload, result: Tensor, truth: Tensor) -> dict[str, float]:
     """PSNR with the largest true value as peak; for gradients the relative norm of the error."""
     difference = result - truth
@@ -213,11 +195,7 @@ def _accuracy(workload: Workload, result: Tensor, truth: Tensor) -> dict[str, fl
 
 
 def _add_times(
-    entry: dict[str, Any],
-    workload: Workload,
-    method: Method,
-    candidates: dict[str, Candidate],
-    rates: list[PeakRate],
+    entry: dict[str, Any], workload: Workload, method: Method, candidates: dict[str, Candidate], rates: list[PeakRate]
 ) -> None:
     candidate = candidates[method.name]
     if candidate.error:

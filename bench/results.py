@@ -18,7 +18,7 @@ Results = list[dict[str, Any]]
 
 
 def begin(name: str, device: str, module: str) -> dict[str, Any]:
-    """The part of a result that is known before anything is measured. module: the one that was started."""
+    """The part of a result that is known before anything is measured. module: the program's, for the command."""
     described = machine.describe(device)
     if (load := described["load_before"]) > machine.BUSY_LOAD:
         print(f"The load average is {load}: other programs are running, so times will be too long.", file=sys.stderr)

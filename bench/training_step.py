@@ -137,7 +137,7 @@ def measure(clock: Clock, folder: Path, names: list[str], rounds: int) -> dict[s
     runs["data"] = lambda: next(batches)
     candidates = {name: Candidate(name, run) for name, run in runs.items()}
     for candidate in candidates.values():
-        candidate.run()  # compiles where the variant asks for it
+        candidate.run()  # compiles, in variants with torch.compile
         clock.warm_up(candidate)
         log(f"{candidate.name}: ready")
     rates = peak_rates.matmul_rates(clock)

@@ -2,7 +2,7 @@
 
 Building needs nvcc, running a GPU of compute capability 9.0. The output is JSON: for every probe its rate, also as a
 fraction of the cuBLAS rate measured before and after, and of the tensor cores' 4096 operations per clock and
-multiprocessor. The exit code is 1 where the probes do not build well or a result is wrong.
+multiprocessor. The exit code is 1 if the build spills registers or serializes wgmma, or if a result is wrong.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The methods of every workload: baselines, and every backend of the ops in every dtype.
 
-The backends come from the ops' own table, and the table's `can_run` decides which of them take part: a backend added
-there is added here. A backend that is refused stays in the result with its reason.
+The backends are those of the ops' table, `backends.BACKENDS`, so a backend that is added there is measured here. A
+backend that cannot run stays in the result with its reason.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The documents and the saved results agree; the other programs of bench measure and check as they promise."""
+"""The documents and the saved results agree; bench.training_step, bench.loader and bench.hopper measure and check."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_blocks_that_cannot_be_filled_are_refused(text: str, message: str) -> No
         ("(1.7x fewer operations), 30,000-query chunks, Python >= 3.10", False),
     ],
 )
-def test_a_measured_number_outside_the_blocks_is_noticed(line: str, loose: bool) -> None:
+def test_a_measured_number_outside_the_blocks_is_found(line: str, loose: bool) -> None:
     text = f"{document('decode').replace('STALE', '5 ms')}\n```\nsleep 5 ms\n```\n{line}\n"
     assert report.loose_numbers(text) == ([line] if loose else [])
 
@@ -129,7 +129,7 @@ def test_steps_and_loaders_are_measured_and_tabulated(tmp_path: Path, small: Non
     assert "cache in_memory, 0 workers" in text and "keeps up with the training step, bf16" in text
 
 
-def test_the_hopper_probes_are_judged_by_the_compiler_and_by_cublas() -> None:
+def test_the_hopper_probes_are_checked_by_the_compiler_and_compared_with_cublas() -> None:
     assert check_build("0 bytes spill stores\n8 bytes spill stores")["kernels"] == 2
     for output in ("64 bytes spill stores", "ptxas info : (C7510) Potential Performance Loss: wgmma"):
         with pytest.raises(ProbeError, match=r"spilled|serializes"):

@@ -105,7 +105,7 @@ def _measure_row(row: BenchRow, clock: Clock, deadline: float) -> dict[Method, C
     peaks = {}
     for key, candidate in candidates.items():
         try:
-            candidate.run()  # the first run also makes what later runs reuse, which is not part of the peak
+            candidate.run()  # the first run also allocates buffers that later runs reuse; they are not part of the peak
             peaks[key] = clock.peak(candidate.run)
             clock.warm_up(candidate)
         except (RuntimeError, MemoryError) as error:

@@ -126,6 +126,15 @@ def probe_for(out: Tensor) -> Tensor:
     return torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
 
 
+def flat(result: Tensor | list[Tensor]) -> Tensor:
+    """The result of a run as float64 numbers in one row, images in the order of their queries [B, Q, O]."""
+    if isinstance(result, list):
+        return torch.cat([part.double().flatten() for part in result])
+    if result.dim() == 4 and result.shape[1] == 3:
+        result = result.flatten(2).transpose(1, 2)
+    return result.detach().double().flatten()
+
+
 def photo(device: torch.device) -> Tensor:
     """The shipped photo, [3, H, W] in [0, 1]."""
     with Image.open(_PHOTO) as image:

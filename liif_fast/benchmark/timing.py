@@ -154,7 +154,7 @@ def summary(samples: Mapping[int, float] | Sequence[float]) -> dict[str, float]:
 
 
 def in_words(seconds: float, unit: str = "") -> str:
-    """A time in three digits, never with an exponent: '2.02 s', '907 ms'; `unit` asks for one of s, ms and us."""
+    """A time in three digits, never with an exponent: '2.02 s', '907 ms'. unit: s, ms or us; '' selects by size."""
     size = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
     unit = unit or next((name for name, limit in size.items() if seconds >= limit), "us")
     value = seconds / size[unit]
@@ -186,5 +186,5 @@ def _status(key: str) -> int:
 def _reset_peak() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # freed memory that malloc keeps would hide as much of the run's own
+        libc.malloc_trim(0)  # a run could otherwise reuse freed memory that malloc keeps, and its peak would be too low
     Path("/proc/self/clear_refs").write_text("5")

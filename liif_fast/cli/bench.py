@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from liif_fast.images.upscaling import usable_device
+from liif_fast.cli.arguments import whole_number
+from liif_fast.utils.hardware import usable_device
 
 
 def add(commands: Any) -> None:
@@ -21,13 +22,9 @@ def add(commands: Any) -> None:
         "in plain PyTorch, and print one table. It takes two minutes; do not use the machine meanwhile.",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=_whole_number, help="processor threads (default: as many as cores)")
-    parser.add_argument(
-        "--seconds",
-        type=_seconds,
-        default=120.0,
-        help="duration; at least one round is measured (default: %(default)g)",
-    )
+    parser.add_argument("--threads", type=whole_number, help="processor threads (default: as many as cores)")
+    duration = "duration; at least one round is measured (default: %(default)g)"
+    parser.add_argument("--seconds", type=_seconds, default=120.0, help=duration)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
     parser.set_defaults(run=run)
 
@@ -44,12 +41,6 @@ def run(options: argparse.Namespace) -> int:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {str(device)!r} cannot be timed: choose cpu or cuda.")
     return command.main(device, seconds=options.seconds, json_file=options.json)
-
-
-def _whole_number(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
-    return int(text)
 
 
 def _seconds(text: str) -> float:

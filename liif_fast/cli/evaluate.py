@@ -9,8 +9,14 @@ from typing import Any
 
 import torch
 
+from liif_fast import data, evaluation
 from liif_fast.cli.arguments import whole_number
+from liif_fast.evaluation import comparison, figures, tables
+from liif_fast.models import checkpoints
 from liif_fast.ops.backends import BACKENDS
+from liif_fast.training import config
+from liif_fast.utils import distributed
+from liif_fast.utils.files import write_atomically
 
 _SCALES = (2.0, 3.0, 4.0, 6.0, 12.0, 18.0, 24.0, 30.0)
 
@@ -38,43 +44,28 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--metrics", nargs="+", default=["psnr"], help="psnr, ssim (default: psnr)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument(
-        "--backend", choices=list(BACKENDS), help="backend of the ops (default: the fastest that can run)"
-    )
+    parser.add_argument("--backend", choices=list(BACKENDS), help="backend of the ops (default: first that can run)")
     parser.add_argument("--threads", type=whole_number, help="processor threads (default: as many as cores)")
     images = parser.add_argument_group("with --images")
     images.add_argument("--scales", nargs="+", type=float, default=list(_SCALES), help="default: 2 3 4 6 12 18 24 30")
     images.add_argument(
         "--methods", nargs="+", help="bicubic, liif (the shipped model), or names from --model (default: all of them)"
     )
-    images.add_argument(
-        "--cells",
-        nargs="+",
-        default=["1/s"],
-        help="cells to decode with in addition to 1/s, such as 1/4 (default: 1/s)",
-    )
+    cells = "cells to decode with in addition to 1/s, such as 1/4 (default: 1/s)"
+    images.add_argument("--cells", nargs="+", default=["1/s"], help=cells)
     images.add_argument("--protocol", default="div2k", help="div2k, benchmark or none (default: %(default)s)")
     images.add_argument("--n-colors", type=int, default=3, help="1 (gray), 3 (RGB) or 4 (default: 3)")
     images.add_argument(
         "--trained-up-to", type=float, default=4.0, metavar="SCALE", help="mark scales above this (default: 4)"
     )
     images.add_argument("--compare", metavar="IMAGE", help="image of the visual comparison (default: the first)")
-    images.add_argument(
-        "--out",
-        type=Path,
-        default=Path("evaluation"),
-        metavar="DIR",
-        help="folder of the results (default: %(default)s)",
-    )
+    out = "folder of the results (default: %(default)s)"
+    images.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help=out)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate; returns the exit code."""
-    from liif_fast.utils import (
-        distributed,
-    )  # imported here, because other commands start faster without torch.distributed
-
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with distributed.setup(options.device) as device:
@@ -87,11 +78,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _evaluate_config(options: argparse.Namespace, device: torch.device) -> None:
     """Print the mean scores of a test configuration, and PSNR in the original's format."""
-    from liif_fast import data, evaluation
-    from liif_fast.models import checkpoints
-    from liif_fast.training import config
-    from liif_fast.utils import distributed
-
     if len(options.model) != 1:
         raise ValueError(f"--config scores one model, not {len(options.model)}: give one --model FILE")
     content = config.load(options.config, "test")
@@ -119,11 +105,7 @@ def _evaluate_config(options: argparse.Namespace, device: torch.device) -> None:
 
 def _evaluate_images(options: argparse.Namespace, device: torch.device) -> None:
     """Write tables, plot and visual comparison; print the tables."""
-    from liif_fast.evaluation import comparison, figures, tables
-    from liif_fast.utils import distributed
-    from liif_fast.utils.files import write_atomically
-
-    config = comparison.ComparisonConfig(
+    setup = comparison.ComparisonConfig(
         methods=comparison.resolve_methods(options.methods, options.model),
         scales=list(dict.fromkeys(options.scales)),
         cells=list(dict.fromkeys(["1/s", *options.cells])),
@@ -135,17 +117,15 @@ def _evaluate_images(options: argparse.Namespace, device: torch.device) -> None:
     )
     image = figures.choose_image(options.images, options.compare)
     show = distributed.is_main() and sys.stderr.isatty()
-    records = comparison.run(options.images, config, options.out, progress=show)
+    records = comparison.run(options.images, setup, options.out, progress=show)
     if not distributed.is_main():
         return
-    text = tables.markdown(
-        records, protocol=config.protocol, metrics=config.metrics, trained_up_to=options.trained_up_to
-    )
-    tables.write_means(records, options.out / "table.csv", config.metrics)
+    text = tables.markdown(records, protocol=setup.protocol, metrics=setup.metrics, trained_up_to=options.trained_up_to)
+    tables.write_means(records, options.out / "table.csv", setup.metrics)
     write_atomically(options.out / "table.md", text.encode())
     written = ["scores.csv", "table.csv", "table.md"]
-    picture = f"comparison-x{max(config.scales):g}.png"
-    figures.write_comparison(image, config, records, options.out / picture)
+    picture = f"comparison-x{max(setup.scales):g}.png"
+    figures.write_comparison(image, setup, records, options.out / picture)
     written.append(picture)
     print(text, flush=True)
     try:

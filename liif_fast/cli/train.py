@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from liif_fast import training
 from liif_fast.cli.arguments import whole_number
 from liif_fast.training import config
+from liif_fast.utils import distributed
 
 
 def add(commands: Any) -> None:
@@ -44,25 +46,14 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train; returns the exit code."""
-    from liif_fast import training
-    from liif_fast.utils import (
-        distributed,
-    )  # imported here, because other commands start faster without torch.distributed
-
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     overrides = [each for group in options.overrides for each in group]
     content = config.load(options.config, "train", overrides)
     with distributed.setup(options.device) as device:
         report = _print_line if distributed.is_main() else _ignore
-        folder = training.train(
-            content,
-            options.save / _folder_name(options),
-            resume=options.resume,
-            device=device,
-            source=str(options.config),
-            report=report,
-        )
+        folder, source = options.save / _folder_name(options), str(options.config)
+        training.train(content, folder, resume=options.resume, device=device, source=source, report=report)
         report(f"wrote {folder}")
     return 0
 

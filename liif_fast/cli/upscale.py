@@ -44,10 +44,11 @@ def add(commands: Any) -> None:
     target.add_argument("--size", type=_size, help="rows x columns of the result, such as 1080x1920")
     parser.add_argument("--model", help="a .safetensors or .pth file (default: the model in the package)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument("--backend", choices=list(BACKENDS), help="of the ops (default: the fastest that can run)")
-    parser.add_argument("--dtype", choices=list(upscaling.DTYPES), help="of the computation (default: the weights')")
+    parser.add_argument("--backend", choices=list(BACKENDS), help="backend of the ops (default: first that can run)")
+    dtype = "dtype of the computation (default: that of the weights)"
+    parser.add_argument("--dtype", choices=list(upscaling.DTYPES), help=dtype)
     parser.add_argument("--threads", type=whole_number, help="processor threads (default: as many as cores)")
-    parser.add_argument("--quality", type=whole_number, help="1 to 100, for JPEG and WebP (default: 95)")
+    parser.add_argument("--quality", type=whole_number, help="quality of JPEG and WebP, 1 to 100 (default: 95)")
     parser.add_argument(
         "--memory",
         type=whole_number,

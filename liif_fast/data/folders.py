@@ -33,7 +33,7 @@ class ImageFolder(Dataset[torch.Tensor]):
     root_path: the folder. split_file (JSON), split_key: use the names listed there instead of all images.
     first_k: use only the first k images. repeat: the length is this multiple of the number of images.
     cache: 'none' decodes at every access; 'bin' decodes once into `_bin_<folder>` next to the folder and maps those
-        files, which all processes share; 'in_memory' keeps uint8 [H, W, n_colors], a quarter of the original's floats.
+        files, which all processes share; 'in_memory' keeps uint8 [H, W, n_colors], a quarter of the bytes of floats.
     shrink: factors by which copies of the images are shrunk (1 is the image itself), as additional, sharper data.
     n_colors: 1 (gray), 3 (RGB) or 4 (RGBA).
     Raises ValueError for a missing or empty folder, an unreadable image, a bad split or a bad argument.
@@ -132,8 +132,8 @@ class PairedImageFolders(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         counts = self.dataset_1.image_count, self.dataset_2.image_count
         if counts[0] != counts[1]:
             raise ValueError(
-                f"{str(root_path_1)!r} holds {counts[0]} images and {str(root_path_2)!r} {counts[1]}; pairs need the "
-                "same number, in the same order of names"
+                f"{str(root_path_1)!r} holds {counts[0]} images and {str(root_path_2)!r} holds {counts[1]}; pairs need "
+                "the same number, in the same order of names"
             )
 
     def __len__(self) -> int:

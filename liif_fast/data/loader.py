@@ -106,8 +106,8 @@ class _Numbered(Dataset[Item]):
     def __getitem__(self, number: int) -> Item:
         if self._takes_rng:
             return self._made(number)
-        # A user's class draws from the global generators. They are seeded for this item and restored afterwards:
-        # without workers they are also the generators of the training.
+        # A user's class draws from the global generators. They are seeded for this item and restored afterward, because
+        # without workers the training draws from them too.
         kept = random.getstate(), np.random.get_state()  # noqa: NPY002 (users' code may draw from it)
         seed = int(np.random.SeedSequence((self.seed, number)).generate_state(1)[0])
         try:

@@ -6,7 +6,8 @@ Source: original datasets/wrappers.py; paper, section 4.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,16 +26,7 @@ from liif_fast.data.pictures import (
 from liif_fast.data.registry import register
 from liif_fast.models.coordinates import make_coord
 
-FLAT_ENERGY = 0.1  # on the scale of 0 to 255; added to every block, so that flat blocks are drawn now and then
-
-
-class _Crop(NamedTuple):
-    """A square of `side` pixels, and its orientation: flip the rows, flip the columns, transpose, in this order."""
-
-    top: int
-    left: int
-    side: int
-    flips: tuple[bool, bool, bool]
+FLAT_ENERGY = 0.1  # on the scale of 0 to 255; added to every block, so that flat blocks are sometimes drawn
 
 
 class _Wrapper(Dataset[Item]):
@@ -78,7 +70,7 @@ class SRImplicitPaired(_Wrapper):
     inp_size: side of a random crop of the small image; None uses the whole image, and h*s x w*s of the large image.
     augment: flip rows, flip columns, transpose, each with probability 1/2.
     sample_q: number of pixels sampled without replacement; None uses all. seed: seed of all random decisions.
-    Raises ValueError for a bad argument, and, with its name, for a pair that does not fit or a too small image.
+    Raises ValueError for a bad argument, and for a pair that does not fit or is too small, with the image's name.
     Source: original datasets/wrappers.py, SRImplicitPaired.
     """
 
@@ -97,7 +89,6 @@ class SRImplicitPaired(_Wrapper):
     def item(self, index: int, rng: np.random.Generator) -> Item:
         low, high = _pair(self.dataset, index)
         scale = self._factor(index, low.shape, high.shape)
-        flips = (False, False, False)
         if self.inp_size is None:
             high = high[: low.shape[0] * scale, : low.shape[1] * scale]
         else:
@@ -107,8 +98,7 @@ class SRImplicitPaired(_Wrapper):
             low = low[top : top + side, left : left + side]
             top, left, side = top * scale, left * scale, side * scale
             high = high[top : top + side, left : left + side]
-        if self.augment:
-            flips = _draw_flips(rng)
+        flips = _draw_flips(rng, self.augment)
         return self._samples(_augmented(low, flips), _augmented(high, flips), rng)
 
     def _factor(self, index: int, low: tuple[int, ...], high: tuple[int, ...]) -> int:
@@ -133,8 +123,8 @@ class SRImplicitDownsampled(_Wrapper):
     sample_q: number of pixels sampled without replacement; None uses all.
     energy: within an image, draw crops in proportion to gradient energy to this power; 0 draws them uniformly, as in
         the paper.
-    seed: seed of all random decisions; item i of a wrapper is always the same, and `item` makes others.
-    Raises ValueError for a bad argument, and, with its name, for an image that is smaller than a crop.
+    seed: seed of all random decisions of `wrapper[i]`; `item` takes another generator.
+    Raises ValueError for a bad argument, and for an image that is smaller than a crop, with the image's name.
     Source: original datasets/wrappers.py, SRImplicitDownsampled.
     """
 
@@ -167,27 +157,20 @@ class SRImplicitDownsampled(_Wrapper):
         self._block_sums = [np.cumsum(weights) for weights in self._block_weights]
 
     def item(self, index: int, rng: np.random.Generator) -> Item:
-        image = _single(self.dataset, index)
+        image, scale = _single(self.dataset, index), float(rng.uniform(self.scale_min, self.scale_max))
         if self.inp_size is None:
-            low, high = shrink_whole(image, float(rng.uniform(self.scale_min, self.scale_max)))
-            flips = _draw_flips(rng) if self.augment else (False, False, False)
+            low, high = shrink_whole(image, scale)
         else:
-            crop = self._draw_crop(index, image.shape, rng)
-            high = image[crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
-            low, flips = resize_bicubic(to_bytes(high), (self.inp_size, self.inp_size)), crop.flips
+            side, cause = round(self.inp_size * scale), f"inp_size {self.inp_size} at this scale"
+            _check_holds(self.dataset, index, image.shape, side, cause, "inp_size or scale_max")
+            top, left = self._draw_corner(index, image.shape, side, rng)
+            high = image[top : top + side, left : left + side]
+            low = resize_bicubic(to_bytes(high), (self.inp_size, self.inp_size))
+        flips = _draw_flips(rng, self.augment)
         return self._samples(_augmented(low, flips), _augmented(high, flips), rng)
 
-    def _draw_crop(self, index: int, shape: tuple[int, ...], rng: np.random.Generator) -> _Crop:
-        """A crop of image `index` of shape [H, W, ...]."""
-        assert self.inp_size is not None
-        scale = float(rng.uniform(self.scale_min, self.scale_max))
-        side = round(self.inp_size * scale)
-        advice = "inp_size or scale_max"
-        _check_holds(self.dataset, index, shape, side, f"inp_size {self.inp_size} at this scale", advice)
-        top, left = self._corner(index, shape, side, rng)
-        return _Crop(top, left, side, _draw_flips(rng) if self.augment else (False, False, False))
-
-    def _corner(self, index: int, shape: tuple[int, ...], side: int, rng: np.random.Generator) -> tuple[int, int]:
+    def _draw_corner(self, index: int, shape: tuple[int, ...], side: int, rng: np.random.Generator) -> tuple[int, int]:
+        """(top, left) of a crop of image `index`, which has the shape [H, W, ...]."""
         height, width = shape[:2]
         if not self.energy:
             return int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
@@ -255,9 +238,9 @@ def _check_holds(dataset: Any, index: int, shape: tuple[int, ...], side: int, ca
         )
 
 
-def _draw_flips(rng: np.random.Generator) -> tuple[bool, bool, bool]:
-    rows, columns, transpose = (bool(flip) for flip in rng.random(3) < 0.5)
-    return rows, columns, transpose
+def _draw_flips(rng: np.random.Generator, augment: bool) -> Sequence[bool]:
+    """Whether to flip rows, flip columns and transpose, in this order."""
+    return (rng.random(3) < 0.5).tolist() if augment else [False] * 3
 
 
 def _name(dataset: Any, index: int) -> str:
@@ -287,7 +270,7 @@ def _resize_shorter(image: np.ndarray, side: int) -> np.ndarray:
     return resize_bicubic(to_bytes(image), size)
 
 
-def _augmented(image: np.ndarray, flips: tuple[bool, bool, bool]) -> np.ndarray:
+def _augmented(image: np.ndarray, flips: Sequence[bool]) -> np.ndarray:
     if flips[0]:
         image = image[::-1]
     if flips[1]:

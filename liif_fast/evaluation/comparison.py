@@ -32,7 +32,7 @@ from liif_fast.utils.normalization import normalizations
 PROTOCOLS = ("div2k", "benchmark", "none")
 BICUBIC = "bicubic"
 OWN_CELL = "1/s"  # the cell of the scale itself
-_SCHEMA = 1  # part of every fingerprint: increase it when the same inputs give other scores
+_SCHEMA = 1  # part of every fingerprint: increase it if a change of the code gives other scores
 _SAVE_SECONDS = 5.0
 
 
@@ -302,18 +302,6 @@ def read_records(path: str | Path) -> list[ScoreRecord]:
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != ScoreRecord._fields:
-            raise ValueError(
-                f"{path} is not a table of scores of liif-fast evaluate: move it away or choose another --out"
-            )
-        return [
-            ScoreRecord(
-                line["method"],
-                line["cell"],
-                float(line["scale"]),
-                line["image"],
-                float(line["psnr"]),
-                float(line["ssim"] or "nan"),
-                line["fingerprint"],
-            )
-            for line in reader
-        ]
+            raise ValueError(f"{path} is not a table of scores of liif-fast evaluate: move it or choose another --out")
+        numbers, lines = ("scale", "psnr", "ssim"), list[dict[str, Any]](reader)
+        return [ScoreRecord(**{**line, **{key: float(line[key] or "nan") for key in numbers}}) for line in lines]

@@ -14,8 +14,8 @@ Means = dict[str, dict[float, float]]
 _DIGITS = {"psnr": 2, "ssim": 4}
 _TITLES = {"psnr": "PSNR in dB", "ssim": "SSIM"}
 _COMPARED = {
-    "div2k": "RGB, scale + 6 pixels shaved a side",
-    "benchmark": "luma, scale pixels shaved a side",
+    "div2k": "RGB without a border of scale + 6 pixels",
+    "benchmark": "luma without a border of scale pixels",
     "none": "RGB, all pixels",
 }
 

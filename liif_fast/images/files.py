@@ -94,11 +94,7 @@ def write(picture: Picture, path: str | os.PathLike[str], *, quality: int | None
 
 
 def check_target(
-    path: str | os.PathLike[str],
-    picture: Picture,
-    size: tuple[int, int] | None = None,
-    *,
-    quality: int | None = None,
+    path: str | os.PathLike[str], picture: Picture, size: tuple[int, int] | None = None, *, quality: int | None = None
 ) -> None:
     """Raise the errors of `write` before a long computation instead of after it.
 

@@ -97,7 +97,8 @@ def to_input_type(picture: Picture, image: Any) -> Any:
         return picture
     if isinstance(image, Image.Image):
         result = to_pil(picture)
-        result.info = {key: value for key, value in image.info.items() if key != "transparency"}  # now it is alpha
+        # Transparency has become an alpha channel.
+        result.info = {key: value for key, value in image.info.items() if key != "transparency"}
         if picture.icc_profile is None:
             result.info.pop("icc_profile", None)
         return result

@@ -63,7 +63,7 @@ def upscale(
         scale: a number, or one each for rows and columns. The result has max(1, round(H * scale)) rows.
         size: (rows, columns) of the result, instead of scale.
         model: a model with `encoder` and `render`, or an argument of `liif_fast.load`; None is the shipped model. A
-            model keeps its mode and device, and has no features afterwards.
+            model keeps its mode and device, and has no features afterward.
         device: where to run. None: the model's device if one is given, else the tensor's, else a GPU if there is one.
         backend: the backend of the ops; None lets the ops choose.
         dtype: the dtype of the encoder and the decoder's layers: float32, bfloat16 or float16, as a torch dtype or its
@@ -203,7 +203,7 @@ def _enlarged_alpha(picture: Picture, size: tuple[int, int]) -> np.ndarray:
     if picture.is_opaque:
         return np.full(size, largest(alpha.dtype), alpha.dtype)
     out = np.empty(size, alpha.dtype)
-    # In float, because Pillow rounds and clips 8-bit images between columns and rows. A box reads pixels around it.
+    # In float, because Pillow rounds and clips 8-bit images between columns and rows. Pillow also reads around the box.
     source = Image.fromarray(to_depth(alpha, np.float32))
     for top in range(0, size[0], _ALPHA_ROWS):
         bottom = min(top + _ALPHA_ROWS, size[0])

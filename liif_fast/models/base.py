@@ -113,8 +113,8 @@ class ImplicitModel(nn.Module):
     backend: the backend of the ops; None = the first one that can run.
     data_norm: normalization of inputs and outputs, {'inp': {'sub', 'div'}, 'gt': {'sub', 'div'}}, for values in [0, 1].
 
-    Where no gradient is wanted, the first decode of the features also computes their latent map, and later decodes
-    reuse it. New features, changed weights, another backend or another autocast replace the map. PyTorch does not count
+    With gradients disabled, the first decode of the features also computes their latent map, and later decodes reuse
+    it. New features, changed weights, another backend or another autocast replace the map. PyTorch does not count
     changes of a tensor through `.data` or by a fused optimizer. After such a change of the features, or of weights on
     an accelerator, call `gen_feat` again.
     """
@@ -210,8 +210,8 @@ class ImplicitModel(nn.Module):
         """The latent map of the current features: reused if nothing changed, otherwise made by `make`.
 
         weights: the layers that the map contains.
-        Returns None where the op has to do without a precomputed map: where gradients are wanted, in traced code, for
-        inference tensors (PyTorch does not count their changes), and where `make` returns None.
+        Returns None if the op must run without a precomputed map: with gradients enabled, in traced code, for inference
+        tensors (PyTorch does not count their changes), and if `make` returns None.
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None

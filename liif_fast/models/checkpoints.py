@@ -35,8 +35,8 @@ def load(path: str | os.PathLike[str] | None = None, *, device: torch.device | s
 
     path: a .safetensors file written by `save`, a .pth file of yinboc/liif ({'model': {'name', 'args', 'sd'}, ...}) or
         of MMagic ({'state_dict', ...}), or the name of a model in the package; None = 'tiny'.
-    The model's `data_norm` is that of the file. A file without one means the paper's, or that of MMagic's configs.
-    Parameters are float32, or float64 if all of the file's are.
+    The model's `data_norm` is that of the file, by default the paper's, or that of MMagic's configs. Parameters are
+    float32, or float64 if all parameters in the file are float64.
     Raises FileNotFoundError, or CheckpointError for any other file, or weights that do not fit the file's spec.
     """
     file = find(path)
@@ -140,10 +140,8 @@ def _from_pth(file: Path) -> nn.Module:
                 return _build(*mmagic.convert(content["state_dict"]), file)
             except mmagic.NotLIIFError as error:
                 raise CheckpointError(f"{file} is no LIIF checkpoint: {error}") from None
-    raise CheckpointError(
-        f"{file} is no LIIF checkpoint: it has neither 'model' with name, args and sd (yinboc/liif) nor 'state_dict' "
-        "(MMagic)"
-    )
+    lacks = "it has neither 'model' with name, args and sd (yinboc/liif) nor 'state_dict' (MMagic)"
+    raise CheckpointError(f"{file} is no LIIF checkpoint: {lacks}")
 
 
 def _why_unread(file: Path, error: Exception) -> str:

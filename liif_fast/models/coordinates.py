@@ -71,12 +71,7 @@ def to_pixel_samples(img: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _centers(
-    size: int,
-    low: float = -1.0,
-    high: float = 1.0,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str | None,
+    size: int, low: float = -1.0, high: float = 1.0, *, dtype: torch.dtype, device: torch.device | str | None
 ) -> Tensor:
     if size < 0:
         raise ValueError(f"a grid cannot have {size} pixels along an axis")

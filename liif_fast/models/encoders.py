@@ -1,7 +1,7 @@
 """The encoders of the LIIF paper: EDSR, RDN, RCAN. An image [B,n_colors,H,W] becomes features [B,out_dim,H,W].
 
-Attribute names give the state_dict keys of the public implementations. Sizes and the order in which parameters are
-created are theirs too; the saved state of an optimizer depends on that order. Next to `forward`, every encoder has
+Attribute names give the state_dict keys of the public implementations. Sizes of parameters and the order of their
+creation are also the same; the saved state of an optimizer depends on that order. Besides `forward`, an encoder has
   out_dim   channels of its output,
   n_colors  channels of its input: 3 (RGB, the default), 1 (gray), 4, ...
   scale     its own upsampling: 1 with no_upsampling, otherwise its output is an image of n_colors channels,
@@ -42,7 +42,7 @@ def _tail_radius(scale: int, radius: int) -> int:
 
 
 class _MeanShift(nn.Conv2d):
-    """Adds `sign` times the mean RGB. It is never run, because LIIF normalizes its input; only its keys are needed."""
+    """Adds `sign` times the mean RGB. LIIF normalizes its input and never runs this layer; only its keys are needed."""
 
     def __init__(self, rgb_range: float, sign: int) -> None:
         super().__init__(_RGB, _RGB, kernel_size=1)

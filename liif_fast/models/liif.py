@@ -89,7 +89,7 @@ class LIIF(ImplicitModel):
     ) -> Tensor:
         """Decode the current features as an image of `size` (h, w), or a window of it -> [B,out,h,w].
 
-        Arguments as in `ops.render`, which stores no coordinates and runs unless the imnet has other layers.
+        Arguments as in `ops.render`, which runs if the imnet has only Linear and ReLU layers; it stores no coordinates.
         """
         layers = linear_layers(self.imnet)
         if layers is None:

@@ -1,4 +1,4 @@
-"""LIIF checkpoints of MMagic: their keys as the original names them, and the spec that follows from their shapes."""
+"""Converts LIIF checkpoints of MMagic: keys become those of the original, and shapes determine the spec."""
 
 from __future__ import annotations
 
@@ -124,4 +124,4 @@ def _rdn(weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:
         if config == found:
             args = {"G0": width, "RDNkSize": kernel_size, "RDNconfig": name, "no_upsampling": True}
             return {"name": "rdn", "args": args}, width
-    raise NotLIIFError(f"its RDN has (blocks, layers, growth) = {found}, but rdn comes as {RDN_CONFIGS}")
+    raise NotLIIFError(f"its RDN has (blocks, layers, growth) = {found}, but rdn has the configurations {RDN_CONFIGS}")

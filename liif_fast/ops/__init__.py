@@ -11,14 +11,4 @@ from .gather import gather  # noqa: E402
 from .metasr import metasr_query  # noqa: E402
 from .query import query, render  # noqa: E402
 
-__all__ = [
-    "backends",
-    "ensemble",
-    "fold",
-    "gather",
-    "metasr_fold",
-    "metasr_query",
-    "query",
-    "reference",
-    "render",
-]
+__all__ = ["backends", "ensemble", "fold", "gather", "metasr_fold", "metasr_query", "query", "reference", "render"]

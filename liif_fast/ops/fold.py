@@ -29,7 +29,7 @@ def _precision(tf32: bool) -> Iterator[None]:
         switch.fp32_precision = before
 
 
-# Registered ops, because traced code would change the switch only while it is traced.
+# These are registered ops, because plain code would change the switch during tracing and not when the trace runs.
 
 
 @torch.library.custom_op("liif_fast::convolution", mutates_args=())
@@ -115,8 +115,8 @@ def fold(feat: Tensor, weight: Tensor, *, feat_unfold: bool = True) -> Tensor:
         feat_unfold: a 3x3 convolution with zero padding, otherwise 1x1.
 
     Returns:
-        latent_map, [B, H, W, K], contiguous, in the dtype that `query` and `render` take (`dtypes.latent_dtype`). The
-        bias is not in it: they add it with the geometry terms.
+        latent_map, [B, H, W, K], contiguous, in the dtype that `query` and `render` read (`dtypes.latent_dtype`).
+        It does not contain the bias, which they add with the geometry terms.
 
     Source: linearity of the first layer in the unfolded latent; exact up to the order of the sum.
     """
@@ -131,7 +131,7 @@ def metasr_fold(feat: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor
         weights: [hidden, 3] and [9C*O, hidden]. biases: [hidden] and [9C*O].
 
     Returns:
-        [B, H, W, O*(hidden + 1)]: for each output, one number per hidden unit, then the one of the bias.
+        [B, H, W, O*(hidden + 1)]: for each output, one number per hidden unit, then the number of the bias.
     """
     channels = feat.shape[1]
     hidden = weights[0].shape[0]

@@ -1,6 +1,6 @@
-"""The paper in plain PyTorch: differentiable, any device, any float dtype, no speed tricks.
+"""The paper in plain PyTorch: differentiable, any device, any float dtype, no optimizations.
 
-The tests compare every other backend with this file, so it imports nothing of ours. It repeats the original's
+The tests compare every other backend with this file, so it imports nothing from liif_fast. It repeats the original's
 formulation step by step: unfold, one `grid_sample` per corner, concatenation, MLP, area-weighted sum (Chen et al.,
 "Learning Continuous Image Representation with Local Implicit Image Function", CVPR 2021, section 3; the MetaSR baseline
 is Hu et al., CVPR 2019).
@@ -16,7 +16,7 @@ from torch import Tensor
 
 _EPS_SHIFT = 1e-6
 _EPS_AREA = 1e-9
-_RENDER_CHUNK = 16384  # queries a step of `render`: bounds its memory without changing its result
+_RENDER_CHUNK = 16384  # queries per step of `render`: bounds its memory without changing its result
 
 
 def geometry_dtype(feat: Tensor) -> torch.dtype:
@@ -82,7 +82,7 @@ def gather(
             inputs.append(torch.cat(parts, dim=-1).to(feat.dtype))
             areas.append((rel_coord[..., 0] * rel_coord[..., 1]).abs() + _EPS_AREA)
     area = torch.stack(areas, dim=-1)
-    # Each corner is weighted by the area of the rectangle towards the corner diagonally opposite.
+    # Each corner is weighted by the area of the rectangle toward the corner diagonally opposite.
     area_weight = area.flip(-1) / area.sum(dim=-1, keepdim=True)
     return torch.stack(inputs, dim=2), area_weight
 

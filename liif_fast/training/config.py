@@ -1,6 +1,6 @@
 """Configurations of training and evaluation: the original's YAML files unchanged, with a few more keys, all checked.
 
-Every mistake is one sentence with the file, the key, the value and what the value must be.
+Every error is one sentence with the file, the key, the wrong value and the rule for it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ConfigError(ValueError):
 
 
 class _Rule(NamedTuple):
-    """A condition on a value of the right type, and the words for it in 'it must be ...'."""
+    """A condition on a value of the right type, and its words in the error 'it must be ...'."""
 
     holds: Callable[[Any], Any]
     words: str
@@ -202,7 +202,7 @@ def _check_spec(value: Any, spec: _Spec, key: str) -> None:
 
 
 def _by_name(argument: str) -> Any:
-    """What an argument's name says about its value, beyond its annotation."""
+    """The rule that an argument's name implies for its value, instead of its annotation; None for other names."""
     if argument.endswith("_spec"):
         return _MODEL
     return _Folder if argument.startswith("root_path") else _File if argument == "split_file" else None
@@ -212,13 +212,13 @@ def _by_name(argument: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as in YAML 1.2, and a repeated key is a mistake."""
+    """YAML in which 1e-4 is a number, as in YAML 1.2, and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             if key_node.value in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                twice = f"{key_node.value} stands twice"
+                twice = f"{key_node.value} appears twice"
                 raise yaml.constructor.ConstructorError(None, None, twice, key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
@@ -248,7 +248,7 @@ def load(path: str | os.PathLike[str], kind: str = "train", overrides: Sequence[
 
 
 def check(content: Config, kind: str = "train", source: str = "the configuration", folder: Path | None = None) -> None:
-    """Raise ConfigError, naming `source` and the key, for the first mistake in a configuration of that kind.
+    """Raise ConfigError, naming `source` and the key, for the first error in a configuration of that kind.
 
     The modules of `imports` are imported first; paths of files start at `folder` (None: the working directory).
     """
@@ -259,7 +259,7 @@ def check(content: Config, kind: str = "train", source: str = "the configuration
             _import(name, folder or Path())
         _check(content, KINDS[kind], "")
         if content.get("multi_step_lr") is not None and content.get("cosine_lr") is not None:
-            raise ConfigError("cosine_lr stands next to multi_step_lr; leave one of the two out")
+            raise ConfigError("cosine_lr and multi_step_lr are both set; leave one of them out")
         parts = content.get("accumulate") or 1
         if parts > 1 and content["train_dataset"]["batch_size"] % parts:
             batch = content["train_dataset"]["batch_size"]

@@ -17,8 +17,8 @@ COLUMNS = ("epoch", "lr", "loss", "psnr", "images_per_second", "seconds")
 class RunLog:
     """The log of one run's folder.
 
-    tensorboard, plots: True requires them, False turns them off, None uses them if the library is installed and
-    otherwise says so once. report: called with every line of log.txt. epoch: the last epoch of a resumed run.
+    tensorboard, plots: True requires them, False turns them off, None uses them if the library is installed, and
+    otherwise logs one line. report: called with every line of log.txt. epoch: the last epoch of a resumed run.
     Raises ValueError if a required library is missing.
     """
 

@@ -74,7 +74,7 @@ class _Run:
         self.config, self.folder, self.device, self.source = config, folder, device, source
         self.log: RunLog | None = None
         start = states.starting_point(folder, resume)
-        distributed.barrier()  # the first process makes the folder after all processes have looked for it
+        distributed.barrier()  # the first process makes the folder after all processes have checked for it
         self.seed = config.get("seed") or 0
         _seed_everything(self.seed)
         self.model = _build_model(config, source).to(device)
@@ -144,7 +144,7 @@ class _Run:
         self._open(report)
         if self.resumed is not None:
             self.line(f"resumed from {self.resumed[0]} after epoch {self.epoch}")
-            self._export(self.resumed[1])  # a kill may have come between the state and the files that follow from it
+            self._export(self.resumed[1])  # the last process may have ended before it wrote these files
         if not self.epoch:
             parameters = sum(each.numel() for each in self.model.parameters())
             self.line(f"model: {self.model.spec['name']}, {parameters:,} parameters, on {self.device}")
@@ -194,7 +194,7 @@ class _Run:
         """One pass over the training items: (mean loss over all processes, images)."""
         self.model.train()
         total, images = 0.0, 0.0
-        pending: tuple[Tensor, Item] | None = None  # a loss is read during the next step, so that no step waits for it
+        pending: tuple[Tensor, Item] | None = None  # a loss is read after the next step, so that no step waits for it
         batches = self._progress(self.train_loader.epoch(epoch), len(self.train_loader), f"epoch {epoch}")
         for number, batch in enumerate(batches):
             self._set_learning_rate(epoch - 1, number)

@@ -121,7 +121,7 @@ def check_same(state: RunState, spec: Mapping[str, Any], optimizer: Mapping[str,
         before, now = ((each["name"], each.get("args") or {}) for each in (saved, given))
         if before != now:
             raise ResumeError(
-                f"{path} was made with the {part} {before[0]} {before[1]}, but the configuration says {now[0]} "
+                f"{path} was made with the {part} {before[0]} {before[1]}, but the configuration has {now[0]} "
                 f"{now[1]}: use the run's own configuration, or start a new run with init"
             )
 

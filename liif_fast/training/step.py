@@ -54,7 +54,7 @@ class AveragedModel:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Add the weights after step number `step`, counted from 1."""
-        decay = min(self.decay, step / (step + 9))  # faster at first, to forget the initial weights
+        decay = min(self.decay, step / (step + 9))  # smaller at first, so that the initial weights soon do not count
         ours, theirs = ([*each.parameters()] for each in (self.model, model))
         torch._foreach_lerp_(ours, theirs, 1 - decay)  # type: ignore[arg-type]
         for mean, buffer in zip(self.model.buffers(), model.buffers(), strict=True):

@@ -106,5 +106,5 @@ def _device(device: str | torch.device | None) -> torch.device:
     number = chosen.index or 0
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if number >= count:
-        raise RuntimeError(f"the device cuda:{number} was asked for, but PyTorch sees {count} GPUs here")
+        raise RuntimeError(f"the device cuda:{number} was requested, but PyTorch finds {count} GPUs: choose another")
     return torch.device("cuda", number)

@@ -18,7 +18,7 @@ class Normalization(NamedTuple):
     div: Tensor
 
     def normalize(self, colors: Tensor, channel: int = 1) -> Tensor:
-        """Colors in [0, 1] as the model sees them. channel: the dimension of `colors` that holds the channels."""
+        """Colors in [0, 1] as inputs of the model. channel: the dimension of `colors` that holds the channels."""
         sub, div = self._shaped(colors, channel)
         return (colors - sub) / div
 

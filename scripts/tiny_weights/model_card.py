@@ -1,6 +1,6 @@
 """Write the model card of trained weights from the files of their run; no number in the card is typed.
 
-The commands around it are in tiny.yaml.
+tiny.yaml lists all commands, from the training to the card.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def read_manifest(path: Path) -> list[list[str]]:
         reader = csv.DictReader(file)
         missing = [column for column in MANIFEST_COLUMNS if column not in (reader.fieldnames or ())]
         if missing:
-            raise ValueError(f"{str(path)!r} has no column {', '.join(missing)}; a manifest names every image's source")
+            raise ValueError(f"{str(path)!r} has no column {', '.join(missing)}: add the source of every image")
         return [[row[column] for column in MANIFEST_COLUMNS] for row in reader]
 
 
@@ -73,8 +73,7 @@ def card(weights: Path, run: Path, scores: Path, train_manifest: Path, val_manif
         "use enlarged images as evidence.",
         "## Data",
         f"{len(train)} photographs for training and {len(val)} for validation, from the packages below. The weights "
-        "contain none of them. Some licenses require attribution or share-alike; the list lets you judge the "
-        "consequences for your use.",
+        "contain none of them. Some licenses require attribution or share-alike; check the list for your use.",
         "### Training images",
         markdown(MANIFEST_COLUMNS, train, "l" * len(MANIFEST_COLUMNS)),
         "### Validation images",
@@ -123,12 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", required=True, type=Path, help="the .safetensors to ship")
     parser.add_argument("--run", required=True, type=Path, help="folder of the training run")
     parser.add_argument("--scores", required=True, type=Path, help="scores.csv of `liif-fast evaluate`")
-    parser.add_argument(
-        "--train-manifest", required=True, type=Path, help="CSV with the sources of the training images"
-    )
-    parser.add_argument(
-        "--val-manifest", required=True, type=Path, help="CSV with the sources of the validation images"
-    )
+    parser.add_argument("--train-manifest", required=True, type=Path, help="CSV, sources of the training images")
+    parser.add_argument("--val-manifest", required=True, type=Path, help="CSV, sources of the validation images")
     parser.add_argument("--out", required=True, type=Path, help="Markdown file to write")
     options = vars(parser.parse_args(arguments))
     out = options.pop("out")

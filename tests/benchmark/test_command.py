@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,18 +30,10 @@ def test_all_methods_of_a_row_do_the_same_work(small: None) -> None:
     for row in rows:
         dtypes = ("float32", "bfloat16")
         assert list(row.runs) == [(method, dtype) for method in ("original", "liif_fast") for dtype in dtypes]
-        expected, *others = [_flat(run()) for run in row.runs.values()]
+        expected, *others = [runs.flat(run()) for run in row.runs.values()]
         for (_, dtype), actual in zip(list(row.runs)[1:], others):
             assert actual.shape == expected.shape
             assert norm_error(actual, expected) < (1e-3 if dtype == "float32" else 0.2), (row.name, dtype)
-
-
-def _flat(result: Any) -> torch.Tensor:
-    if isinstance(result, list):  # gradients
-        return torch.cat([part.double().flatten() for part in result])
-    if result.dim() == 4:  # an image; the original returns its queries in a row
-        result = result.flatten(2).transpose(1, 2)
-    return result.double().flatten()
 
 
 def test_the_command_prints_one_table_and_writes_the_numbers(

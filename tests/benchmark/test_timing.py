@@ -94,7 +94,7 @@ def test_peak_memory_is_that_of_the_run() -> None:
 @pytest.mark.skipif("LIIF_FAST_CPU_ISA" in os.environ, reason="LIIF_FAST_CPU_ISA caps the loop, not PyTorch's product")
 @pytest.mark.parametrize("dtype", peak_rates.fma_dtypes())
 def test_the_fma_loop_is_faster_than_a_matrix_product(dtype: str) -> None:
-    """In the thread's own processor time, as other programs may run; the best of a few, when clocks are up."""
+    """Measured in the thread's processor time, because other programs may run; the best of several samples counts."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -104,7 +104,7 @@ def test_the_fma_loop_is_faster_than_a_matrix_product(dtype: str) -> None:
         loop = max(_rate(fma.candidate.run, fma.work) for _ in range(5))
     finally:
         torch.set_num_threads(threads)
-    assert loop > product > 0, "the loop waits: is it kept in registers?"
+    assert loop > product > 0, "the loop waits for memory: check that its operands stay in registers"
 
 
 def _rate(run: Callable[[], Any], work: float) -> float:
@@ -115,7 +115,7 @@ def _rate(run: Callable[[], Any], work: float) -> float:
 
 @pytest.mark.skipif(not peak_rates.fma_dtypes(), reason="no FMA loop without the extension")
 def test_every_thread_runs_the_fma_loop() -> None:
-    """In the process's own processor time, as other programs may take the processors at any moment."""
+    """Measured in the process's processor time, because other programs may run on the same processors."""
     threads = torch.get_num_threads()
     run = peak_rates.fma_peak("float32").candidate.run
     seconds = []
@@ -237,7 +237,7 @@ def test_out_of_memory_while_capturing_is_out_of_memory() -> None:
     assert timing.failure(caught.value) == "out of memory"
 
 
-def test_a_broken_device_is_noticed() -> None:
+def test_a_broken_device_is_detected() -> None:
     driver = Driver()
     clock = CudaClock(driver)
     assert not clock.is_broken()

@@ -24,7 +24,7 @@ SOURCES = {
     "cpu/one.cpp": '#include "one.h"\nint two() { return one() + 1; }\n',
     "bindings/library.cpp": "int two();\nint three() { return two() + 1; }\n",
 }
-# nvcc as far as setup.py calls it: it answers the questions, fails on a source that says broken, else calls c++.
+# A stand-in for nvcc with the calls of setup.py. It fails on a source that contains "broken"; others go to c++.
 NVCC = """#!/bin/sh
 case "$*" in
 *-dryrun*) echo "#$ TOP=$(dirname "$0")/.."; exit;;
@@ -39,7 +39,7 @@ exec c++ -fPIC -x c++ -c "$source" -o "$output"
 
 
 def python(project, *arguments, **variables):
-    """Run this Python in the project; the build's own variables come only from the test."""
+    """Run this Python in the project, without the caller's variables for the build."""
     dropped = ("LIIF_FAST_", "CXX", "CUDA_", "MAX_JOBS", "LD_PRELOAD")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(dropped)} | variables
     return subprocess.run([sys.executable, *arguments], cwd=project, env=environment, capture_output=True, text=True)
@@ -75,7 +75,7 @@ def project(tmp_path):
 
 @pytest.fixture
 def toolkit(tmp_path_factory):
-    """A CUDA toolkit of NVCC and an empty library."""
+    """A CUDA toolkit with the stand-in for nvcc and an empty library."""
     folder = tmp_path_factory.mktemp("toolkit")
     for name, text in {"bin/nvcc": NVCC, "lib64/libcudart_static.a": "!<arch>\n"}.items():
         (folder / name).parent.mkdir()
@@ -96,7 +96,7 @@ def setup_py(monkeypatch):
     return module
 
 
-# ---- what a user may ask for, and what a machine may lack ------------------------------------------------------------
+# ---- wrong requests and missing tools --------------------------------------------------------------------------------
 
 
 @needs_compiler
@@ -108,7 +108,7 @@ def setup_py(monkeypatch):
         ("cpu", "CXX", "missing -O2", "CXX is 'missing -O2', which is not a command on PATH"),
         ("cpu", "PATH", "/nowhere", "no C++ compiler was found (looked for CXX, c++, g++, clang++)"),
         ("cuda", "LIIF_FAST_CUDA_ARCHS", "x", "LIIF_FAST_CUDA_ARCHS names 'x': write architectures like '80;90a'"),
-        ("cuda", "LIIF_FAST_CUDA_ARCHS", "7", "nvcc 12.9 does not know sm_7 of LIIF_FAST_CUDA_ARCHS"),
+        ("cuda", "LIIF_FAST_CUDA_ARCHS", "7", "nvcc 12.9 does not support sm_7 of LIIF_FAST_CUDA_ARCHS"),
     ],
 )
 def test_errors_are_one_sentence(mode, variable, value, sentence, project, toolkit):
@@ -141,7 +141,7 @@ def test_ninja_is_found_when_the_programs_of_this_python_are_not_on_path(setup_p
     assert subprocess.run([setup_py.find_ninja(), "--version"]).returncode == 0
 
 
-# ---- what is compiled, and when --------------------------------------------------------------------------------------
+# ---- compiling -------------------------------------------------------------------------------------------------------
 
 
 @needs_compiler
@@ -152,7 +152,7 @@ def test_only_what_changed_is_compiled_and_installed_in_one_step(project):
     assert compiled(build(project)) == set()
     save(project / "csrc" / "one.h", "inline int one() { return 11; }\n")
     assert compiled(build(project)) == {"one.cpp.o"}
-    assert library.read_bytes() != before == mapped.read()  # a process that has mapped the old file keeps it
+    assert library.read_bytes() != before == mapped.read()  # a process that maps the old file still reads it
     (project / "csrc" / "one.h").unlink()
     save(project / "csrc" / "cpu" / "one.cpp", "int two() { return 2; }\n")
     assert compiled(build(project)) == {"one.cpp.o"}
@@ -209,7 +209,7 @@ def test_sanitized_build_leaves_the_package_alone(project):
     assert not (project / "liif_fast" / "_C.abi3.so").exists() and not (project / "build" / "objects").exists()
 
 
-# ---- what is shipped -------------------------------------------------------------------------------------------------
+# ---- wheels and source distributions ---------------------------------------------------------------------------------
 
 
 @needs_compiler
@@ -239,7 +239,7 @@ def test_source_distribution_can_be_built_from(project):
     assert {"setup.py", "pyproject.toml", "csrc/exports.map", *(f"csrc/{name}" for name in SOURCES)} <= names
 
 
-# ---- the extension that is installed ---------------------------------------------------------------------------------
+# ---- the installed extension -----------------------------------------------------------------------------------------
 
 
 @needs_compiler
@@ -253,7 +253,7 @@ def test_extension_is_there_where_a_compiler_is():
 def test_extension_is_small_exports_nothing_and_needs_no_unstable_symbol():
     listing = subprocess.run(["nm", "-D", "-C", LIBRARY], capture_output=True, text=True, check=True).stdout
     undefined = [line.split(" U ", 1)[1] for line in listing.splitlines() if " U " in line]
-    assert any(name.startswith(("aoti_torch_", "torch_")) for name in undefined)  # the list is the right one
+    assert any(name.startswith(("aoti_torch_", "torch_")) for name in undefined)  # nm lists torch's symbols
     assert [name for name in undefined if "c10::" in name or "at::" in name.replace("std::", "")] == []
     assert " T " not in listing and LIBRARY.stat().st_size < 8e6
 
@@ -295,10 +295,8 @@ for cap in ("auto", "portable", "avx2", "avx512", "sse9"):
     os._exit(0)
 """
     auto, portable, avx2, avx512, unknown = python(ROOT, "-W", "ignore", "-c", script).stdout.splitlines()
-    best, lacks = (
-        auto.split()[0],
-        "LIIF_FAST_CPU_ISA is '{}', which this processor lacks: set it to one of auto, portable",
-    )
+    best = auto.split()[0]
+    lacks = "LIIF_FAST_CPU_ISA is '{}', which this processor lacks: set it to one of auto, portable"
     assert portable == "portable False False LIIF_FAST_CPU_ISA portable"
     assert avx2 == (lacks.format("avx2") if best == "portable" else "avx2 False False LIIF_FAST_CPU_ISA avx2")
     assert avx512.startswith(f"{best} " if best.startswith("avx512") else lacks.format("avx512"))

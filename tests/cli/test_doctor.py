@@ -67,13 +67,8 @@ def test_build_facts_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_the_extension_the_reason_is_given_and_the_exit_code_is_zero() -> None:
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        "from liif_fast.cli import doctor; raise SystemExit(doctor.main())",
-    ]
+    script = "from liif_fast.cli import doctor; raise SystemExit(doctor.main())"
+    command = [sys.executable, "-W", "ignore", "-c", script]
     environment = {**os.environ, "LIIF_FAST_EXTENSION": "/nowhere/_C.abi3.so"}
     environment.pop("LIIF_FAST_BACKEND", None)
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

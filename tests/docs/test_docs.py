@@ -18,17 +18,12 @@ import yaml
 from PIL import Image
 
 from liif_fast.cli.main import main
-from liif_fast.models import make_model
+from liif_fast.models import default_data_norm, make_model
+from tests.models.small_models import ENCODER, IMNET
 
 ROOT = Path(__file__).resolve().parents[2]
 _BLOCK = re.compile(r"(?:^<!-- not run: (?P<reason>[^\n]*?) -->\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
-MODEL = {
-    "name": "liif",
-    "args": {
-        "encoder_spec": {"name": "edsr-baseline", "args": {"n_resblocks": 1, "n_feats": 4, "no_upsampling": True}},
-        "imnet_spec": {"name": "mlp", "args": {"out_dim": 3, "hidden_list": [8]}},
-    },
-}
+MODEL = {"name": "liif", "args": {"encoder_spec": ENCODER, "imnet_spec": IMNET}}
 
 
 class Block(NamedTuple):
@@ -69,7 +64,7 @@ def folder(tmp_path):
     dataset = {"name": "image-folder", "args": {"root_path": "./DIV2K_valid_HR"}}
     wrapper = {"name": "sr-implicit-downsampled", "args": {"inp_size": 8, "scale_max": 4, "sample_q": 16}}
     section = {"dataset": dataset, "wrapper": wrapper, "batch_size": 1}
-    norm = {"inp": {"sub": [0.5], "div": [0.5]}, "gt": {"sub": [0.5], "div": [0.5]}}
+    norm = default_data_norm()
     train = {
         "train_dataset": section,
         "data_norm": norm,
@@ -80,13 +75,8 @@ def folder(tmp_path):
     }
     (root / "train_edsr-baseline-liif.yaml").write_text(yaml.safe_dump(train))
     wrapper = {"name": "sr-implicit-downsampled", "args": {"scale_min": 2, "scale_max": 2}}
-    test = {
-        "test_dataset": {**section, "wrapper": wrapper},
-        "eval_type": "div2k-2",
-        "eval_bsize": 3000,
-        "data_norm": norm,
-    }
-    (root / "test-div2k-2.yaml").write_text(yaml.safe_dump({**test, "num_workers": 0}))
+    test = {"test_dataset": {**section, "wrapper": wrapper}, "eval_type": "div2k-2", "eval_bsize": 3000}
+    (root / "test-div2k-2.yaml").write_text(yaml.safe_dump({**test, "data_norm": norm, "num_workers": 0}))
     return root
 
 

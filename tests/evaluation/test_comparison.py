@@ -2,9 +2,7 @@
 
 import math
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +14,7 @@ from liif_fast.cli import main as cli
 from liif_fast.evaluation import comparison, figures, predict, psnr, tables
 from liif_fast.evaluation.comparison import ComparisonConfig, ScoreRecord, resolve_methods
 from liif_fast.models import checkpoints, make_model
+from tests.utils.test_distributed import torchrun
 
 ENCODER = {"name": "edsr-baseline", "args": {"n_resblocks": 1, "n_feats": 8, "no_upsampling": True}}
 UPSAMPLING = {"name": "edsr-baseline", "args": {"n_resblocks": 1, "n_feats": 8, "scale": 2}}
@@ -175,21 +174,13 @@ def test_two_processes_write_what_one_writes(images, tmp_path):
     common = ["evaluate", "--images", str(images), "--model", f"liif={model}", "--methods", "bicubic", "liif"]
     common += ["--scales", "2", "4", "--threads", "1", "--device", "cpu"]
     assert cli.main([*common, "--out", str(tmp_path / "one")]) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    result = subprocess.run(
-        [*torchrun, "--standalone", "-m", "liif_fast", *common, "--out", str(tmp_path / "two")],
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    printed = torchrun(tmp_path, *common, "--out", str(tmp_path / "two"))
     torch.set_num_threads(2)  # --threads above also changed this process
-    assert result.returncode == 0, result.stderr
     one, two = (by_key(comparison.read_records(tmp_path / name / "scores.csv")) for name in ("one", "two"))
     assert one.keys() == two.keys() and len(one) == 12
     assert all(one[key].psnr == pytest.approx(two[key].psnr, abs=1e-3) for key in one)
     assert (tmp_path / "one" / "table.md").read_text() == (tmp_path / "two" / "table.md").read_text()
-    assert result.stdout.count("| bicubic |") == 1  # only the first process prints
+    assert printed.count("| bicubic |") == 1  # only the first process prints
     assert not list((tmp_path / "two").glob("scores.rank*"))
 
 
@@ -216,7 +207,7 @@ def test_tables(tmp_path):
     rows = rows_of(TABLE)
     lines = tables.markdown(rows, protocol="div2k").splitlines()
     assert lines[0] == (
-        "PSNR in dB, mean over 2 images (RGB, scale + 6 pixels shaved a side). "
+        "PSNR in dB, mean over 2 images (RGB without a border of scale + 6 pixels). "
         "Columns with * lie beyond the scales trained on (up to x4)."
     )
     assert lines[2:] == [
@@ -245,7 +236,7 @@ def test_command_writes_tables_plot_and_comparison(images, tmp_path, capsys):
     printed = capsys.readouterr().out
     names = ["comparison-x8.png", "psnr.png", "scores.csv", "table.csv", "table.md"]
     assert sorted(os.listdir(out)) == names
-    assert (out / "table.md").read_text() in printed and "luma, scale pixels shaved" in printed
+    assert (out / "table.md").read_text() in printed and "luma without a border" in printed
     labels = [line.split("|")[1].strip() for line in (out / "table.md").read_text().splitlines()[4:]]
     assert labels == ["bicubic", "liif", "liif, cell 1/4", "metasr", "edsr"]
     edsr = (out / "table.md").read_text().splitlines()[-1]

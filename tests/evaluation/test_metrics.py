@@ -69,8 +69,8 @@ def test_ssim_by_hand():
 
     assert ssim(pred, target) == pytest.approx(by_formula(pred, target), abs=1e-5)
     inside = slice(8, -8)
-    shaved = by_formula(pred[:, inside, inside], target[:, inside, inside])
-    assert ssim(pred, target, "div2k-2") == pytest.approx(shaved, abs=1e-5)
+    cropped = by_formula(pred[:, inside, inside], target[:, inside, inside])
+    assert ssim(pred, target, "div2k-2") == pytest.approx(cropped, abs=1e-5)
     weights = torch.tensor([65.738, 129.057, 25.064]).view(3, 1, 1) / 256
     luma = [(each * weights).sum(0, keepdim=True)[:, 2:-2, 2:-2] + 16 / 255 for each in (pred, target)]
     assert ssim(pred, target, "benchmark-2") == pytest.approx(by_formula(*luma), abs=1e-5)

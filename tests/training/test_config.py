@@ -100,7 +100,7 @@ MISTAKES = [
     ("channels_last=1", "channels_last is 1; it must be true or false"),
     ("clip_grad=-1", "clip_grad is -1; it must be above 0"),
     ("ema=1", "ema is 1; it must be below 1"),
-    ("cosine_lr={}", "cosine_lr stands next to multi_step_lr; leave one of the two out"),
+    ("cosine_lr={}", "cosine_lr and multi_step_lr are both set; leave one of them out"),
     ("cosine_lr={warmup: 1.5}", "cosine_lr.warmup is 1.5; it must be a whole number"),
     ("max_minutes=0", "max_minutes is 0; it must be above 0"),
     ("accumulate=3", "accumulate is 3, which does not divide the batch_size 4"),
@@ -131,7 +131,7 @@ def test_a_pair_of_folders_needs_both():
     ("text", "sentence"),
     [
         ("a: [1", "line 1 is not YAML"),
-        ("epoch_max: 1\nepoch_max: 2\n", "line 2 is not YAML: epoch_max stands twice"),
+        ("epoch_max: 1\nepoch_max: 2\n", "line 2 is not YAML: epoch_max appears twice"),
         ("just text", "is no configuration: it must hold keys such as train_dataset"),
         ("", "is no configuration"),
         ("a: !!python/object/apply:os.getcwd []", "is not YAML"),

@@ -218,7 +218,7 @@ def test_an_existing_folder_is_resumed_or_refused(tmp_path, finished):
         (finished, [], None, "finished exists already: resume it with --resume auto"),
         (tmp_path / "run", [], finished / "state.pth", "is not in it"),
         (finished, [], tmp_path / "nothing.pth", r"nothing\.pth does not exist"),
-        (finished, ["optimizer.args.lr=0.5"], "auto", r"made with the optimizer adam \{'lr': 0\.0001\}.* says adam"),
+        (finished, ["optimizer.args.lr=0.5"], "auto", r"made with the optimizer adam \{'lr': 0\.0001\}.* has adam"),
         (finished, ["model.args.cell_decode=false"], "auto", "made with the model liif"),
         (new, [], tmp_path / "broken.pth", r"broken\.pth cannot be read as a checkpoint"),
         (new, [], tmp_path / "foreign.pth", "holds no model, optimizer and epoch"),

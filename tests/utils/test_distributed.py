@@ -13,9 +13,10 @@ from PIL import Image
 
 from liif_fast import training
 from liif_fast.cli import main as cli
-from liif_fast.models import checkpoints, make_model
+from liif_fast.models import checkpoints
 from liif_fast.training import config
 from liif_fast.utils import distributed
+from tests.models import small_models
 from tests.training.training_data import CONFIGS, QUICK, make_folders
 
 LIIF = CONFIGS / "train_edsr-baseline-liif.yaml"
@@ -47,16 +48,14 @@ def test_two_processes_train_as_one(tmp_path, folders, monkeypatch):
     plain = ["optimizer={name: sgd, args: {lr: 0.1}}", "epoch_max=3", "accumulate=2", "ema=0.9", "clip_grad=0.5"]
     settings = [*QUICK, *plain]
     monkeypatch.chdir(folders)
-    one_item = [
-        "val_dataset.dataset.args.first_k=1",
-        "val_dataset.dataset.args.repeat=1",
-    ]  # none for the second process
+    # One validation image, so that the second process has none.
+    one_item = ["val_dataset.dataset.args.first_k=1", "val_dataset.dataset.args.repeat=1"]
     for resume, more in ((None, ["epoch_max=2"]), ("auto", one_item)):
         content = config.load(LIIF, overrides=[*settings, *more])
         training.train(content, tmp_path / "one", resume=resume, device="cpu", report=lambda line: None)
     shared = ["train", "--config", str(LIIF), "--save", str(tmp_path), "--name", "two", "--device", "cpu", "--set"]
-    said = torchrun(folders, *shared, *settings, "epoch_max=2")
-    assert said.count("epoch 1/2") == 1 and said.count("wrote") == 1
+    printed = torchrun(folders, *shared, *settings, "epoch_max=2")
+    assert printed.count("epoch 1/2") == 1 and printed.count("wrote") == 1
     states = torch.load(tmp_path / "two" / "state.pth", weights_only=True)["random"]
     assert len(states) == 2 and not torch.equal(states[0]["torch"], states[1]["torch"])
     torchrun(folders, *shared, *settings, *one_item, "--resume", "auto")
@@ -68,19 +67,15 @@ def test_two_processes_train_as_one(tmp_path, folders, monkeypatch):
 
 
 def test_two_processes_share_a_folder_of_images(tmp_path, capsys):
-    torch.manual_seed(0)
-    encoder = {"name": "edsr-baseline", "args": {"n_resblocks": 1, "n_feats": 4, "no_upsampling": True}}
-    imnet = {"name": "mlp", "args": {"out_dim": 3, "hidden_list": [8]}}
-    model = make_model({"name": "liif", "args": {"encoder_spec": encoder, "imnet_spec": imnet}})
-    checkpoints.save(model, tmp_path / "small.safetensors")
+    checkpoints.save(small_models.liif().float(), tmp_path / "small.safetensors")
     (tmp_path / "in").mkdir()
     rng = np.random.default_rng(0)
     for number in range(5):
         Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).save(tmp_path / "in" / f"{number}.png")
     arguments = ["upscale", str(tmp_path / "in"), "--scale", "2", "--model", str(tmp_path / "small.safetensors")]
     arguments += ["--device", "cpu", "-o"]
-    said = torchrun(tmp_path, *arguments, str(tmp_path / "two") + os.sep)
-    assert said.count(" -> ") == 5
+    printed = torchrun(tmp_path, *arguments, str(tmp_path / "two") + os.sep)
+    assert printed.count(" -> ") == 5
     assert cli.main([*arguments, str(tmp_path / "one") + os.sep]) == 0
     for number in range(5):
         two, one = (Image.open(tmp_path / each / f"{number}.png") for each in ("two", "one"))

@@ -1,4 +1,4 @@
-"""Available memory, and sizes for people."""
+"""Available memory, and sizes as text."""
 
 import pytest
 
@@ -6,8 +6,8 @@ from liif_fast.utils import memory
 
 
 def test_available_memory_is_a_sensible_number():
-    there = memory.available()
-    assert there is None or 1e6 < there < 1e15
+    amount = memory.available()
+    assert amount is None or 1e6 < amount < 1e15
 
 
 @pytest.mark.parametrize(

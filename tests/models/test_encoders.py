@@ -1,4 +1,4 @@
-"""Encoders: keys, sizes, what they compute, and how far they see."""
+"""Encoders: keys, sizes, results and receptive fields."""
 
 from __future__ import annotations
 
@@ -103,12 +103,12 @@ def test_shapes(name: str, scale: int) -> None:
     assert not any("tail" in key or "UPNet" in key for key in plain.state_dict())
 
 
-def test_edsr_computes_what_the_paper_says() -> None:
+def conv(x: Tensor, layer: nn.Module) -> Tensor:
+    return F.conv2d(x, layer.weight, layer.bias, padding=layer.weight.shape[-1] // 2)
+
+
+def test_edsr_computes_the_papers_formula() -> None:
     encoder = small("edsr", n_resblocks=1, res_scale=0.5, scale=3)
-
-    def conv(x: Tensor, layer: nn.Module) -> Tensor:
-        return F.conv2d(x, layer.weight, layer.bias, padding=1)
-
     inp = torch.randn(1, 3, 5, 6).double()
     head = conv(inp, encoder.head[0])
     block = encoder.body[0].body
@@ -118,12 +118,8 @@ def test_edsr_computes_what_the_paper_says() -> None:
     torch.testing.assert_close(encoder(inp), conv(upsampled, encoder.tail[1]))
 
 
-def test_rcan_computes_what_the_paper_says() -> None:
+def test_rcan_computes_the_papers_formula() -> None:
     encoder = small("rcan", n_resgroups=1, n_resblocks=1, no_upsampling=True)
-
-    def conv(x: Tensor, layer: nn.Module) -> Tensor:
-        return F.conv2d(x, layer.weight, layer.bias, padding=layer.weight.shape[-1] // 2)
-
     inp = torch.randn(2, 3, 5, 6).double()
     head = conv(inp, encoder.head[0])
     block = encoder.body[0].body[0].body
@@ -161,11 +157,11 @@ def check_halo(encoder: nn.Module, halo: int | None = None) -> None:
     changed[:, :, 0] += 1
     with torch.no_grad():
         difference = (encoder(changed) - encoder(inp)).abs().amax((0, 1, 3)).view(side, -1).amax(1)
-    assert (difference[halo + 1 :] == 0).all(), "the encoder sees further than its halo says"
-    assert (difference[: max(halo - 1, 1)] > 0).all(), "the encoder sees less than its halo says"
+    assert (difference[halo + 1 :] == 0).all(), "the halo is smaller than the receptive field"
+    assert (difference[: max(halo - 1, 1)] > 0).all(), "the halo is larger than the receptive field"
 
 
-def test_rcan_sees_the_whole_image() -> None:
+def test_rcan_reads_the_whole_image() -> None:
     encoder = small("rcan", no_upsampling=True)
     assert encoder.halo is None
     inp = torch.rand(1, 3, 64, 5).double()

@@ -93,12 +93,14 @@ def test_mean_colors_are_there_but_never_applied(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("scale", [2, 3, 4])
-def test_shapes(name: str, scale: int) -> None:
+@pytest.mark.parametrize("n_colors", [1, 3, 4])
+def test_shapes(name: str, scale: int, n_colors: int) -> None:
     with torch.device("meta"):
-        inp, upsampling, plain = torch.randn(2, 3, 7, 9).double(), small(name, scale=scale), small(name, **UNSCALED)
-    assert (upsampling.out_dim, upsampling.scale) == (3, scale)
-    assert upsampling(inp).shape == (2, 3, 7 * scale, 9 * scale)
-    assert plain.scale == 1
+        inp = torch.randn(2, n_colors, 7, 9).double()
+        upsampling, plain = (small(name, n_colors=n_colors, **args) for args in ({"scale": scale}, UNSCALED))
+    assert (upsampling.n_colors, upsampling.out_dim, upsampling.scale) == (n_colors, n_colors, scale)
+    assert upsampling(inp).shape == (2, n_colors, 7 * scale, 9 * scale)
+    assert (plain.n_colors, plain.scale) == (n_colors, 1)
     assert plain(inp).shape == (2, plain.out_dim, 7, 9)
     assert not any("tail" in key or "UPNet" in key for key in plain.state_dict())
 

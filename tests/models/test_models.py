@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +16,11 @@ from torch.nn.utils import parametrizations
 from liif_fast.models import LIIF, MLP, base, linear_layers, make_model, register
 from liif_fast.models.coordinates import make_cell, make_coord
 from liif_fast.ops import reference
+from tests.helpers import FLAGS as FLAG_VALUES
 from tests.models.small_models import ENCODER, IMNET, image, liif, metasr, queries
 
 FLAGS = ("local_ensemble", "feat_unfold", "cell_decode")
-COMBINATIONS = [dict(zip(FLAGS, values, strict=True)) for values in itertools.product([True, False], repeat=3)]
+COMBINATIONS = [dict(zip(FLAGS, values, strict=True)) for values in FLAG_VALUES]
 
 
 # --- specs and construction

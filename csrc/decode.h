@@ -8,7 +8,7 @@ namespace liif_fast {
 
 constexpr int kMaxLayers = 64;  // after the first; the bindings refuse a longer imnet
 
-// The queries of a decode: where they lie, which latents they see, and where their results go. T is the dtype of
+// The queries of a decode: where they lie, which latents they read, and where their results go. T is the dtype of
 // geometry, weights and results: float or double. All arrays are contiguous.
 template <class T>
 struct DecodeQueries {

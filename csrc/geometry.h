@@ -65,7 +65,7 @@ LIIF_HOST_DEVICE int64_t clamp_to_region(int64_t index, int64_t first, int64_t c
   return local < 0 ? 0 : (local < count ? local : count - 1);
 }
 
-// A latent seen from a query, along one axis.
+// A latent relative to a query, along one axis.
 template <class T>
 struct Neighbor {
   int64_t index;  // in the whole map
@@ -96,7 +96,7 @@ LIIF_HOST_DEVICE Neighbor<T> find_metasr_neighbor(T coord, T cell, int64_t size)
 }
 
 // Blending weights of the four corners (2*row_side + col_side) from their relative coordinates: each corner gets the
-// area towards the corner diagonally opposite.
+// area between the query and the diagonally opposite corner.
 template <class T>
 LIIF_HOST_DEVICE void area_weights(const T rel_row[2], const T rel_col[2], T weight[4]) {
   T area[4], total = T(0);

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from liif_fast.ops import backends
@@ -27,20 +29,16 @@ class Case(NamedTuple):
 
     @property
     def flags(self) -> dict[str, bool]:
-        return {
-            "local_ensemble": self.local_ensemble,
-            "feat_unfold": self.feat_unfold,
-            "cell_decode": self.cell_decode,
-        }
+        return {"local_ensemble": self.local_ensemble, "feat_unfold": self.feat_unfold, "cell_decode": self.cell_decode}
 
     @property
     def size(self) -> tuple[int, int]:
-        """Of an image: three times as many rows as latents, so that some queries lie on latents' centers."""
+        """(rows, columns) of an image: three rows per latent, so that some queries lie on latents' centers."""
         return 3 * self.height, 2 * self.width + 1
 
     @property
     def window(self) -> tuple[int, int, int, int]:
-        """A part from the middle of the image, of about as many pixels as there are queries."""
+        """(top, left, rows, columns) in the middle of the image, with about as many pixels as there are queries."""
         cols = min(self.size[1], max(self.queries // 2, 1))
         rows = min(self.size[0], self.queries // cols)
         return (self.size[0] - rows) // 2, (self.size[1] - cols) // 2, rows, cols
@@ -52,7 +50,7 @@ class Case(NamedTuple):
 
 FLAGS = [(e, u, c) for e in (True, False) for u in (True, False) for c in (True, False)]
 
-# Each is awkward: one query, a remainder of one, no hidden layer, widths that fill no vector, one latent.
+# Each is an edge case: one query, a remainder of one, no hidden layer, widths that fill no vector, one latent.
 SHAPES = {
     "plain": Case(),
     "one-query": Case(queries=1, batch=2, hidden=(16, 16)),
@@ -94,7 +92,7 @@ def random_problem(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0
 
 
 def as_float64(tensors):
-    """The same values in float64, as leaves of their own."""
+    """Copies in float64 that are leaves of their own."""
     return [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
 
 
@@ -113,9 +111,31 @@ def norm_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def psnr(actual: Tensor, expected: Tensor) -> float:
-    """Of a result against the exact one, with the exact one's largest value as peak. In dB."""
+    """PSNR in dB of a result against the exact one; the exact one's largest value is the peak."""
     mse = (actual.double() - expected.double()).square().mean()
     return (10 * torch.log10(expected.double().abs().max() ** 2 / mse)).item()
+
+
+CORNERS = ((-1, -1), (-1, 1), (1, -1), (1, 1))
+
+
+def index_map(size: tuple[int, int]) -> Tensor:
+    """[1, 2, H, W]: every latent holds its own row and column."""
+    return torch.stack(torch.meshgrid(*map(torch.arange, size), indexing="ij")).float()[None]
+
+
+def shifted(coord: Tensor, size: tuple[int, int], corner: tuple[int, int]) -> Tensor:
+    """The coordinates at which the original samples a corner."""
+    moved = coord.clone()
+    for axis in (0, 1):
+        moved[..., axis] += corner[axis] * (1 / size[axis]) + 1e-6
+    return moved.clamp_(-1 + 1e-6, 1 - 1e-6)
+
+
+def sampled(values: Tensor, coord: Tensor) -> Tensor:
+    """[Q, C]: PyTorch's nearest values of a map [1, C, H, W] at coord, on the CPU."""
+    moved = coord.to(values.device).flip(-1).unsqueeze(1)
+    return F.grid_sample(values, moved, mode="nearest", align_corners=False)[0, :, 0].T.cpu()
 
 
 def reason_against(backend: str, op: str, dtype: torch.dtype, device: str = "cpu", widths: tuple[int, ...] = ()) -> str:
@@ -125,3 +145,7 @@ def reason_against(backend: str, op: str, dtype: torch.dtype, device: str = "cpu
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+_NO_CPU = reason_against("cpu", "decode", torch.float32)
+needs_cpu = pytest.mark.skipif(bool(_NO_CPU), reason=_NO_CPU)

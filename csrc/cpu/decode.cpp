@@ -1,4 +1,4 @@
-// The fused decodes on the CPU, LIIF's and MetaSR's: weights are packed once, tiles are cut into one shard a thread.
+// The fused decodes on the CPU, LIIF's and MetaSR's: weights are packed once, tiles are cut into one shard per thread.
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -11,14 +11,11 @@ namespace liif_fast {
 namespace {
 
 template <class T>
-const MatrixKernels<T>& matrix_kernels();
-template <>
-const MatrixKernels<float>& matrix_kernels<float>() {
-  return kernels().float_kernels;
-}
-template <>
-const MatrixKernels<double>& matrix_kernels<double>() {
-  return kernels().double_kernels;
+const MatrixKernels<T>& matrix_kernels() {
+  if constexpr (std::is_same_v<T, float>)
+    return kernels().float_kernels;
+  else
+    return kernels().double_kernels;
 }
 
 template <class T>
@@ -40,7 +37,7 @@ void run_forward(const DecodeProblem<T>& p, const DecodeKernels<T>& kernels, F f
   });
 }
 
-// Tiles of a thread in a chunk. The latent gradients of a chunk are stored, then added up: 4 MB a thread at 256
+// Tiles of a thread in a chunk. The latent gradients of a chunk are stored, then added up: 3 MB per thread at 256 float
 // channels.
 constexpr int64_t kChunkTiles = 32;
 

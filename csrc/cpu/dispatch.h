@@ -62,9 +62,9 @@ const Bf16Kernels& avx512_bf16_kernels();
 #endif
 
 // The kernels that select_kernels chose, else those of the largest instruction set of this processor that
-// LIIF_FAST_CPU_ISA allows. Throws std::runtime_error where this processor cannot run the value of the variable.
+// LIIF_FAST_CPU_ISA allows. Throws std::runtime_error if the variable names no set of this processor.
 const Kernels& kernels();
-const Bf16Kernels* bf16_kernels();  // null where the processor cannot
+const Bf16Kernels* bf16_kernels();  // null without AVX-512-BF16, or where another set than AVX-512 is chosen
 
 // "auto", "avx512", "avx2" or "portable": for tests and benchmarks. False where the processor or LIIF_FAST_CPU_ISA does
 // not allow it.

@@ -184,7 +184,7 @@ template void ensemble_forward(const EnsembleProblem<float>&, float*);
 
 namespace {
 
-// kOuts: the number of outputs, 0 for any number. The three of a color as a constant halve the time.
+// kOuts: the number of outputs, 0 for any number. A constant 3, for colors, halves the time.
 template <int kOuts, class T>
 void ensemble_backward_rows(const EnsembleProblem<T>& p, const EnsembleGrads<T>& grads, int64_t begin, int64_t end) {
   const int64_t corners = p.corners, outs = kOuts ? kOuts : p.outs;

@@ -1,8 +1,8 @@
 // Matrix micro-kernels: C [m, n] = start + A [m, k] * B [k, n], a register tile of kRows x kVecs vectors at a time.
 //
-// A stays in L1 (a block of kRows rows), B streams from L2 in panels of kCols columns: 24 multiply-adds a step need 2
-// loads of B, which is a fifth of what L2 delivers. Included inside each instruction set's translation unit, after
-// simd.h.
+// A block of kRows rows of A stays in L1; B streams from L2 in panels of kCols columns. With AVX-512 a step needs 2
+// loads of B for 24 multiply-adds, a fifth of L2's bandwidth. Included inside each instruction set's translation unit,
+// after simd.h.
 #pragma once
 
 #include "cpu/simd.h"

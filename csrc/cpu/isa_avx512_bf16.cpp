@@ -1,4 +1,4 @@
-// bfloat16 operands with AVX-512-BF16: two products a lane and instruction.
+// bfloat16 operands with AVX-512-BF16: two products per lane and instruction.
 #if defined(__x86_64__)
 #include "cpu/target.h"
 LIIF_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")

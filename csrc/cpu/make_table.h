@@ -9,7 +9,7 @@
 namespace liif_fast {
 namespace {
 
-// The rate that the arithmetic units reach when nothing waits for memory: the benchmarks compare with it.
+// Multiply-adds on registers alone. The benchmarks time this loop for the peak rate of the arithmetic units.
 template <class T>
 static double multiply_add_loop(int64_t repetitions) {
   using V = Vec<T>;

@@ -57,7 +57,7 @@ LIIF_INLINE void metasr_hidden(const T input[3], MetasrScratch<T>& s) {
   }
 }
 
-// Calls f(index, vector of `row` from there) for all of row's `count` values; zeros fill up the last vector.
+// Calls f(index, vector of the values from that index) for all `count` values of `row`; zeros fill the last vector.
 template <class T, class F>
 LIIF_INLINE void for_vectors(const T* row, int64_t count, F f) {
   using V = Vec<T>;

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <new>
 
 namespace liif_fast {
@@ -22,11 +21,11 @@ void parallel_shards(int64_t count, int64_t shards, const F& f) {
   });
 }
 
-// `count` raw buffers of `bytes` each, 64-byte aligned: one for each thread.
+// `count` raw buffers of `bytes` each, 64-byte aligned: usually one per thread.
 class ThreadBuffers {
  public:
   ThreadBuffers(int64_t count, size_t bytes)
-      : stride_((bytes + 4095) / 4096 * 4096 + 64),  // threads never share a cache line, nor buffers a cache set
+      : stride_((bytes + 4095) / 4096 * 4096 + 64),  // buffers share no cache line and start in different cache sets
         data_(static_cast<char*>(::operator new(stride_* static_cast<size_t>(count), std::align_val_t(64)))) {}
   ~ThreadBuffers() { ::operator delete(data_, std::align_val_t(64)); }
   ThreadBuffers(const ThreadBuffers&) = delete;

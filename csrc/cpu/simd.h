@@ -26,7 +26,7 @@ struct Vec;
 
 #if defined(LIIF_SIMD_AVX512)
 
-constexpr int kRows = 12, kVecs = 2;  // register tile: 24 accumulators, 2 of B, 1 of A of 32 registers
+constexpr int kRows = 12, kVecs = 2;  // register tile: 24 of 32 registers accumulate, 2 hold B, 1 holds A
 
 template <>
 struct Vec<float> {
@@ -73,7 +73,7 @@ struct Vec<double> {
 
 #elif defined(LIIF_SIMD_AVX2)
 
-constexpr int kRows = 6, kVecs = 2;  // 12 accumulators, 2 of B, 1 of A of 16 registers
+constexpr int kRows = 6, kVecs = 2;  // 12 of 16 registers accumulate, 2 hold B, 1 holds A
 
 template <>
 struct Vec<float> {
@@ -168,7 +168,7 @@ struct FloatOp {
   using Value = T;  // activations in memory
   using Acc = T;
   using Reg = typename Vec<T>::Reg;
-  static constexpr int kPack = 1;  // values an Elem holds
+  static constexpr int kPack = 1;  // values per Elem
   LIIF_INLINE Reg load(const Elem* p) { return Vec<T>::load(p); }
   LIIF_INLINE Reg broadcast(const Elem* p) { return Vec<T>::broadcast(*p); }
   LIIF_INLINE Reg multiply_add(Reg a, Reg b, Reg c) { return Vec<T>::fma(a, b, c); }
@@ -200,7 +200,7 @@ LIIF_INLINE __m512i pair_values(__m256i low, __m256i high) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
-// Elems that pair 32 values of one row with those of the next row; high is null: zeros.
+// Stores Elems that pair 32 values of one row with those of the next row; zeros for the next row if `high` is null.
 LIIF_INLINE void store_pairs(uint32_t* p, const Bf16* low, const Bf16* high) {
   const __m512i a = _mm512_loadu_si512(low), b = high ? _mm512_loadu_si512(high) : _mm512_setzero_si512();
   _mm512_storeu_si512(p, pair_values(_mm512_castsi512_si256(a), _mm512_castsi512_si256(b)));

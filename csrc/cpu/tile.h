@@ -1,6 +1,6 @@
 // The parts of the fused decode that forward and backward share: packed weights, scratch, geometry of a tile, first
-// layer, hidden layers. A tile is kTileRows rows (query x corner, the corner fastest) and belongs to one thread; no
-// array here is larger than a tile.
+// layer, hidden layers. A tile is kTileRows rows (query x corner, the corner fastest). One thread computes it, and no
+// array of activations is larger than a tile.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -37,8 +37,8 @@ LIIF_INLINE int hidden_layers(const DecodeProblem<T>& p) {
   return p.layers > 0 ? p.layers - 1 : 0;
 }
 
-// Row stride of activations, in values. Past the widest layer's whole panels, and not a multiple of 4 KB: rows of a
-// power of two would fall on few cache sets.
+// Row stride of activations, in values: the widest layer's whole panels, and one vector more. So the stride is no
+// multiple of 4 KB, and rows do not compete for a few cache sets.
 template <class T>
 static int64_t row_stride(const DecodeProblem<T>& p) {
   int64_t widest = p.width;
@@ -47,7 +47,7 @@ static int64_t row_stride(const DecodeProblem<T>& p) {
   return round_up(widest, kCols<T>) + Vec<T>::kLanes;
 }
 
-// The weights in the layout that the kernels read, packed once a call. Padding is zero everywhere.
+// The weights in the layout that the kernels read, packed once per call. Padding is zero everywhere.
 template <class Op>
 struct Packed {
   using T = typename Op::Acc;
@@ -99,7 +99,7 @@ struct Packed {
   }
 };
 
-// A tile's geometry: one entry a row, rel_cell one a query.
+// A tile's geometry: one entry per row; rel_cell: two per query.
 template <class T>
 struct Geometry {
   int64_t* latent;  // index in the map in memory

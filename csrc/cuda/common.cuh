@@ -26,7 +26,7 @@ inline unsigned blocks_for(int64_t warps) {
   return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
-// nullptr, or CUDA's sentence why the kernel was not launched. bytes: of dynamic shared memory.
+// Returns nullptr, or CUDA's error message if the kernel was not launched. bytes: of dynamic shared memory.
 template <class... Parameters, class... Arguments>
 const char* launch_with_shared(void (*kernel)(Parameters...), unsigned blocks, int bytes, void* stream,
                                const Arguments&... arguments) {

@@ -29,8 +29,8 @@ template <class T, class E>
 __global__ void __launch_bounds__(kThreads)
     ensemble_forward_kernel(const E* __restrict__ pred, const T* __restrict__ area_weight, int64_t rows,
                             int64_t corners, int64_t outs, int lanes, T* __restrict__ out) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, rows_a_warp = kWarp / lanes;
-  for (int64_t row = grid_warp() * rows_a_warp + lane / lanes; row < rows; row += grid_warps() * rows_a_warp) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, rows_per_warp = kWarp / lanes;
+  for (int64_t row = grid_warp() * rows_per_warp + lane / lanes; row < rows; row += grid_warps() * rows_per_warp) {
     for (int64_t o = lane % lanes; o < outs; o += lanes) {
       T sum = 0;
 #pragma unroll 4
@@ -47,9 +47,9 @@ __global__ void __launch_bounds__(kThreads)
                              const T* __restrict__ area_weight, T* __restrict__ grad_pred,
                              T* __restrict__ grad_area_weight) {
   const auto [rows, corners, outs, lanes] = sizes;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, rows_a_warp = kWarp / lanes;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, rows_per_warp = kWarp / lanes;
   // All lanes stay until the warp's last row is done, because they take part in its shuffles.
-  for (int64_t first = grid_warp() * rows_a_warp; first < rows; first += grid_warps() * rows_a_warp) {
+  for (int64_t first = grid_warp() * rows_per_warp; first < rows; first += grid_warps() * rows_per_warp) {
     const int64_t row = first + lane / lanes;
     const bool active = row < rows;
     for (int64_t s = 0; s < corners; ++s) {
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 unsigned blocks_for_rows(const Sizes& sizes) {
-  const int64_t rows_a_warp = kWarp / sizes.lanes;
-  return blocks_for((sizes.rows + rows_a_warp - 1) / rows_a_warp);
+  const int64_t rows_per_warp = kWarp / sizes.lanes;
+  return blocks_for((sizes.rows + rows_per_warp - 1) / rows_per_warp);
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 // T is the dtype of geometry (float or double), Dtype that of features, predictions and MetaSR's latent map: kFloat64
 // with T = double, the others with T = float. Every pointer is device memory that the caller owns, every array
 // contiguous unless strides are given. A launcher puts its kernels on `stream` (a cudaStream_t of the current device),
-// allocates nothing, waits for nothing, and returns nullptr or CUDA's own sentence about what went wrong.
+// allocates nothing, waits for nothing, and returns nullptr or CUDA's error message.
 #pragma once
 
 #include <cstdint>

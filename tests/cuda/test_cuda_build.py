@@ -1,4 +1,4 @@
-"""What nvcc makes of csrc/cuda, without a GPU: registers, shared memory, spills on every architecture, and rounding."""
+"""The kernels of csrc/cuda as nvcc compiles them, without a GPU: registers, shared memory, spills and rounding."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ import torch
 from liif_fast.ops.backends import extension
 
 ROOT = Path(__file__).resolve().parents[2]
-# What nvcc makes of every architecture takes minutes; the bindings' refusals do not.
+# To compile for every architecture takes minutes. The tests of the bindings do not.
 needs_nvcc = pytest.mark.prove
 BUDGET = json.loads((ROOT / "tests" / "cuda" / "budget.json").read_text())
 SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 
 
 class Usage(NamedTuple):
-    """What ptxas says of one kernel on one architecture; the largest of its instantiations."""
+    """ptxas's report on one kernel for one architecture: the maximum over its instantiations."""
 
-    registers: int  # a thread's
-    shared_bytes: int  # a block's
-    spill_bytes: int  # a thread's, stores and loads together, and its stack
+    registers: int  # per thread
+    shared_bytes: int  # per block
+    spill_bytes: int  # per thread: stores, loads and stack
 
 
 @cache
 def setup_py() -> ModuleType:
-    """setup.py, the home of the compiler flags, with the call of setup() left out."""
+    """setup.py, which has the compiler flags, without its call of setup()."""
     spec = importlib.util.spec_from_file_location("liif_fast_setup_for_cuda", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -60,7 +60,7 @@ def toolkit():
 
 @cache
 def reports() -> dict[Path, str]:
-    """ptxas's report on each source: next to the build's objects if these are for every architecture, or made here."""
+    """ptxas's report on each source: that of the build if it has every architecture, or one made here."""
     module = setup_py()
     built = extension.build_facts().get("cuda_archs") == toolkit().archs
     folder = module.OBJECTS if built else Path("build", "cuda_reports")
@@ -123,7 +123,7 @@ def test_kernel_stays_within_its_budget(kernel):
 
 
 @needs_nvcc
-def test_nvcc_has_nothing_to_warn_of():
+def test_nvcc_gives_no_warning():
     assert set(reports()) == set(SOURCES)
     for source, report in reports().items():
         assert "warning" not in report.lower(), f"{source.name}: {report}"
@@ -132,9 +132,9 @@ def test_nvcc_has_nothing_to_warn_of():
 @needs_nvcc
 @pytest.mark.parametrize("contraction", [False, True], ids=["as-built", "with-contraction"])
 def test_geometry_never_contracts_to_a_fused_multiply_add(contraction, tmp_path):
-    """It must round as on the CPU, and would even without setup.py's --fmad=false; the control shows what would not.
+    """geometry.h rounds as on the CPU, even without setup.py's --fmad=false. The control kernel does contract then.
 
-    One product may contract there, and is exact: a corner's side, -1 or 1, times half a latent.
+    One product of geometry.h may contract without the flag. It is exact: a corner's side, -1 or 1, times half a latent.
     """
     flags = [flag for flag in setup_py().NVCC_FLAGS if not (contraction and flag == "--fmad=false")]
     target = tmp_path / "probe.ptx"
@@ -157,37 +157,23 @@ needs_cuda_half = pytest.mark.skipif(
 
 
 @needs_cuda_half
-def test_bindings_refuse_what_is_not_on_a_gpu():
-    """Handed CPU tensors past the dispatcher, they say so; a pointer would be read on the device."""
+def test_bindings_refuse_cpu_tensors():
+    """CPU tensors that bypass the dispatcher get an error. Otherwise a kernel would read a pointer to host memory."""
     cuda_only = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     ops = torch.ops.liif_fast_C
     feat, coord, weights = torch.rand(1, 3, 4, 5), torch.zeros(1, 2, 2), torch.rand(1, 2, 4)
     x, pred = torch.rand(1, 2, 4, 29), torch.rand(1, 2, 4, 3)
     metasr = [coord, coord, torch.rand(2, 3), torch.rand(2), [0, 0, 4, 5]]
+    gather_grads = (x, weights, coord, 3, 4, 5, False, True, True, True, False)
+    metasr_grads = (torch.rand(1, 2, 3), torch.rand(1, 4, 5, 9), *metasr, None, None)
     calls = {
         "feat must be a CUDA tensor": (ops.gather, feat, coord, None, True, True),
-        "coord must be a CUDA tensor": (
-            ops.cuda_gather_backward,
-            x,
-            weights,
-            coord,
-            3,
-            4,
-            5,
-            *[False, True, True, True, False],
-        ),
+        "coord must be a CUDA tensor": (ops.cuda_gather_backward, *gather_grads),
         "pred must be a contiguous CUDA tensor": (ops.ensemble, pred, weights),
         "must be a contiguous CUDA tensor": (ops.ensemble_backward, pred[:, :, 0], pred, weights),
         "latent_map must be a CUDA tensor": (ops.metasr_query, torch.rand(1, 4, 5, 9), *metasr),
         "coord must be a CUDA tensor of 3": (ops.cuda_metasr_latents, *metasr[:2], metasr[-1], [1, 4, 5]),
-        "latent_map must be a CUDA tensor of 4": (
-            ops.cuda_metasr_query_backward,
-            torch.rand(1, 2, 3),
-            torch.rand(1, 4, 5, 9),
-            *metasr,
-            None,
-            None,
-        ),
+        "latent_map must be a CUDA tensor of 4": (ops.cuda_metasr_query_backward, *metasr_grads),
     }
     for message, (op, *arguments) in calls.items():
         with pytest.raises(RuntimeError, match=message):

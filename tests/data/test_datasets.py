@@ -42,7 +42,7 @@ def wrapper(folder, **arguments):
 
 
 def halves(folder):
-    """A folder next to the images with every second pixel of each."""
+    """A folder next to the images with every second pixel of each; the arguments of PairedImageFolders."""
     small = folder.parent / "small"
     small.mkdir()
     for path in sorted(folder.glob("*.png")):

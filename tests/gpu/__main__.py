@@ -1,6 +1,6 @@
 """Tests and times every backend on a GPU within 8 minutes, into one report: `python3 -m tests.gpu --out DIR`.
 
-README.md here says what DIR gets and how to bring the command to a machine without a network.
+README.md here lists the files in DIR, and how to bring the command to a machine without a network.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def steps(out: Path, processes: int, backends: str) -> dict[str, list[str]]:
 
 
 def run(command: list[str], seconds: float, log: Path) -> dict[str, Any]:
-    """Run a step for at most `seconds`, its output appended to `log`; afterwards none of its processes is left."""
+    """Run a step for at most `seconds`, its output appended to `log`; end all its processes."""
     begin = time.monotonic()
     if seconds < 5:
         return {"status": "skipped", "seconds": 0.0, "note": "no time was left", "output": ""}

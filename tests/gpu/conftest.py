@@ -1,4 +1,4 @@
-"""Fixtures of the tests that need a GPU. Without one, every test that asks for `device` is skipped with one reason."""
+"""Fixtures of the tests that need a GPU. Without one, every test with the fixture `device` is skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pytest plugin for runs on a GPU (`-p tests.gpu.plugin`): an error, a crash and a hang each cost one test.
+"""A pytest plugin for runs on a GPU (`-p tests.gpu.plugin`): an error, a crash and a hang each fail one test.
 
 An error in a kernel surfaces at the next synchronization, and an illegal access breaks its process for good. So every
 test ends with a synchronization, and a worker of pytest-xdist whose device is broken exits. pytest-xdist then counts
@@ -54,7 +54,7 @@ class Worker:
 
 
 class Controller:
-    """Writes down how many tests there are, and for the test of a worker that died whether the time limit ended it."""
+    """Writes the number of tests to a file, and marks the test of a dead worker that reached the time limit."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._limit, self._log = config.getoption("timeout", None), config.getoption("report_log", None)

@@ -26,7 +26,7 @@ _LONGEST = 200  # characters of a cell in the Markdown
 
 
 def digest() -> str:
-    """Of the names and contents of the sources: tells whether a machine without git ran exactly these."""
+    """Of the names and contents of the sources: shows whether a machine without git ran exactly these."""
     found = hashlib.sha256()
     for path in sorted({path for pattern in _SOURCES for path in ROOT.glob(pattern) if path.is_file()}):
         if "__pycache__" not in path.parts:
@@ -57,7 +57,7 @@ def environment() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str:
-    """What a program prints; nothing where it fails."""
+    """A program's output; '' if it fails."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -145,7 +145,7 @@ def markdown(report: dict[str, Any]) -> str:
 def collect(folder: Path, target: Path = RESULTS) -> list[Path]:
     """Copy a run's files into `target`/<device>; returns the copies.
 
-    A run on a machine without git knows no commit. It gets this one if it was made from exactly these sources.
+    A run on a machine without git has no commit. It gets this one if it was made from exactly these sources.
     Raises ValueError for a folder without a report.
     """
     try:

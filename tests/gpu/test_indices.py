@@ -11,22 +11,16 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from liif_fast import ops
+from tests.helpers import CORNERS, index_map, sampled, shifted
 
 SIZES = [(1, 1), (2, 3), (16, 16), (17, 23), (48, 31), (255, 64), (256, 256), (1000, 3), (540, 960), (1023, 2049)]
 SCALES = [1, 1.5, 2, 2.7, 3, 3.7, 4, 5, 6, 7.3, 9, 12, 30]
 MAX_QUERIES = 1 << 20  # for one size and scale
 MAX_PIXELS = 4_000_000
 TIE_ULP = 2.0  # two roundings of at most one unit each, halved, and the rounding of coord + 1
-CORNERS = ((-1, -1), (-1, 1), (1, -1), (1, 1))
-
-
-def index_map(size: tuple[int, int]) -> Tensor:
-    """[1, 2, H, W]: every latent holds its own row and column."""
-    return torch.stack(torch.meshgrid(*map(torch.arange, size), indexing="ij")).float()[None]
 
 
 def grid_coord(size: tuple[int, int], scale: float) -> Tensor:
@@ -38,20 +32,6 @@ def grid_coord(size: tuple[int, int], scale: float) -> Tensor:
     return torch.stack([row[index % counts[0]], col[(index * 7 + index // counts[1]) % counts[1]]], dim=-1)[None]
 
 
-def shifted(coord: Tensor, size: tuple[int, int], corner: tuple[int, int]) -> Tensor:
-    """The coordinates at which the original samples a corner."""
-    moved = coord.clone()
-    for axis in (0, 1):
-        moved[..., axis] += corner[axis] * (1 / size[axis]) + 1e-6
-    return moved.clamp_(-1 + 1e-6, 1 - 1e-6)
-
-
-def sampled(values: Tensor, coord: Tensor) -> Tensor:
-    """[Q, 2]: the nearest latents by PyTorch, on the CPU."""
-    moved = coord.to(values.device).flip(-1).unsqueeze(1)
-    return F.grid_sample(values, moved, mode="nearest", align_corners=False)[0, :, 0].T.cpu()
-
-
 def distance_to_tie(moved: Tensor, size: tuple[int, int]) -> Tensor:
     """Distance of each position from .5, in units in the last place of the size; [Q, 2], in float64."""
     sizes = torch.tensor(size, dtype=torch.float64)
@@ -61,7 +41,7 @@ def distance_to_tie(moved: Tensor, size: tuple[int, int]) -> Tensor:
 
 @pytest.mark.parametrize("size", SIZES, ids="{0[0]}x{0[1]}".format)
 def test_gather_chooses_the_latents_of_grid_sample(device, gpu_backend, size, record_property):
-    values, ties, looked_at = index_map(size), 0, 0
+    values, ties, indices = index_map(size), 0, 0
     for scale in SCALES:
         coord = grid_coord(size, scale)
         x, _ = ops.gather(values.to(device), coord.to(device), feat_unfold=False, backend=gpu_backend)
@@ -72,13 +52,13 @@ def test_gather_chooses_the_latents_of_grid_sample(device, gpu_backend, size, re
             differs = found != on_device
             assert (distance_to_tie(moved, size)[differs] <= TIE_ULP).all(), f"x{scale}, corner {corner}"
             assert ((found - on_device)[differs].abs() == 1).all(), f"x{scale}, corner {corner}"
-            ties, looked_at = ties + int(differs.sum()), looked_at + differs.numel()
-    record_property("ties", f"{ties} of {looked_at} indices differ from the device's own grid_sample, at ties")
+            ties, indices = ties + int(differs.sum()), indices + differs.numel()
+    record_property("ties", f"{ties} of {indices} indices differ from the device's own grid_sample, at ties")
 
 
 @pytest.mark.parametrize("size", [(17, 23), (48, 31), (255, 64)], ids="{0[0]}x{0[1]}".format)
 def test_fused_decodes_choose_the_latents_of_grid_sample(device, gpu_backend, size):
-    """The imnet passes row and column through, so that the result names the latent."""
+    """The imnet returns row and column unchanged, so that the result is the index of the latent."""
     feat = index_map(size).to(device)
     weights = [torch.zeros(out, inp, device=device) for inp, out in ((6, 16), (16, 2))]
     biases = [torch.zeros(out, device=device) for out in (16, 2)]

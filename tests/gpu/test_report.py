@@ -1,4 +1,4 @@
-"""The promise of `python -m tests.gpu`, without a GPU: one report, whatever a test does."""
+"""`python -m tests.gpu` without a GPU: it writes one report, even if a test crashes or hangs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.gpu import __main__ as command
 from tests.gpu import report, small_cases
-from tests.gpu.test_sanitizers import judge
+from tests.gpu.test_sanitizers import read_output
 
 SUITE = """
 import os, sys, time, types, pytest
@@ -56,7 +56,7 @@ def a_run(tmp_path_factory):
     return out, report.write(out, {"environment": {**facts, "doctor": []}, "steps": steps})
 
 
-def test_a_crash_or_a_hang_costs_one_test(a_run):
+def test_a_crash_or_a_hang_fails_one_test(a_run):
     out, found = a_run
     tests = {name.split("::")[1]: test for name, test in found["tests"].items()}
     assert {name: test["status"] for name, test in tests.items()} == {
@@ -142,7 +142,7 @@ RACE = f"""{small_cases.FINISHED}
     ],
 )
 def test_the_output_of_a_sanitizer_is_read(output, reason):
-    reasons, _ = judge(output)
+    reasons, _ = read_output(output)
     assert bool(reasons) == bool(reason) and reason in " ".join(reasons)
 
 

@@ -27,12 +27,12 @@ FINDING = re.compile(
 )
 
 
-def judge(output: str) -> tuple[list[str], str]:
+def read_output(output: str) -> tuple[list[str], str]:
     """(reasons to fail, the tool's summary and the reports on kernels of others) of a sanitizer's output."""
-    said = [line.removeprefix("=========").rstrip() for line in output.splitlines() if line.startswith("=========")]
-    summary = [line.strip() for line in said if "SUMMARY" in line]
+    lines = [line.removeprefix("=========").rstrip() for line in output.splitlines() if line.startswith("=========")]
+    summary = [line.strip() for line in lines if "SUMMARY" in line]
     reports: list[list[str]] = []
-    for line in said:
+    for line in lines:
         if "SUMMARY" not in line and re.match(r" \S", line):  # a report begins at one space, its details deeper
             reports.append([line.strip()])
         elif reports:
@@ -70,6 +70,6 @@ def test_the_sanitizer_has_no_report_on_our_kernels(device, tool, tmp_path, reco
             timeout=LIMIT_S,
             check=False,
         )
-    reasons, summary = judge(log.read_text(errors="replace"))
+    reasons, summary = read_output(log.read_text(errors="replace"))
     record_property(tool, summary)
     assert not reasons

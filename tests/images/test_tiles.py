@@ -1,4 +1,4 @@
-"""Upscaling in tiles: the result is the one without tiles, and memory is bounded."""
+"""Upscaling in tiles: the result equals the one without tiles, and memory is bounded."""
 
 import os
 import subprocess
@@ -7,17 +7,13 @@ import textwrap
 
 import numpy as np
 import pytest
-import torch
 
 from liif_fast.images import tiles
 from liif_fast.images.tiles import Window
 from liif_fast.images.upscaling import output_size, upscale
-from tests.helpers import reason_against
+from tests.helpers import needs_cpu
 from tests.images.upscaling import SMALL, WHOLE, encoder_spec, liif, metasr, nearest, photo, steps, untiled
 
-NEEDS_CPU = pytest.mark.skipif(
-    bool(reason_against("cpu", "render", torch.float32)), reason=reason_against("cpu", "render", torch.float32) or "-"
-)
 MODELS = {
     "edsr": liif,
     "rcan": lambda: liif(encoder_spec("rcan")),
@@ -104,7 +100,7 @@ def test_a_batch_is_its_images():
         assert (both[index] - alone).abs().max() <= 1e-6
 
 
-@NEEDS_CPU
+@needs_cpu
 @pytest.mark.parametrize(
     ("side", "scale", "working_memory", "limit", "counts_python"),
     [

@@ -54,7 +54,7 @@ def untiled(model, images, size):
 
 
 def steps(image, **options):
-    """In how many steps an image is upscaled."""
+    """The number of steps that upscale an image."""
     calls = []
     upscale(image, progress=lambda done, total: calls.append((done, total)), **options)
     assert [done for done, _ in calls] == sorted({done for done, _ in calls})

@@ -28,7 +28,7 @@ def liif(encoder: dict[str, Any] = EDSR, **flags: bool) -> nn.Module:
 
 
 def original(model: nn.Module, prefix: str = "", **more: Any) -> dict[str, Any]:
-    """What the original's trainer writes."""
+    """A checkpoint as the original's trainer writes it."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer.step()
@@ -105,7 +105,7 @@ MMAGIC_RDN = [
 
 
 def mmagic(model: nn.Module, names: list[tuple[str, str]], prefix: str = "generator.") -> dict[str, Any]:
-    """What MMagic writes for this model, with the parts that must be ignored."""
+    """A checkpoint as MMagic writes it for this model, with parts that loading must ignore."""
     weights: dict[str, Tensor] = OrderedDict()
     for key, tensor in model.state_dict().items():
         for ours, theirs in names:
@@ -120,12 +120,7 @@ def mmagic(model: nn.Module, names: list[tuple[str, str]], prefix: str = "genera
 
 @pytest.mark.parametrize(
     ("prefix", "unfold", "cell"),
-    [
-        ("generator.", True, True),
-        ("module.generator.", True, False),
-        ("", False, True),
-        ("generator.", False, False),
-    ],
+    [("generator.", True, True), ("module.generator.", True, False), ("", False, True), ("generator.", False, False)],
 )
 def test_mmagics_edsr(tmp_path: Path, prefix: str, unfold: bool, cell: bool) -> None:
     model = liif(feat_unfold=unfold, cell_decode=cell)
@@ -321,17 +316,17 @@ def test_missing_unexpected_and_misshapen_weights_are_named(tmp_path: Path) -> N
     weights = content["model"]["sd"]
     file = tmp_path / "model.pth"
 
+    def refusal_of(changed: dict[str, Tensor]) -> str:
+        torch.save({"model": {**content["model"], "sd": changed}}, file)
+        return refusal(file).removeprefix(f"the weights in {file} do not fit its spec: ")
+
     moved = dict(weights)
     moved["imnet.layers.9.weight"] = moved.pop("imnet.layers.0.weight")
-    torch.save({"model": {**content["model"], "sd": moved}}, file)
-    assert refusal(file) == (
-        f"the weights in {file} do not fit its spec: "
-        "missing 'imnet.layers.0.weight', unexpected 'imnet.layers.9.weight'"
-    )
-    torch.save({"model": {**content["model"], "sd": {**weights, "imnet.layers.0.bias": torch.zeros(3)}}}, file)
-    assert refusal(file).endswith("'imnet.layers.0.bias' is [3] instead of [16]")
-    torch.save({"model": {**content["model"], "sd": {}}}, file)
-    assert "'encoder.head.0.weight', 'encoder.head.0.bias'" in refusal(file) and refusal(file).endswith("more keys")
+    assert refusal_of(moved) == "missing 'imnet.layers.0.weight', unexpected 'imnet.layers.9.weight'"
+    short = {**weights, "imnet.layers.0.bias": torch.zeros(3)}
+    assert refusal_of(short) == "'imnet.layers.0.bias' is [3] instead of [16]"
+    assert refusal_of({}).startswith("missing 'encoder.head.0.weight', 'encoder.head.0.bias'")
+    assert refusal_of({}).endswith("more keys")
 
 
 @pytest.mark.parametrize(
@@ -377,24 +372,23 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_what_save_refuses(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"saved as \.safetensors, not as 'model\.pth'"):
-        save(liif(), tmp_path / "model.pth")
-    with pytest.raises(ValueError, match="this Linear has no spec"):
-        save(nn.Linear(2, 2), tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="not 'spec': 'mine'"):
-        save(liif(), tmp_path / "model.safetensors", metadata={"spec": "mine"})
-    with pytest.raises(ValueError, match="not 'steps': 7"):
-        save(liif(), tmp_path / "model.safetensors", metadata={"steps": 7})  # type: ignore[dict-item]
+def test_models_that_save_refuses(tmp_path: Path) -> None:
     changed = liif()
     changed.imnet = make_model({"name": "mlp", "args": {"in_dim": 76, "out_dim": 3, "hidden_list": [16]}})
-    with pytest.raises(ValueError, match=r"no longer matches its spec: missing 'imnet\.layers\.4\.weight'"):
-        save(changed, tmp_path / "model.safetensors")
 
     @register("test-unwritable")
     def build(scales: set[int]) -> nn.Module:
         return nn.Linear(len(scales), 1)
 
-    with pytest.raises(ValueError, match="its spec is not plain numbers and strings"):
-        save(make_model({"name": "test-unwritable", "args": {"scales": {1, 2}}}), tmp_path / "model.safetensors")
+    unwritable = make_model({"name": "test-unwritable", "args": {"scales": {1, 2}}})
+    for model, suffix, metadata, message in (
+        (liif(), "pth", None, r"saved as \.safetensors, not as 'model\.pth'"),
+        (nn.Linear(2, 2), "safetensors", None, "this Linear has no spec"),
+        (liif(), "safetensors", {"spec": "mine"}, "not 'spec': 'mine'"),
+        (liif(), "safetensors", {"steps": 7}, "not 'steps': 7"),
+        (changed, "safetensors", None, r"no longer matches its spec: missing 'imnet\.layers\.4\.weight'"),
+        (unwritable, "safetensors", None, "its spec is not plain numbers and strings"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save(model, tmp_path / f"model.{suffix}", metadata=metadata)
     assert os.listdir(tmp_path) == []

@@ -37,7 +37,7 @@ def test_cells_and_pixel_samples() -> None:
     assert torch.equal(cell, torch.tensor([2 / 6, 2 / 4]).expand(24, 2))
 
 
-def test_what_coordinates_refuse() -> None:
+def test_arguments_that_coordinates_refuse() -> None:
     with pytest.raises(ValueError, match="1 entries for a shape of 2 axes"):
         make_coord([2, 2], [(-1, 1)])
     with pytest.raises(ValueError, match="-1 pixels"):

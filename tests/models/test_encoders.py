@@ -1,4 +1,4 @@
-"""Encoders: keys, sizes, what they compute, and how far they see."""
+"""Encoders: keys, sizes, results and receptive fields."""
 
 from __future__ import annotations
 
@@ -93,22 +93,24 @@ def test_mean_colors_are_there_but_never_applied(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("scale", [2, 3, 4])
-def test_shapes(name: str, scale: int) -> None:
+@pytest.mark.parametrize("n_colors", [1, 3, 4])
+def test_shapes(name: str, scale: int, n_colors: int) -> None:
     with torch.device("meta"):
-        inp, upsampling, plain = torch.randn(2, 3, 7, 9).double(), small(name, scale=scale), small(name, **UNSCALED)
-    assert (upsampling.out_dim, upsampling.scale) == (3, scale)
-    assert upsampling(inp).shape == (2, 3, 7 * scale, 9 * scale)
-    assert plain.scale == 1
+        inp = torch.randn(2, n_colors, 7, 9).double()
+        upsampling, plain = (small(name, n_colors=n_colors, **args) for args in ({"scale": scale}, UNSCALED))
+    assert (upsampling.n_colors, upsampling.out_dim, upsampling.scale) == (n_colors, n_colors, scale)
+    assert upsampling(inp).shape == (2, n_colors, 7 * scale, 9 * scale)
+    assert (plain.n_colors, plain.scale) == (n_colors, 1)
     assert plain(inp).shape == (2, plain.out_dim, 7, 9)
     assert not any("tail" in key or "UPNet" in key for key in plain.state_dict())
 
 
-def test_edsr_computes_what_the_paper_says() -> None:
+def conv(x: Tensor, layer: nn.Module) -> Tensor:
+    return F.conv2d(x, layer.weight, layer.bias, padding=layer.weight.shape[-1] // 2)
+
+
+def test_edsr_computes_the_papers_formula() -> None:
     encoder = small("edsr", n_resblocks=1, res_scale=0.5, scale=3)
-
-    def conv(x: Tensor, layer: nn.Module) -> Tensor:
-        return F.conv2d(x, layer.weight, layer.bias, padding=1)
-
     inp = torch.randn(1, 3, 5, 6).double()
     head = conv(inp, encoder.head[0])
     block = encoder.body[0].body
@@ -118,12 +120,8 @@ def test_edsr_computes_what_the_paper_says() -> None:
     torch.testing.assert_close(encoder(inp), conv(upsampled, encoder.tail[1]))
 
 
-def test_rcan_computes_what_the_paper_says() -> None:
+def test_rcan_computes_the_papers_formula() -> None:
     encoder = small("rcan", n_resgroups=1, n_resblocks=1, no_upsampling=True)
-
-    def conv(x: Tensor, layer: nn.Module) -> Tensor:
-        return F.conv2d(x, layer.weight, layer.bias, padding=layer.weight.shape[-1] // 2)
-
     inp = torch.randn(2, 3, 5, 6).double()
     head = conv(inp, encoder.head[0])
     block = encoder.body[0].body[0].body
@@ -161,11 +159,11 @@ def check_halo(encoder: nn.Module, halo: int | None = None) -> None:
     changed[:, :, 0] += 1
     with torch.no_grad():
         difference = (encoder(changed) - encoder(inp)).abs().amax((0, 1, 3)).view(side, -1).amax(1)
-    assert (difference[halo + 1 :] == 0).all(), "the encoder sees further than its halo says"
-    assert (difference[: max(halo - 1, 1)] > 0).all(), "the encoder sees less than its halo says"
+    assert (difference[halo + 1 :] == 0).all(), "the halo is smaller than the receptive field"
+    assert (difference[: max(halo - 1, 1)] > 0).all(), "the halo is larger than the receptive field"
 
 
-def test_rcan_sees_the_whole_image() -> None:
+def test_rcan_reads_the_whole_image() -> None:
     encoder = small("rcan", no_upsampling=True)
     assert encoder.halo is None
     inp = torch.rand(1, 3, 64, 5).double()

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liif_fast.models import LIIF
-from tests.helpers import reason_against
+from tests.helpers import needs_cpu
 from tests.models.small_models import image, liif, metasr, queries
 
-pytestmark = pytest.mark.skipif(
-    bool(reason_against("cpu", "query", torch.float64)), reason="the reference does not fold, so it needs the extension"
-)
+pytestmark = needs_cpu  # the reference does not fold
 
 
 class CountFolds(TorchDispatchMode):
@@ -140,4 +138,4 @@ def test_the_map_is_freed_with_its_features() -> None:
     alive = []
     model.encoder.register_forward_pre_hook(lambda *_: alive.append((latent_map() is not None, model.feat is not None)))
     make_map()
-    assert alive == [(False, False)]  # neither old features nor an old map while the next features are made
+    assert alive == [(False, False)]  # old features and map are freed before the encoder runs

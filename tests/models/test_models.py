@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +16,11 @@ from torch.nn.utils import parametrizations
 from liif_fast.models import LIIF, MLP, base, linear_layers, make_model, register
 from liif_fast.models.coordinates import make_cell, make_coord
 from liif_fast.ops import reference
+from tests.helpers import FLAGS as FLAG_VALUES
 from tests.models.small_models import ENCODER, IMNET, image, liif, metasr, queries
 
 FLAGS = ("local_ensemble", "feat_unfold", "cell_decode")
-COMBINATIONS = [dict(zip(FLAGS, values, strict=True)) for values in itertools.product([True, False], repeat=3)]
+COMBINATIONS = [dict(zip(FLAGS, values, strict=True)) for values in FLAG_VALUES]
 
 
 # --- specs and construction
@@ -179,7 +179,7 @@ def test_autocast_returns_float32(make: Any) -> None:
     assert (out - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_queries_without_what_they_need() -> None:
+def test_queries_without_features_or_cells_are_refused() -> None:
     coord, cell = queries()
     with pytest.raises(RuntimeError, match="call gen_feat"):
         liif().query_rgb(coord, cell)
@@ -317,7 +317,7 @@ def test_render_from_a_part_of_the_features(make: Any, dtype: torch.dtype, toler
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_what_render_refuses(make: Any) -> None:
+def test_arguments_that_render_refuses(make: Any) -> None:
     model = make()
     model.gen_feat(image())
     with pytest.raises(ValueError, match="0x4"):
@@ -362,9 +362,8 @@ def test_inputs_are_not_changed_and_gradients_reach_coordinates(make: Any) -> No
     model = make()
     inp, (coord, cell) = image(), queries()
     kept = inp.clone(), coord.clone(), cell.clone()
-    inp.requires_grad_()
-    coord.requires_grad_()
-    cell.requires_grad_()
+    for tensor in (inp, coord, cell):
+        tensor.requires_grad_()
     model(inp, coord, cell).square().sum().backward()
     assert all(torch.equal(now, before) for now, before in zip((inp, coord, cell), kept, strict=True))
     assert inp.grad.abs().sum() > 0

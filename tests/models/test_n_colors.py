@@ -10,24 +10,14 @@ from liif_fast.cli import main as cli
 from liif_fast.evaluation import predict
 from liif_fast.models import checkpoints, make_model
 
-ENCODERS = {
-    "edsr-baseline": {"n_resblocks": 1, "n_feats": 4},
-    "rdn": {"G0": 4, "RDNconfig": "A"},
-    "rcan": {"n_resgroups": 1, "n_resblocks": 1, "n_feats": 4, "reduction": 2},
-}
 
-
-def spec(n_colors, name="liif"):
+def model_of(n_colors, name="liif"):
     encoder = {"n_resblocks": 1, "n_feats": 4, "no_upsampling": True, "n_colors": n_colors}
     args = {"encoder_spec": {"name": "edsr-baseline", "args": encoder}}
     if name == "liif":
         args["imnet_spec"] = {"name": "mlp", "args": {"out_dim": n_colors, "hidden_list": [8]}}
-    return {"name": name, "args": args}
-
-
-def model_of(n_colors, name="liif"):
     torch.manual_seed(n_colors)
-    return make_model(spec(n_colors, name)).eval()
+    return make_model({"name": name, "args": args}).eval()
 
 
 @pytest.fixture
@@ -39,17 +29,6 @@ def folder(tmp_path):
         small = Image.fromarray(rng.integers(0, 256, (6, 8, 4), dtype=np.uint8))
         small.resize((40, 32), Image.Resampling.BICUBIC).save(images / f"{index}.png")
     return images
-
-
-@pytest.mark.parametrize("n_colors", [1, 4])
-@pytest.mark.parametrize("name", ENCODERS)
-def test_encoders(name, n_colors):
-    with torch.device("meta"):
-        x = torch.rand(2, n_colors, 5, 6)
-        encoder = make_model({"name": name, "args": {**ENCODERS[name], "no_upsampling": True, "n_colors": n_colors}})
-        doubling = make_model({"name": name, "args": {**ENCODERS[name], "n_colors": n_colors}})
-    assert encoder(x).shape == (2, 4, 5, 6) and encoder.n_colors == n_colors and encoder.out_dim == 4
-    assert doubling(x).shape == (2, n_colors, 10, 12) and doubling.out_dim == n_colors
 
 
 @pytest.mark.parametrize(("n_colors", "name"), [(1, "liif"), (4, "liif"), (1, "metasr"), (4, "metasr")])

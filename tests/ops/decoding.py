@@ -30,7 +30,7 @@ class Problem(NamedTuple):
 
     @property
     def leaves(self) -> list[Tensor]:
-        """The tensors whose gradients count; a grid has no coordinates to differentiate."""
+        """The tensors whose gradients are compared; a grid has no coordinates to differentiate."""
         points = [self.coord, self.cell] if self.mode == "points" else []
         return [self.feat, *points, *self.weights, *self.biases]
 
@@ -63,7 +63,7 @@ def make_problem(
 
 
 def decode(problem: Problem, backend: str, **options: Any) -> Tensor:
-    """[B,Q,O], by the public ops; few queries get their latent map, so that they take the backend's kernel too."""
+    """[B,Q,O] by the public ops. Few queries get a latent map: without one, query would gather instead of decoding."""
     case, feat = problem.case, problem.feat
     layers = (problem.weights, problem.biases)
     with torch.autocast(feat.device.type, problem.kind.narrow, enabled=problem.kind.autocast):
@@ -100,13 +100,8 @@ def exact(problem: Problem) -> tuple[Tensor, Sequence[Tensor]]:
     wide = problem.mapped(lambda tensor: tensor.double())
     # The latents come from a CPU, whose grid_sample rounds as the ops do; that of a GPU contracts multiply and add.
     feat, coord, cell = (t.to("cpu", geometry) for t in (wide.feat, wide.coord, wide.cell))
-    x, area_weight = ops.reference.gather(
-        feat,
-        coord,
-        cell if case.cell_decode else None,
-        feat_unfold=case.feat_unfold,
-        local_ensemble=case.local_ensemble,
-    )
+    switches = {"feat_unfold": case.feat_unfold, "local_ensemble": case.local_ensemble}
+    x, area_weight = ops.reference.gather(feat, coord, cell if case.cell_decode else None, **switches)
     x, area_weight = (t.double().to(wide.feat.device) for t in (x, area_weight))
     return ops.reference.ensemble(ops.reference.imnet(x, wide.weights, wide.biases), area_weight), wide.leaves
 

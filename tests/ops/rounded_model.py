@@ -1,6 +1,7 @@
-"""A decode in PyTorch that rounds where the fused kernels round, so that ReLUs let the same values through.
+"""A decode in PyTorch that rounds where the fused kernels round, so that the same ReLUs pass gradients.
 
-Against float64 a single ReLU that turns round weighs more than all else; here none does, and small bounds tell.
+Compared with float64, one ReLU whose sign flips weighs more than all other errors. Here none flips, so small limits
+detect a mistake.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Rounding = Callable[[Tensor], Tensor]  # to an operand's values, in float32
 
 
 def to_tf32(values: Tensor) -> Tensor:
-    """Ten bits behind the leading one, ties away from zero, as PTX's cvt.rna; through float64 instead of bits."""
+    """Keeps ten bits after the leading one, ties away from zero, as PTX's cvt.rna does; computed in float64."""
     mantissa, exponent = torch.frexp(values.double())
     scaled = mantissa * 2048
     return torch.ldexp(torch.copysign((scaled.abs() + 0.5).floor(), scaled) / 2048, exponent).float()
@@ -51,7 +52,7 @@ def rounded_query(
     """As `ops.query`, in float32 between the roundings.
 
     Args:
-        edges: whether the first layer's gradient and what the last layer reads are rounded too.
+        edges: whether the first layer's gradient and the last layer's input are rounded too.
     """
 
     def rounded(tensor: Tensor) -> Tensor:

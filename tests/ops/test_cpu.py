@@ -1,22 +1,20 @@
-"""What only the CPU kernels promise: any number of threads, and bfloat16 products where the processor has them."""
+"""Guarantees of the CPU kernels alone: any number of threads, and bfloat16 products where the processor has them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.backends import KINDS
-from tests.helpers import SHAPES, Case, norm_error, psnr, reason_against
+from tests.backends import KINDS, TABLE
+from tests.helpers import SHAPES, Case, needs_cpu, norm_error, psnr
 from tests.ops.decoding import decode, exact, gradients, latent_map_of, make_problem
 from tests.ops.test_metasr import decode as decode_metasr
 from tests.ops.test_metasr import problem as metasr_problem
 
-REASON = reason_against("cpu", "decode", torch.float32)
-pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
-
+pytestmark = needs_cpu
 KIND = {kind.name: kind for kind in KINDS}
-# Imnets that multiply; not the one with a layer of one channel, whose ReLU decides about the whole gradient.
-JUDGED = [name for name, case in SHAPES.items() if case.queries and len(case.hidden) > 1 and min(case.hidden) > 1]
+# Imnets with hidden products. The one with a layer of one channel is left out: its ReLU decides the whole gradient.
+MULTIPLYING = [name for name, case in SHAPES.items() if case.queries and len(case.hidden) > 1 and min(case.hidden) > 1]
 
 
 def train(problem, backend="cpu"):
@@ -43,16 +41,16 @@ def test_results_do_not_depend_on_the_number_of_threads(kind):
             torch.set_num_threads(2)
     for other in results[1:]:
         assert all(norm_error(a, b) <= 1e-5 for a, b in zip(results[0], other, strict=True))
-    # Runs of as many threads repeat bit for bit; MetaSR's map is PyTorch's convolution.
+    # Runs with equally many threads repeat bit for bit, except for MetaSR's map, which PyTorch convolves.
     decodes = len(problem.leaves) + 1
     assert all(torch.equal(a, b) for a, b in zip(results[1][:decodes], results[3][:decodes], strict=True))
 
 
-@pytest.mark.parametrize("name", JUDGED)
+@pytest.mark.parametrize("name", MULTIPLYING)
 def test_no_worse_than_autocast_of_pytorch(name, native_bfloat16):
     """Squares of the relative errors of results and every gradient, added up over problems.
 
-    In a small imnet one flipped ReLU decides which of two 16-bit results is the better one, so eight problems vote.
+    In a small imnet one flipped ReLU decides which of two 16-bit results is better, so eight problems are added up.
     """
     sums = torch.zeros(2, 4 + 2 * (len(SHAPES[name].hidden) + 1), dtype=torch.float64)
     for seed in range(8):
@@ -67,30 +65,19 @@ def test_no_worse_than_autocast_of_pytorch(name, native_bfloat16):
     assert (ours <= 2 * plain).all(), ours / plain
 
 
-def test_only_a_processor_that_multiplies_bfloat16_rounds_operands(native_bfloat16):
-    case = SHAPES["paper-width"]
-    rounded, plain = (make_problem(case, KIND[name]) for name in ("autocast-bfloat16", "float32"))
-    for isa in ("avx512", "avx2", "portable"):
-        if not torch.ops.liif_fast_C.cpu_select_isa(isa):
-            continue
-        try:
-            maps = [latent_map_of(problem) for problem in (rounded, plain)]
-            results = [
-                gradients(decode(problem, "cpu", latent_map=latent_map), problem.leaves)
-                for problem, latent_map in zip((rounded, plain), maps, strict=True)
-            ]
-        finally:
-            torch.ops.liif_fast_C.cpu_select_isa("auto")
-        same = [torch.equal(a, b) for a, b in zip(*results, strict=True)]
-        assert not any(same[:-1]) if isa == "avx512" else all(same)  # the last bias's gradient is a sum of grad_out
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_only_a_processor_that_multiplies_bfloat16_rounds_operands(native_bfloat16, isa):
+    problems = [make_problem(SHAPES["paper-width"], KIND[name]) for name in ("autocast-bfloat16", "float32")]
+    with TABLE[f"cpu-{isa}"].activate():
+        decodes = [decode(problem, "cpu", latent_map=latent_map_of(problem)) for problem in problems]
+        results = [gradients(out, problem.leaves) for out, problem in zip(decodes, problems, strict=True)]
+    same = [torch.equal(a, b) for a, b in zip(*results, strict=True)]
+    assert not any(same[:-1]) if isa == "avx512" else all(same)  # the last bias's gradient is a sum of grad_out
 
 
 def test_bfloat16_features_use_the_processors_own_products(native_bfloat16):
     problem = make_problem(SHAPES["paper-width"], KIND["bfloat16"], grad=False)
     native = decode(problem, "cpu")
-    torch.ops.liif_fast_C.cpu_select_isa("portable")
-    try:
+    with TABLE["cpu-portable"].activate():
         widened = decode(problem, "cpu")
-    finally:
-        torch.ops.liif_fast_C.cpu_select_isa("auto")
     assert not torch.equal(native, widened) and psnr(native, widened) >= 35

@@ -9,8 +9,9 @@ import torch
 
 from liif_fast import ops
 from tests.backends import KINDS
+from tests.conftest import tf32
 from tests.helpers import FLAGS, SHAPES, Case, as_float64, norm_error, psnr, random_problem, range_error
-from tests.ops.decoding import MODES, decode, exact, latent_map_of, make_problem, run
+from tests.ops.decoding import MODES, decode, exact, gradients, latent_map_of, make_problem, run
 from tests.ops.rounded_model import rounded_query
 from tests.ops.tolerances import LIMITS, TIMES_PYTORCH, assert_close, check_decode, require
 
@@ -67,8 +68,8 @@ def test_the_rounded_model_without_rounding_is_the_reference(flags):
 @modes
 @pytest.mark.parametrize("trained", [True, False], ids=["training", "inference"])
 @pytest.mark.kinds("autocast-bfloat16", "autocast-float16")
-def test_sixteen_bits_keep_the_promised_accuracy(backend, kind, trained, mode):
-    """In dB, with weights that keep the size of signals through four layers, as the paper's decoder has them."""
+def test_sixteen_bits_keep_the_documented_accuracy(backend, kind, trained, mode):
+    """In dB, with weights that keep the size of signals through four layers, as in the paper's decoder."""
     case = SHAPES["paper-width"]._replace(queries=16)
     require(backend, kind, case)
     problem = make_problem(case, kind, mode, backend.device, grad=trained)
@@ -111,9 +112,8 @@ def test_gradients_do_not_depend_on_what_else_is_differentiated(backend, kind, n
     problem.coord.requires_grad_(needed == "coord")
     problem.cell.requires_grad_(needed == "cell")
     wanted = [index for index, leaf in enumerate(problem.leaves) if leaf.requires_grad]
-    out = decode(problem, backend.op_backend)
-    probe = torch.rand(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.5
-    grads = torch.autograd.grad(out, [problem.leaves[index] for index in wanted], probe.to(out))
+    leaves = [problem.leaves[index] for index in wanted]
+    _, *grads = gradients(decode(problem, backend.op_backend), leaves, kind.dtype)
     for grad, index in zip(grads, wanted, strict=True):
         assert norm_error(grad, expected[index]) <= 1e-5
 
@@ -122,16 +122,12 @@ def test_the_switch_for_tf32_may_change_between_forward_and_backward(backend):
     if not backend.has_tf32:
         pytest.skip("this backend has no TF32")
     problem = make_problem(SMALL, KINDS[1], device=backend.device)
-    switch = torch.backends.cuda.matmul
-    before, expected = switch.fp32_precision, None
+    expected = None
     for recompute in (None, False, True):
-        try:
-            switch.fp32_precision = "ieee" if recompute is None else "tf32"
+        with tf32(recompute is not None):
             out = decode(problem, backend.op_backend, recompute=bool(recompute))
-            switch.fp32_precision = "ieee"
+        with tf32(False):
             grads = torch.autograd.grad(out.sum(), problem.leaves)
-        finally:
-            switch.fp32_precision = before
         expected = expected or grads
         assert all(norm_error(a, b) <= 1e-2 for a, b in zip(grads, expected, strict=True))
 
@@ -261,15 +257,14 @@ def test_inputs_may_have_any_strides_and_are_not_changed(backend, kind):
         assert all(torch.equal(a, b) for a, b in zip(changed.leaves, before, strict=True))
     one = {name: getattr(problem, name)[:1] for name in ("feat", "coord", "cell")}
     expanded = {name: tensor.expand(3, *tensor.shape[1:]) for name, tensor in one.items()}
-    assert (
-        range_error(decode(problem._replace(**expanded), backend.op_backend), expected[:1].expand(3, -1, -1)) <= limit
-    )
+    found = decode(problem._replace(**expanded), backend.op_backend)
+    assert range_error(found, expected[:1].expand(3, -1, -1)) <= limit
 
 
 @modes
 @every_kind
 def test_a_precomputed_latent_map(backend, kind, mode):
-    """Of the operands' dtype or wider, at any address; training gets the gradient of just that map's decode."""
+    """In the operands' dtype or wider, at any address; in training its gradient is that of its own decode."""
     require(backend, kind, SMALL)
     problem = make_problem(SMALL, kind, mode, backend.device, grad=False)
     wide = latent_map_of(problem)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from liif_fast import ops
-from tests.helpers import FLAGS, Case, as_float64, random_problem, range_error
+from tests.helpers import CORNERS, FLAGS, Case, as_float64, index_map, random_problem, range_error, sampled, shifted
 from tests.ops.test_decode import flag_name, strided
 from tests.ops.tolerances import LIMITS, assert_close
 
@@ -26,8 +26,7 @@ CASES = {
     "two-steps": Case(channels=72, height=2, width=4, queries=7),
 }
 
-
-# [B, Q, S, O] of what ensemble blends.
+# [B, Q, S, O] of the predictions that ensemble blends.
 BLENDS = [(2, 75, 1, 1), (2, 75, 4, 3), (1, 20, 3, 5), (1, 20, 4, 16), (1, 9, 4, 300), (1, 0, 4, 3), (1, 5, 4, 0)]
 
 
@@ -37,7 +36,7 @@ def gather(leaves, case, backend):
     return ops.gather(*leaves[:2], cell, backend=backend, **flags)
 
 
-def probes_of(outs, dtypes=None):
+def probes_of(outs):
     generator = torch.Generator().manual_seed(2)
     return [(torch.rand(out.shape, generator=generator, dtype=torch.float64) - 0.3).to(out.dtype) for out in outs]
 
@@ -82,28 +81,22 @@ def test_every_flag(backend, flags, dtype, deterministic):
 @pytest.mark.parametrize("scale", [1, 2, 3, 3.7, 5, 30])
 @pytest.mark.with_reference
 def test_indices_are_exactly_those_of_grid_sample(backend, size, scale):
-    """A map that holds its own indices, sampled at pixel centers; the judge is torch's CPU code."""
-    rows, cols = torch.meshgrid(*(torch.arange(side) for side in size), indexing="ij")
-    feat = torch.stack([rows, cols]).float().unsqueeze(0)
+    """A map that holds its own indices, sampled at pixel centers, against torch's CPU code."""
+    feat = index_map(size)
     count = 4000 if backend.every == 1 else 200
     axes = [ops.reference.pixel_centers(max(round(side * scale), 1), dtype=torch.float32) for side in size]
     coord = torch.stack([axis[torch.linspace(0, len(axis) - 1, count).long()] for axis in axes], dim=-1)[None]
     x, _ = ops.gather(feat.to(backend.device), coord.to(backend.device), feat_unfold=False, backend=backend.op_backend)
-    for corner, sides in enumerate(((-1, -1), (-1, 1), (1, -1), (1, 1))):
-        moved = coord.clone()
-        for axis in (0, 1):
-            moved[..., axis] += sides[axis] * (1 / size[axis]) + 1e-6
-        moved.clamp_(-1 + 1e-6, 1 - 1e-6)
-        sampled = F.grid_sample(feat, moved.flip(-1).unsqueeze(1), mode="nearest", align_corners=False)
-        assert torch.equal(x[0, :, corner, :2].cpu(), sampled[0, :, 0].T)
+    for corner, sides in enumerate(CORNERS):
+        assert torch.equal(x[0, :, corner, :2].cpu(), sampled(feat, shifted(coord, size, sides)))
 
 
 @both_orders
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_corners_that_a_rounding_moved_apart(backend, dtype, deterministic):
-    """On a long axis a tie can put two latents' distance between neighboring corners: 3x3 places make more than 4x4."""
+    """On a long axis a tie can move neighboring corners two latents apart: then 4x4 latents are not enough."""
     if deterministic and backend.name == "triton-interpreted":
-        pytest.skip("one program a latent takes the interpreter minutes")
+        pytest.skip("one program per latent takes the interpreter minutes")
     height = 4096
     rows = 2 * torch.rand(200_000, generator=torch.Generator().manual_seed(0)) - 1
     index = torch.arange(float(height)).view(1, 1, height, 1)

@@ -1,6 +1,6 @@
 """The original code's numbers, reproduced: outputs and gradients of whole models, on every backend.
 
-tests/golden/README.md says how the files were made and how weights and inputs follow from a formula.
+tests/golden/README.md describes how the files were made, and the formula for weights and inputs.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ RUNS = [
     ("cpu", torch.float64, 1e-10),
     ("cpu", torch.float32, 1e-5),
 ]
+each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+each_run = pytest.mark.parametrize("name, dtype, tolerance", RUNS, ids=lambda value: str(value).removeprefix("torch."))
 
 
 class Golden(NamedTuple):
@@ -101,11 +103,11 @@ def build(case: Golden, backend: str, dtype: torch.dtype) -> torch.nn.Module:
     return model
 
 
-def assert_close(actual: Tensor | None, expected: Tensor, tolerance: float, what: str) -> None:
-    assert actual is not None and actual.shape == expected.shape, what
+def assert_close(actual: Tensor | None, expected: Tensor, tolerance: float, name: str) -> None:
+    assert actual is not None and actual.shape == expected.shape, name
     stored = torch.finfo(expected.dtype).eps  # some gradients are stored as float32
     error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
-    assert error <= max(tolerance, stored), f"{what} is off by {error:.1e} of its largest number"
+    assert error <= max(tolerance, stored), f"{name} is off by {error:.1e} of its largest number"
 
 
 def test_all_golden_files_are_here() -> None:
@@ -113,8 +115,8 @@ def test_all_golden_files_are_here() -> None:
     assert {file.stem for file in FILES} == {f"liif-{name}" for name in liif} | {"metasr"}
 
 
-@pytest.mark.parametrize("name, dtype, tolerance", RUNS, ids=lambda value: str(value).removeprefix("torch."))
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@each_run
+@each_file
 def test_outputs_and_gradients(file: Path, name: str, dtype: torch.dtype, tolerance: float) -> None:
     case = golden(file)
     model = build(case, name, dtype)
@@ -132,7 +134,7 @@ def test_outputs_and_gradients(file: Path, name: str, dtype: torch.dtype, tolera
             assert_close(parameters[key.removeprefix("grad.")].grad, expected, tolerance, key)
 
 
-@pytest.mark.parametrize("name, dtype, tolerance", RUNS, ids=lambda value: str(value).removeprefix("torch."))
+@each_run
 @pytest.mark.parametrize("file", GRIDS, ids=lambda file: file.stem)
 def test_render_is_the_original_on_a_grid(file: Path, name: str, dtype: torch.dtype, tolerance: float) -> None:
     case = golden(file)
@@ -145,8 +147,8 @@ def test_render_is_the_original_on_a_grid(file: Path, name: str, dtype: torch.dt
     assert_close(image.flatten(2).transpose(1, 2), case.numbers["out_f64"], tolerance, "the image")
 
 
-@pytest.mark.parametrize("name, dtype, tolerance", RUNS, ids=lambda value: str(value).removeprefix("torch."))
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@each_run
+@each_file
 def test_queries_in_chunks_without_gradients(file: Path, name: str, dtype: torch.dtype, tolerance: float) -> None:
     """The original's `batched_predict`: one gen_feat, then slices of the queries."""
     case = golden(file)
@@ -158,7 +160,7 @@ def test_queries_in_chunks_without_gradients(file: Path, name: str, dtype: torch
     assert_close(torch.cat(parts, dim=1), case.numbers["out_f64"], tolerance, "out")
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@each_file
 def test_state_dict_has_the_originals_keys_in_their_order(file: Path) -> None:
     case = golden(file)
     shapes = {key: list(tensor.shape) for key, tensor in make_model(case.spec).state_dict().items()}

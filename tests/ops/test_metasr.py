@@ -10,12 +10,12 @@ from tests.helpers import norm_error, range_error
 from tests.ops.test_gather import both_orders, dtypes
 from tests.ops.tolerances import LIMITS, TIMES_PYTORCH, assert_close
 
-# In CUDA a lane holds 2 to 8 hidden units, so that a warp's share is 64, 128 or 256 of them, and outputs go by three.
+# In CUDA a lane holds 2 to 8 hidden units, so that a warp holds 64, 128 or 256 of them, and three outputs at a time.
 SHAPES = {
     "plain": {},
     "paper-width": {"hidden": 256},
     "one-unit-more": {"hidden": 257},
-    "two-shares": {"hidden": 512, "queries": 9, "outs": 1},
+    "two-chunks": {"hidden": 512, "queries": 9, "outs": 1},
     "one-unit": {"hidden": 1},
     "two-output-groups": {"outs": 4, "hidden": 64},
     "seven-outputs": {"outs": 7, "hidden": 130, "queries": 11},
@@ -76,15 +76,14 @@ def test_neighbors_that_share_a_latent(backend, scale, deterministic):
     tensors = problem(torch.float64, hidden=70)
     size = [scale * side for side in tensors[0].shape[2:]]
     coord = ops.reference.window_coord(size, (0, 0, *size), dtype=torch.float64, device=None)[:40].expand(2, -1, 2)
-    check_metasr(
-        backend, [tensors[0], coord, coord.new_tensor([2 / side for side in size]).expand(coord.shape), *tensors[3:]]
-    )
+    cell = coord.new_tensor([2 / side for side in size]).expand(coord.shape)
+    check_metasr(backend, [tensors[0], coord, cell, *tensors[3:]])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (16, 16), (17, 23), (255, 64), (1000, 3)], ids=str)
 @pytest.mark.parametrize("scale", [1, 2, 3, 3.7, 30])
 def test_latents_are_exactly_those_of_grid_sample(backend, size, scale):
-    """The judge is torch's CPU code, on a map that holds its own indices and reaches the output unchanged."""
+    """Against torch's CPU code, on a map that holds its own indices and reaches the output unchanged."""
     count = 400 if backend.every == 1 else 60
     feat = torch.arange(float(size[0] * size[1])).view(1, 1, *size)
     axes = [ops.reference.pixel_centers(round(side * scale), dtype=torch.float32) for side in size]

@@ -7,9 +7,9 @@ import yaml
 
 from liif_fast.training import config
 from liif_fast.training.config import ConfigError
-from tests.training.training_data import CONFIGS, NAMES, make_folders
+from tests.training.runs import LIIF
+from tests.training.training_data import CONFIGS, NAMES
 
-LIIF = CONFIGS / "train_edsr-baseline-liif.yaml"
 PAIRS = CONFIGS / "train_edsr-baseline-x2.yaml"
 TEST = {
     "test_dataset": {
@@ -20,16 +20,6 @@ TEST = {
     "eval_type": "benchmark-8",
     "eval_bsize": 30000,
 }
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_folders(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def inside(folders, monkeypatch):
-    monkeypatch.chdir(folders)
 
 
 @pytest.mark.parametrize("name", NAMES)

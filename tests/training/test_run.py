@@ -126,10 +126,7 @@ def test_a_configuration_that_cannot_be_trained_is_named(tmp_path):
     with pytest.raises(config.ConfigError, match="cuda_graphs needs one GPU"):
         run(tmp_path / "run", "cuda_graphs=true")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_validation_set_without_images_is_named(tmp_path):
-    with pytest.raises(config.ConfigError, match=r"val_dataset: .*first_k"):
+    with pytest.raises(config.ConfigError, match=r"val_dataset: .*first_k"):  # a validation set without images
         run(tmp_path / "run", "val_dataset.dataset.args.first_k=0")
 
 

@@ -6,17 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from liif_fast.models import make_model
 from liif_fast.training.step import AveragedModel, StepOptions, Stepper
+from tests.models.small_models import liif
 
-ENCODER = {"name": "edsr-baseline", "args": {"n_resblocks": 1, "n_feats": 6, "no_upsampling": True}}
-IMNET = {"name": "mlp", "args": {"out_dim": 3, "hidden_list": [12, 8]}}
 NORM = {"inp": {"sub": [0.4, 0.5, 0.6], "div": [0.5]}, "gt": {"sub": [0.5], "div": [0.25]}}
 
 
 def model():
-    torch.manual_seed(0)
-    return make_model({"name": "liif", "args": {"encoder_spec": ENCODER, "imnet_spec": IMNET}})
+    return liif().float()
+
+
+def stepper_of(net, **options):
+    """Plain gradient descent."""
+    return Stepper(net, torch.optim.SGD(net.parameters(), lr=0.1), StepOptions(**options), NORM)
 
 
 def batch(count=6):
@@ -26,13 +28,10 @@ def batch(count=6):
     return {**found, "coord": found["coord"] * 2 - 1, "cell": found["cell"] * 0.2 + 0.05}
 
 
-def step(norm=NORM, lr=0.1, steps=1, items=6, **options):
-    """The model and the loss after a step of plain gradient descent."""
-    net = model()
-    stepper = Stepper(net, torch.optim.SGD(net.parameters(), lr=lr), StepOptions(**options), norm)
-    for _ in range(steps):
-        loss = stepper.step(batch(items))
-    return net, loss.item(), stepper
+def step(items=6, **options):
+    """The model, the loss and the stepper after one step."""
+    stepper = stepper_of(net := model(), **options)
+    return net, stepper.step(batch(items)).item(), stepper
 
 
 def weights(net):
@@ -89,7 +88,7 @@ def test_autocast_follows_the_step_in_full_precision(name, error):
 
 def test_a_scaled_loss_that_overflows_skips_the_step_and_lowers_the_scale():
     net = model()
-    stepper = Stepper(net, torch.optim.SGD(net.parameters(), lr=0.1), StepOptions(autocast="fp16"), NORM)
+    stepper = stepper_of(net, autocast="fp16")
     stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     stepper.step(batch())
     assert torch.equal(weights(net), weights(model())) and stepper.scaler.get_scale() == 2.0**59
@@ -141,22 +140,21 @@ def test_a_recorded_encoder_runs_only_for_training_batches_of_its_shape(monkeypa
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
     net = model()
-    stepper = Stepper(net, torch.optim.SGD(net.parameters(), lr=0.1), StepOptions(), NORM)
+    stepper = stepper_of(net)
     stepper.options = StepOptions(cuda_graphs=True)
     losses = [stepper.step(batch(items)).item() for items in (6, 6, 4)]
     assert replayed == [6, 6]
     net.eval()
     net.gen_feat(batch()["inp"])
     assert replayed == [6, 6]
-    plain = Stepper(other := model(), torch.optim.SGD(other.parameters(), lr=0.1), StepOptions(), NORM)
+    plain = stepper_of(model())
     assert losses == [plain.step(batch(items)).item() for items in (6, 6, 4)]
 
 
 @pytest.mark.parametrize("switch", ["channels_last", "compile_encoder", "cuda_graphs"])
 def test_a_switch_of_the_encoder_needs_an_encoder(switch):
-    net = nn.Linear(3, 3)
     with pytest.raises(ValueError, match=f"{switch} needs a model with an encoder, and Linear has none"):
-        Stepper(net, torch.optim.SGD(net.parameters()), StepOptions(**{switch: True}), NORM)
+        stepper_of(nn.Linear(3, 3), **{switch: True})
 
 
 def test_options_come_from_a_configuration():

@@ -10,7 +10,7 @@ import pytest
 from liif_fast import training
 from liif_fast.cli import main as cli
 from liif_fast.training import config
-from tests.training.training_data import QUICK, make_folders
+from tests.training.training_data import QUICK
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "tiny_weights"
 RECIPE = SCRIPTS / "tiny.yaml"
@@ -30,8 +30,7 @@ def manifest(path, names, columns=("file", "author", "licence", "source_package"
     return str(path)
 
 
-def test_the_recipe_trains_and_its_card_holds_the_numbers_of_the_run(tmp_path, monkeypatch, capsys, model_card):
-    monkeypatch.chdir(make_folders(tmp_path))
+def test_the_recipe_trains_and_its_card_holds_the_numbers_of_the_run(capsys, model_card):
     folders = ["train_dataset.dataset.args.root_path=load/HR", "val_dataset.dataset.args.root_path=load/HR"]
     small = ["train_dataset.dataset.args.repeat=1", "epoch_max=1", "epoch_val=1"]
     small.append("train_dataset.wrapper.args={inp_size: 8, scale_max: 4, scale_min: 1, sample_q: 32}")
@@ -42,8 +41,17 @@ def test_the_recipe_trains_and_its_card_holds_the_numbers_of_the_run(tmp_path, m
     arguments = ["--images", "load/HR", "--model", f"small={weights}", "--scales", "2", "--out", "out"]
     assert cli.main(["evaluate", *arguments]) == 0
     manifests = ["--train-manifest", manifest("train.csv", ["0.png"]), "--val-manifest", manifest("val.csv", ["1.png"])]
-    arguments = ["--weights", str(weights), "--run", "run", "--scores", "out/scores.csv", "--out", "card.md"]
-    arguments += manifests
+    arguments = [
+        "--weights",
+        str(weights),
+        "--run",
+        "run",
+        "--scores",
+        "out/scores.csv",
+        "--out",
+        "card.md",
+        *manifests,
+    ]
     assert model_card.main(arguments) == 0
     card = Path("card.md").read_text()
     assert Path("out/table.md").read_text().strip() in card

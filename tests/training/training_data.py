@@ -1,4 +1,4 @@
-"""The folders of tests/configs/*.yaml with small images, and settings that several tests use."""
+"""The folders of tests/configs/*.yaml with small images, and settings that tests share."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Corrects Triton's interpreter where it multiplies bfloat16 wrong, and makes it faster. For tests only.
 
-It keeps bfloat16 as bit patterns: casts truncate and products multiply the patterns. Kernels load, store, cast and
-multiply matrices in bfloat16 and do everything else in float32, so only casts and `dot` need a correction.
+The interpreter keeps bfloat16 as bit patterns: casts truncate, and products multiply the patterns. Kernels load, store,
+cast and multiply matrices in bfloat16 and do everything else in float32, so only casts and `dot` need a correction.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def correct() -> None:
 
 
 def _call(self, *args, **options):
-    """A kernel's call of another function: patches the language if the launch has not, instead of every time."""
+    """A kernel's call of another function: patches the language only if the launch has not done so."""
     language = self.fn.__globals__.get("tl", tl.core)
     if tl.core.is_builtin(language.arange):
         interpreter._patch_lang(self.fn)

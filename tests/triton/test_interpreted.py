@@ -1,4 +1,4 @@
-"""What only Triton's kernels can show under the interpreter: rounding, packing, tiles; and the interpreter itself.
+"""Triton's kernels alone, under the interpreter: rounding, packing, tiles; and the interpreter itself.
 
 tests/ops compares every result. Run by `TRITON_INTERPRET=1 python -m pytest tests/ops tests/triton/test_interpreted.py
 --backend triton-interpreted`.
@@ -49,7 +49,7 @@ def test_tf32_is_rounded_to_nearest():
     assert torch.equal(same, values)
     assert rounded[:4].tolist() == [1 + 2**-10, 1 + 2**-9, -1 - 2**-10, 1.0]
     special = torch.tensor([float("inf"), -float("inf"), float("nan"), -float("nan")]).repeat(64)
-    special[2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # what a GPU's arithmetic makes
+    special[2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # the NaN of a GPU's arithmetic
     round_kernel[(1,)](special, rounded, N=256, PRECISION="tf32")
     assert torch.equal(rounded[:2], special[:2]) and rounded[2:4].isnan().all()
 
@@ -86,9 +86,7 @@ def test_layers_are_packed_as_the_kernels_read_them(operands, precision, backwar
     last = weights[-1].t()
     assert torch.equal(imnet.last[:9, :3].float(), rounded(last))
     assert torch.equal(imnet.last[:9, 8:11].float(), rounded(last - rounded(last)))
-    assert (
-        imnet.last[:, 3:8].count_nonzero() == imnet.last[:, 11:].count_nonzero() == imnet.last[9:].count_nonzero() == 0
-    )
+    assert not any(padding.any() for padding in (imnet.last[:, 3:8], imnet.last[:, 11:], imnet.last[9:]))
     assert torch.equal(imnet.last_bias, torch.cat([biases[-1], torch.zeros(5)]))
     assert imnet.first.shape == (5, 128) and torch.equal(imnet.first[4, :20], biases[0])
 

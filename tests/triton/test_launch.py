@@ -15,7 +15,7 @@ from liif_fast.ops.backends.triton import launch
 from liif_fast.ops.backends.triton.fused import can_fuse
 
 
-def test_what_can_fuse():
+def test_imnets_that_can_fuse():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert can_fuse((256, 13, 8), dtype) and can_fuse((1, 1), dtype)
         assert not any(can_fuse(widths, dtype) for widths in ((257, 3), (16, 9), (3,)))

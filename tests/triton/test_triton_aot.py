@@ -1,4 +1,4 @@
-"""What Triton makes of its kernels, without a GPU: registers, shared memory, stack, tensor cores, rounding."""
+"""Triton's kernels as it compiles them, without a GPU: registers, shared memory, stack, tensor cores, rounding."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SCRIPT = ROOT / "tests" / "triton" / "aot" / "compile_all.py"
 BUDGET = json.loads((ROOT / "tests" / "triton" / "budget.json").read_text())
 ARCHS = (80, 86, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-# Kernels without a product of their own that may be fused: whatever multiplies and adds there is geometry.
+# Kernels whose only products and sums are geometry, which must not contract.
 GEOMETRY_ONLY = ("gather_forward_kernel", "latent_kernel")
 
 VERSION = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else ""
 pytestmark = [pytest.mark.prove, pytest.mark.skipif(not VERSION, reason="Triton is not installed")]
 budgeted = pytest.mark.skipif(
-    not VERSION.startswith("3.7."), reason=f"registers and stack are held to what Triton 3.7 needs, this is {VERSION}"
+    not VERSION.startswith("3.7."), reason=f"budgets of registers and stack are for Triton 3.7, this is {VERSION}"
 )
 
 
 def compile_all(arch: int) -> list[dict]:
-    """The script's report; kept in build/ while its sources and Triton stay."""
+    """The script's report; cached in build/ until its sources or Triton change."""
     digest = hashlib.sha256(f"{arch} {importlib.metadata.version('triton')}".encode())
     for path in (SCRIPT, *sorted((ROOT / "liif_fast" / "ops" / "backends" / "triton").glob("*.py"))):
         digest.update(path.name.encode() + path.read_bytes())
@@ -97,7 +97,7 @@ def test_the_decode_uses_hoppers_tensor_cores():
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_float32_multiplies_in_the_precision_it_is_told(arch):
+def test_float32_multiplies_in_the_chosen_precision(arch):
     tf32 = [kernel for name, kernel in fused_decodes(arch) if name.endswith("tf32")]
     ieee = [kernel for name, kernel in fused_decodes(arch) if name.endswith("ieee")]
     others = [kernel for name, kernel in fused_decodes(arch) if not name.endswith(("tf32", "ieee"))]
@@ -120,4 +120,4 @@ def test_the_decode_spills_nothing(arch):
 def test_geometry_does_not_contract_to_fused_multiply_adds():
     seen = {kernel["kernel"]: kernel["fma"] for _, _, kernel in kernels() if kernel["kernel"] in GEOMETRY_ONLY}
     assert seen == dict.fromkeys(GEOMETRY_ONLY, 0)
-    assert any(kernel["fma"] for _, _, kernel in kernels())  # where they are asked for by name, they are seen
+    assert any(kernel["fma"] for _, _, kernel in kernels())  # others do contain them

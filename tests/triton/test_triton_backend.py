@@ -1,4 +1,4 @@
-"""When the triton backend runs, and what it says where it cannot; and that nothing imports Triton before its time."""
+"""When the triton backend runs, the reasons it gives where it cannot, and when the package imports Triton."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_missing_triton_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("op", ["gather", "ensemble", "decode", "metasr_query"])
-def test_devices_that_triton_drives_are_taken_whoever_made_them(op, monkeypatch):
+def test_gpus_of_every_vendor_are_taken(op, monkeypatch):
     monkeypatch.setattr(backends, "_TRITON_PROBLEM", "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
@@ -68,7 +68,7 @@ def test_an_old_gpu_and_a_missing_one_are_named(monkeypatch):
     assert reason_against("triton", "decode", torch.float32, "cuda") == ""
 
 
-def test_triton_stands_after_cuda_in_the_table():
+def test_triton_comes_after_cuda_in_the_table():
     names = list(backends.BACKENDS)
     assert names.index("triton") == names.index("cuda") + 1
     assert [name for name, _, _ in backends.report()] == names

@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// One thread a query: gradients through the relative coordinates, the relative cells and the area weights.
+// One thread per query: gradients through the relative coordinates, the relative cells and the area weights.
 template <class T, class E>
 __global__ void __launch_bounds__(kThreads)
     gather_backward_geometry_kernel(GatherTask<T> task, const E* __restrict__ grad_x,

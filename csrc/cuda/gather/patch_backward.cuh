@@ -1,6 +1,6 @@
 // gather's fast backward, in the cases of patch_forward.cuh. The gradients that a query's corners send to 36 neighbors
-// belong to 4x4 latents. A warp adds them up in registers, a channel a lane, then adds each latent's sum to memory
-// once, four channels an instruction. Adding one value after the other would take nine times as many additions.
+// belong to 4x4 latents. A warp adds them up in registers, one channel per lane, then adds each latent's sum to memory
+// once, four channels per instruction. Adding one value after the other would take nine times as many additions.
 #pragma once
 
 #include "cuda/gather/patch_forward.cuh"
@@ -58,11 +58,11 @@ __device__ __forceinline__ void add_patch(const PatchTask& task, float* grad_fea
   __syncwarp();
 }
 
-// A lane's part of a corner's gradients of a step, in 4-byte words, to shared memory.
+// Copies the lane's part of a corner's gradients of this step, in 4-byte words, to shared memory.
 __device__ __forceinline__ void stage_words(const uint32_t* from, int words, int lane, uint32_t* staged) {
   __syncwarp();  // wait until all lanes have read the previous words
 #pragma unroll
-  for (int i = 0; i < kWordsALane; ++i)
+  for (int i = 0; i < kWordsPerLane; ++i)
     if (i * kWarp + lane < words) staged[i * kWarp + lane] = __ldg(from + i * kWarp + lane);
   __syncwarp();
 }

@@ -1,7 +1,7 @@
 // gather's fast kernel, for channels-last feat with unfolding and local ensemble. The four corners of a query read the
 // features of 36 latents, but only 4x4 different ones. A warp copies these to shared memory in 16-byte vectors, 128
-// bytes a latent at a time, and writes the rows of x from there, 128 bytes an instruction. Every feature of feat is
-// read once a query instead of up to nine times, and no lane reads or writes a single 16-bit value of global memory.
+// bytes per latent and step, and writes the rows of x from there, 128 bytes per instruction. Every feature of feat is
+// read once per query instead of up to nine times, and no lane reads or writes a single 16-bit value of global memory.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -12,9 +12,9 @@ namespace liif_fast {
 
 constexpr int kPatch = 4;                    // latents of a patch's side
 constexpr int kLatentBytes = 128;            // of one latent in a step
-constexpr int kLatentPitch = 128 + 16;       // in shared memory: neighbors are in other banks
-constexpr int kVectors = kLatentBytes / 16;  // 16-byte vectors of it
-constexpr int kWordsALane = 9;               // 4-byte words of a corner's features that one lane writes in a step
+constexpr int kLatentPitch = 128 + 16;       // in shared memory: neighbors start in other banks
+constexpr int kVectors = kLatentBytes / 16;  // 16-byte vectors of these
+constexpr int kWordsPerLane = 9;             // 4-byte words of a corner's features that one lane writes in a step
 constexpr int kNine = 9;                     // neighbors that unfolding concatenates
 
 struct PatchTask {
@@ -107,10 +107,10 @@ __device__ __forceinline__ void load_patch(const PatchTask& task, const E* feat,
 
 // Writes a corner's features of this step, `words` words, to `out`; from: the corner's latent in the patch.
 template <class E>
-__device__ __forceinline__ void write_features(const unsigned char* from, const uint32_t (&offsets)[kWordsALane],
+__device__ __forceinline__ void write_features(const unsigned char* from, const uint32_t (&offsets)[kWordsPerLane],
                                                int words, int lane, uint32_t* out) {
 #pragma unroll
-  for (int i = 0; i < kWordsALane; ++i) {
+  for (int i = 0; i < kWordsPerLane; ++i) {
     if (i * kWarp + lane >= words) break;
     uint32_t word;
     if constexpr (sizeof(E) == 4) {
@@ -124,19 +124,19 @@ __device__ __forceinline__ void write_features(const unsigned char* from, const 
   }
 }
 
-// Two blocks an SM: without the bound the compiler fits more of them and spills.
+// Two blocks per SM: without the bound the compiler fits more of them and spills.
 template <class E>
 __global__ void __launch_bounds__(kThreads, 2)
     gather_forward_patch_kernel(const __grid_constant__ PatchTask task, const E* __restrict__ feat, E* __restrict__ x,
                                 float* __restrict__ area_weight) {
   constexpr int kStepChannels = kLatentBytes / sizeof(E), kPerWord = 4 / sizeof(E);
-  static_assert(kStepChannels * kNine / kPerWord == kWordsALane * kWarp, "a step is nine words a lane");
+  static_assert(kStepChannels * kNine / kPerWord == kWordsPerLane * kWarp, "a step is nine words per lane");
   __shared__ uint4 patches[kWarps][kPatch * kPatch * kLatentPitch / 16];
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   unsigned char* const patch = reinterpret_cast<unsigned char*>(patches[threadIdx.x / kWarp]);
-  uint32_t offsets[kWordsALane];
+  uint32_t offsets[kWordsPerLane];
 #pragma unroll
-  for (int i = 0; i < kWordsALane; ++i) {
+  for (int i = 0; i < kWordsPerLane; ++i) {
     const int feature = (i * kWarp + lane) * kPerWord;
     offsets[i] = feature_offset<E>(feature);
     if (sizeof(E) == 2) offsets[i] |= feature_offset<E>(feature + 1) << 16;

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       Filter<T, kFewUnits<T>> filter;
       filter.load(task, unit);
       T sum[kTerms][kFewUnits<T>] = {}, latent[kOuts][kFewUnits<T>];
-      int64_t which = -1;  // the index of `latent`; -1: none
+      int64_t latent_index = -1;  // of `latent`; -1: none
       for (int64_t run = task.runs * shard / shards + warp; run < end_run; run += kWarps) {
         const int64_t first = run * kWarp, left = task.queries - first;
         const int count = static_cast<int>(left < kWarp ? left : kWarp);
@@ -58,10 +58,10 @@ __global__ void __launch_bounds__(kThreads, 2)
             const QueryLocation<T> location = locations[begin + q];
             T grad_hidden[kFewUnits<T>] = {};
             for (int out = 0; out < task.outs; out += kOuts) {
-              if (location.latent != which || task.outs > kOuts)
+              if (location.latent != latent_index || task.outs > kOuts)
                 load_latent(latent_map + (location.latent * task.outs + out) * task.row + unit, task.row,
                             task.outs - out, units, latent);
-              which = location.latent;
+              latent_index = location.latent;
 #pragma unroll
               for (int o = 0; o < kOuts; ++o) {
                 const T grad = out + o < task.outs ? grads.grad_out[location.query * task.outs + out + o] : T(0);

@@ -11,8 +11,8 @@ namespace {
 template <class T>
 struct LaneCache {
   T weight_col[kUnits<T>], base[kUnits<T>], latent[kOuts][kUnits<T>];
-  T row, cell;    // inputs of `base`; NaN: none
-  int64_t which;  // the latent's index; -1: none
+  T row, cell;           // inputs of `base`; NaN: none
+  int64_t latent_index;  // of `latent`; -1: none
 
   __device__ __forceinline__ void reset(const MetasrTask<T>& task, int first) {
 #pragma unroll
@@ -21,7 +21,7 @@ struct LaneCache {
       weight_col[u] = unit < task.hidden ? task.p.weight[kInputs * unit + 1] : T(0);
     }
     row = cell = static_cast<T>(NAN);
-    which = -1;
+    latent_index = -1;
   }
 
   template <bool kWhole>
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm<T>)
           for (int q = 0; q < kBatch; ++q) {
             const QueryLocation<T> location = locations[begin + q];
             cache.template set_base<kWhole>(task, unit, location);
-            if (location.latent != cache.which) {
-              cache.which = location.latent;
+            if (location.latent != cache.latent_index) {
+              cache.latent_index = location.latent;
               load_latent(latent_map + (location.latent * task.outs + out) * task.row + unit, task.row, task.outs - out,
                           kWhole ? kUnits<T> * kWarp : units, cache.latent);
             }

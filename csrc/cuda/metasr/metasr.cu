@@ -2,10 +2,10 @@
 //
 // A lane owns a few hidden units, the same ones for all queries, so that every access to a latent is one whole segment.
 // A warp walks 32 consecutive queries: first each lane finds the latent of one of them, then all lanes decode one query
-// after the other. Values that neighboring queries have in common stay in registers: the latent (neighbors of an
-// upscaled image see the same latent), and the part of `hidden` that row and cell decide (equal for all queries of an
-// image row). The rest of a query takes five instructions a hidden unit. Sums over the lanes are taken for four queries
-// and three outputs at a time, by one tree of shuffles instead of twelve.
+// after the other. Values that neighboring queries have in common stay in registers: the latent (neighbors in an
+// upscaled image use the same latent), and the part of `hidden` that row and cell decide (equal for all queries of an
+// image row). The rest of a query takes five instructions per hidden unit. Sums over the lanes are taken for four
+// queries and three outputs at a time, by one tree of shuffles instead of twelve.
 //
 // Backward: the weights' gradients are summed in registers, then over a block, and become one partial sum for each
 // shard of the queries; a last kernel adds the shards. The shards and every order of summation depend on the problem

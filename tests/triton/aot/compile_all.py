@@ -1,9 +1,9 @@
-"""Compiles every Triton kernel for one architecture without a GPU, through the launchers, and prints what came out.
+"""Compiles every Triton kernel for one architecture without a GPU, through the launchers, and prints its properties.
 
     python tests/triton/aot/compile_all.py 90
 
-A driver that only names the architecture stands in for the device, and launches stop after compiling: signatures,
-constants and options are those of the real thing. Prints JSON: a list of {kernel, variant, registers, shared, stack,
+A driver that only names the architecture replaces the device, and launches stop after compiling: signatures,
+constants and options are those of real launches. Prints JSON: a list of {kernel, variant, registers, shared, stack,
 hgmma, tensor, tf32, fma}. tensor: products on tensor cores in the PTX, tf32: those of them that multiply TF32, fma:
 fused multiply-adds of float32 or float64.
 """
@@ -30,7 +30,7 @@ BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class NamedArchitecture:
-    """The least of a driver that compiling asks for."""
+    """The methods of a driver that compiling calls."""
 
     def __init__(self, arch: int) -> None:
         self.target = GPUTarget("cuda", arch, 32)
@@ -74,7 +74,7 @@ def facts(kernel: str, variant: str, compiled) -> dict:
 
 
 def variant_of(options: dict) -> str:
-    """What tells a kernel's compilations apart in the budget."""
+    """The name of one of a kernel's compilations in the budget."""
     names = [name.lower() for name in ("SAVE", "COORD", "GRID") if options.get(name)]
     if "PRECISION" in options and options["OP"] == tl.float32:
         names.append(options["PRECISION"])
@@ -84,7 +84,7 @@ def variant_of(options: dict) -> str:
 
 
 def watch(found: dict) -> None:
-    """Makes every launch compile, note the result and stop."""
+    """Makes every launch compile its kernel, record the result and stop."""
     run = jit.JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):

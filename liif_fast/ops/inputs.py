@@ -10,7 +10,7 @@ from .dtypes import geometry_dtype
 
 
 class GatherInputs(NamedTuple):
-    """What the registered ops `gather` and `gather_backward` and every backend take."""
+    """The arguments of the registered ops `gather` and `gather_backward`, for every backend."""
 
     feat: Tensor  # [B, C, H, W]
     coord: Tensor  # [B, Q, 2], geometry dtype
@@ -36,7 +36,7 @@ class GatherInputs(NamedTuple):
 
 
 class MetasrInputs(NamedTuple):
-    """What the registered ops `metasr_query` and `metasr_query_backward` and every backend take."""
+    """The arguments of the registered ops `metasr_query` and `metasr_query_backward`, for every backend."""
 
     latent_map: Tensor  # [B, H, W, O*(hidden + 1)], the result of `metasr_fold`
     coord: Tensor  # [B, Q, 2], geometry dtype
@@ -62,7 +62,7 @@ class MetasrInputs(NamedTuple):
 
 
 class DecodeInputs(NamedTuple):
-    """What the registered ops `decode` and `decode_backward` and every backend take.
+    """The arguments of the registered ops `decode` and `decode_backward`, for every backend.
 
     With coord this is a decode at coordinates, without it the decode of a window of a regular grid. A field that is
     added here becomes an argument of both ops.

@@ -29,7 +29,7 @@ def metasr_query(
     Args:
         feat: encoder output, [B, C, H, W].
         coord, cell: query centers and pixel sizes, [B, Q, 2], (row, col) in [-1, 1] units.
-        weights: the filter-predicting MLP's, [hidden, 3] and [9C*O, hidden]. biases: [hidden] and [9C*O].
+        weights: of the MLP that predicts filters, [hidden, 3] and [9C*O, hidden]. biases: [hidden] and [9C*O].
         feat_region: (top, left, H, W): feat is the part of an H x W feature map that begins at latent (top, left). It
             must hold every latent under a query and the eight around it. None: all of it.
         latent_map: `metasr_fold(feat, weights, biases)` if precomputed.

@@ -95,7 +95,7 @@ def _decode(
     keep: bool,
     backend: str,
 ) -> Tensor:
-    """The registered op: points are (coord, cell) and grid is empty, or the other way round.
+    """The registered op: either points are (coord, cell) and grid is empty, or the reverse.
 
     keep: whether the forward keeps activations for its backward.
     """
@@ -192,7 +192,7 @@ def render(
     recompute: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Decode the regular grid of an image, or a window of it; coord and cell tensors never exist.
+    """Decode the regular grid of an image, or a window of it, without tensors of coordinates and cells.
 
     Args:
         feat: encoder output, [B, C, H, W], or the part of it that `feat_region` names.

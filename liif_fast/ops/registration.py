@@ -131,7 +131,7 @@ ensemble.register_autograd(_ensemble_backward, setup_context=_ensemble_setup)
 
 # ------------------------------------------------------------------------------------------------------------- decode
 # Both ops take the fields of DecodeInputs. With `save` the forward returns what its backward needs in one tensor of
-# bytes whose layout only the backend knows; without it that tensor is empty and the backward computes it again.
+# bytes whose layout the backend defines; without it that tensor is empty and the backward computes it again.
 # Gradients come back in the order of DecodeInputs.differentiable.
 
 _INPUTS = _arguments(DecodeInputs)

@@ -23,18 +23,9 @@ constexpr int row_dots_bytes() {
 template <class T>
 __device__ __forceinline__ void load_grad_out(const DecodeTask& task, const BackwardArrays& backward, int64_t tile,
                                               float* grad_out) {
-  const int slots = T::kRows / task.corners, count = slots * task.outs;
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-    const int slot = task.out_channel == 1 ? i / task.outs : i % slots;
-    const int o = task.out_channel == 1 ? i % task.outs : i / slots;
-    const int64_t query = find_query<T>(task, tile, slot);
-    float grad = 0.0f;
-    if (query >= 0) {
-      const int64_t batch = query / task.queries, at = query - batch * task.queries;
-      grad = backward.grad_out[batch * task.out_batch + at * task.out_query + o * task.out_channel];
-    }
-    grad_out[slot * task.outs + o] = grad;
-  }
+  for_each_output<T>(task, tile, [&](int slot, int o, int64_t offset) {
+    grad_out[slot * task.outs + o] = offset < 0 ? 0.0f : backward.grad_out[offset];
+  });
 }
 
 // Adds a lane's column values to the block's partial sums number `index`. A butterfly over the eight rows of a fragment
@@ -263,7 +254,7 @@ __device__ __forceinline__ void finish_first_layer(const DecodeTask& task, const
     }
 }
 
-// Gradients of coord and cell from the rows' products; one thread a query.
+// Gradients of coord and cell from the rows' products; one thread per query.
 template <class T>
 __device__ __forceinline__ void finish_points(const DecodeTask& task, const BackwardArrays& backward, int64_t tile,
                                               const Geometry<T>& geometry, const float* row_dots) {

@@ -83,19 +83,14 @@ __device__ __forceinline__ void blend_and_finish(const DecodeTask& task, const S
 // Adds the warp columns' sums and the bias, and writes the result to out.
 template <class T>
 __device__ __forceinline__ void write_out(const DecodeTask& task, int64_t tile, const float* partial) {
-  const int slots = T::kRows / task.corners, count = slots * task.outs;
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-    // Neighboring threads write neighboring values: channels of a query, or queries of a channel.
-    const int slot = task.out_channel == 1 ? i / task.outs : i % slots;
-    const int o = task.out_channel == 1 ? i % task.outs : i / slots;
-    const int64_t query = find_query<T>(task, tile, slot);
-    if (query < 0) continue;
+  const int slots = T::kRows / task.corners;
+  for_each_output<T>(task, tile, [&](int slot, int o, int64_t offset) {
+    if (offset < 0) return;
     float sum = __ldg(last_vector<T>(task, task.outs) + o);
     for (int warp_col = 0; warp_col < T::kWarpCols; ++warp_col)
       sum += partial[(warp_col * slots + slot) * task.outs + o];
-    const int64_t batch = query / task.queries, at = query - batch * task.queries;
-    task.out[batch * task.out_batch + at * task.out_query + o * task.out_channel] = sum;
-  }
+    task.out[offset] = sum;
+  });
 }
 
 template <class T>

@@ -115,6 +115,20 @@ __device__ __forceinline__ int64_t find_query(const DecodeTask& task, int64_t ti
   return query < task.total ? query : -1;
 }
 
+// use(slot, o, offset) for every output of a tile; offset is the value's place in out and grad_out, -1 after the last
+// query. Neighboring threads get neighboring values: channels of a query, or queries of a channel.
+template <class T, class F>
+__device__ __forceinline__ void for_each_output(const DecodeTask& task, int64_t tile, F use) {
+  const int slots = T::kRows / task.corners, count = slots * task.outs;
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+    const int slot = task.out_channel == 1 ? i / task.outs : i % slots;
+    const int o = task.out_channel == 1 ? i % task.outs : i / slots;
+    const int64_t query = find_query<T>(task, tile, slot);
+    const int64_t batch = query / task.queries, at = query - batch * task.queries;
+    use(slot, o, query < 0 ? -1 : batch * task.out_batch + at * task.out_query + o * task.out_channel);
+  }
+}
+
 template <class T>
 __device__ __forceinline__ void locate_rows(const DecodeTask& task, int64_t tile, Geometry<T>& geometry) {
   for (int r = static_cast<int>(threadIdx.x); r < T::kRows; r += kThreads) {

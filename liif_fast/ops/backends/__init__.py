@@ -20,7 +20,7 @@ from . import cpu, cuda, extension
 
 
 class OpRequest(NamedTuple):
-    """What decides whether a backend can run an op. It holds no tensor, so torch.compile can trace it."""
+    """The facts that decide whether a backend can run an op. It holds no tensor, so torch.compile can trace it."""
 
     op: str  # gather | ensemble | decode | metasr_query
     device: str  # torch device type

@@ -1,6 +1,6 @@
 """The fused decode on the `cuda` backend: one kernel for the forward, one for the backward.
 
-The forward saves 16-bit (or float32) activations, and one bit an activation for the ReLUs. The backward's kernel
+The forward saves 16-bit (or float32) activations, and one bit per activation for the ReLUs. The backward's kernel
 computes every layer's gradient from them, and the weights' gradients are PyTorch's matrix products of both. Without
 saved activations (`recompute`), the backward computes them again, a bounded number of rows at a time.
 

@@ -1,4 +1,7 @@
-"""`ensemble` in Triton: the area-weighted blend of the corners' predictions, and back. Any number of corners."""
+"""`ensemble` in Triton: the area-weighted blend of the corners' predictions, and its gradients.
+
+It takes any number of corners.
+"""
 
 from __future__ import annotations
 

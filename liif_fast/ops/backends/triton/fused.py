@@ -57,7 +57,7 @@ class PackedImnet(NamedTuple):
 
 
 class SavedActivations(NamedTuple):
-    """What the forward saves for the backward; S is the padded width of the widest hidden layer."""
+    """The tensors that the forward saves for the backward; S is the padded width of the widest hidden layer."""
 
     acts: Tensor  # [L, rows, S], the hidden layers' inputs, in matmul_dtype
     masks: Tensor  # which activations are positive: [L + 1, rows, mask_bytes]
@@ -66,7 +66,7 @@ class SavedActivations(NamedTuple):
 
 
 class RowGrads(NamedTuple):
-    """What the backward kernel writes."""
+    """The tensors that the backward kernel writes."""
 
     layers: Tensor  # [L + 1, rows, S]: gradients of every layer's output before its ReLU, in matmul_dtype
     bias_sums: Tensor  # [tiles, L, P]: each tile's sums for the hidden layers' biases
@@ -227,7 +227,7 @@ def store_mask(memory, layer, slot, carried, STORED: tl.constexpr, NB: tl.conste
 
 @triton.jit
 def load_mask(memory, layer, slot, WIDE: tl.constexpr, STORED: tl.constexpr, NB: tl.constexpr):
-    """What store_mask stored, [ROWS, BLOCK]; columns from STORED on are not positive."""
+    """The mask that store_mask stored, [ROWS, BLOCK]; columns from STORED on are not positive."""
     ROWS: tl.constexpr = memory.block.shape[0]
     BLOCK: tl.constexpr = memory.block.shape[1]
     size: tl.constexpr = mask_bytes(BLOCK, WIDE)

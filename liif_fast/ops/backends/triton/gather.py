@@ -1,4 +1,4 @@
-"""`gather` in Triton: the imnet's inputs of every corner in one pass, and back.
+"""`gather` in Triton: the imnet's inputs of every corner in one pass, and their gradients.
 
 A row of x is one corner of one query. A program writes a tile of rows and features. A feature (channel, place in the
 3x3 neighborhood) is at the same offset from the latent of every row. The unfolded map is never stored.

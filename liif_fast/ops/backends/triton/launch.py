@@ -1,4 +1,4 @@
-"""What every Triton launcher shares: compile options, device, tile configurations, and a decode's tensors in chunks."""
+"""Shared by the Triton launchers: compile options, device, tile configurations, and a decode's tensors in chunks."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ OBJECTS = Path("build", "sanitize" if SANITIZE else "objects")  # relative to RO
 # Where a fused multiply-add is safe, kernels call it explicitly (fmaf, _mm512_fmadd_ps).
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-ffp-contract=off"]
 CXX_FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI of torch 2.11
-CXX_FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3", "-g0"]
+CXX_FLAGS += ["-O1", "-g1", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3", "-g0"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if SANITIZE else []
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"]
 LINK_FLAGS = ["-shared", "-Wl,-z,relro,-z,now", "-Wl,--version-script=csrc/exports.map"]

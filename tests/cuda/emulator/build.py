@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels for the CPU, into files of build/ named after what went in, and loads the result.
 
-`cuda_on_cpu_kernels` is a pybind11 module of csrc/cuda/*.cu and module*.cpp, compiled with the headers next to this file
+`cuda_on_cpu_kernels` is a pybind11 module of csrc/cuda/*.cu and module*.cpp, compiled with this folder's headers
 in the place of CUDA's: nothing of CUDA is needed. It is tied to the running Python, and never shipped.
 LIIF_FAST_SANITIZE=1, as `make sanitize` sets it, adds the address and undefined-behavior sanitizers.
 """

@@ -13,7 +13,6 @@ import logging
 import sys
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,7 +29,7 @@ from liif_fast.ops.query import latent_map_for
 
 _QUERIES = ("coord", "cell")  # the last parameters of query_rgb; MMagic's has the features before them
 _log = logging.getLogger("liif_fast")
-_patched: weakref.WeakKeyDictionary[type, Callable[..., Tensor]] = weakref.WeakKeyDictionary()  # class: replacement
+_patched: dict[type, Any] = {}  # of every patched class the replacement
 _thread = threading.local()  # .holder: the latent map of the thread's current loop over chunks
 
 
@@ -115,24 +114,23 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     return names if names[-2:] == _QUERIES and len(names) <= 3 else ()
 
 
-def _has_switches(cls: type) -> bool:
-    """Whether cls is built with the paper's switches."""
-    inits = [base.__dict__["__init__"] for base in cls.__mro__ if inspect.isfunction(base.__dict__.get("__init__"))]
-    return any(set(SWITCHES) <= set(inspect.signature(init).parameters) for init in inits)
-
-
 def _imported_classes() -> list[type]:
     """Every class of an imported module that has the shape of LIIF and overrides no other one's query_rgb."""
-    values = [
-        value for module in list(sys.modules.values()) for value in list(getattr(module, "__dict__", {}).values())
-    ]
-    # `isinstance` would evaluate lazy objects, which some modules have.
-    modules = [value for value in values if issubclass(type(value), type) and nn.Module in value.__mro__]
-    found = []
-    for cls in dict.fromkeys(modules):
-        if _defining_class(cls) is cls and ImplicitModel not in cls.__mro__ and _has_switches(cls):
-            found.append(cls)
+    found: dict[type, None] = {}
+    for module in list(sys.modules.values()):
+        for value in list(getattr(module, "__dict__", {}).values()):
+            # `isinstance` would evaluate lazy objects, which some modules have.
+            if issubclass(type(value), type) and "query_rgb" in value.__dict__ and _is_liif(value):
+                found[value] = None
     return [cls for cls in found if not any(base in found for base in cls.__mro__[1:])]
+
+
+def _is_liif(cls: type) -> bool:
+    """Whether a class that defines query_rgb has the shape of LIIF and is not one of ours."""
+    if nn.Module not in cls.__mro__ or ImplicitModel in cls.__mro__ or _defining_class(cls) is not cls:
+        return False
+    inits = [base.__dict__["__init__"] for base in cls.__mro__ if inspect.isfunction(base.__dict__.get("__init__"))]
+    return any(set(SWITCHES) <= set(inspect.signature(init).parameters) for init in inits)
 
 
 def _classes_of(target: type[nn.Module] | nn.Module) -> list[type]:

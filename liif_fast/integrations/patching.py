@@ -85,9 +85,9 @@ def patched(*targets: type[nn.Module] | nn.Module) -> Iterator[tuple[type, ...]]
 
 
 def _restore(cls: type) -> bool:
-    replacement = _patched.pop(cls, None)
-    if replacement is None:
+    if cls not in _patched:
         return False
+    replacement = _patched.pop(cls)
     if cls.__dict__.get("query_rgb") is not replacement:
         _log.warning("%s.query_rgb was replaced after liif_fast.patch(); it stays as it is", cls.__qualname__)
         return False
@@ -184,8 +184,8 @@ def _replacement(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         given = {**dict(zip(names, args)), **kwargs}
         if len(given) < len(args) + len(kwargs) or not set(names[:-1]) <= set(given) <= set(names):
             return original(self, *args, **kwargs)  # which raises its TypeError
-        feat = given[names[0]] if takes_feat else getattr(self, "feat", None)
-        imnet = getattr(self, "imnet", None)
+        feat: Any = given[names[0]] if takes_feat else getattr(self, "feat", None)
+        imnet: Any = getattr(self, "imnet", None)
         if imnet is None or _is_transformed() or not _is_plain(feat):
             return original(self, *args, **kwargs)
         layers = _layers(imnet)
@@ -251,7 +251,7 @@ def _refusal(feat: Tensor, layers: list[nn.Linear]) -> str:
 def _decode(
     feat: Tensor, coord: Tensor, cell: Tensor | None, layers: list[nn.Linear], switches: tuple[bool, ...]
 ) -> Tensor:
-    flags = dict(zip(SWITCHES, switches))
+    flags: dict[str, Any] = dict(zip(SWITCHES, switches))
     weights, latent_map = [layer.weight for layer in layers], None
     if not torch.compiler.is_compiling():
         unfold = flags["feat_unfold"]

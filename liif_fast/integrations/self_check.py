@@ -19,17 +19,17 @@ _MAP, _BATCH, _QUERIES = (5, 7), 2, 33
 
 
 class Setup(NamedTuple):
-    """What a class's query_rgb and the ops are compared for; a class, its switches and the shape of its imnet."""
+    """What a class's query_rgb and the ops are compared for: classes of model and imnet, switches, shape."""
 
-    model: type
-    imnet: type
+    model: Any
+    imnet: Any
     switches: tuple[bool, ...]  # in the order of SWITCHES
     widths: tuple[int, ...]  # of the imnet: (in_dim, *hidden, out_dim)
     training: tuple[bool, bool]  # whether model and imnet are in training mode
     device: torch.device
 
     @property
-    def flags(self) -> dict[str, bool]:
+    def flags(self) -> dict[str, Any]:
         return dict(zip(SWITCHES, self.switches))
 
     @property
@@ -105,7 +105,7 @@ def _stand_in(setup: Setup, weights: Sequence[Tensor], biases: Sequence[Tensor])
     """A model of the class with nothing but an imnet of the given layers and the switches."""
     layers: list[nn.Module] = []
     for weight, bias in zip(weights, biases):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        linear: Any = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
         del linear.weight, linear.bias
         linear.weight, linear.bias = weight, bias  # plain tensors, whose gradients are asked for
         layers += [linear, nn.ReLU()]

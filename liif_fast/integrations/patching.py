@@ -88,7 +88,7 @@ def _restore(cls: type) -> bool:
     if cls not in _patched:
         return False
     replacement = _patched.pop(cls)
-    if cls.__dict__.get("query_rgb") is not replacement:
+    if cls.__dict__.get("query_rgb") != replacement:
         _log.warning("%s.query_rgb was replaced after liif_fast.patch(); it stays as it is", cls.__qualname__)
         return False
     cls.query_rgb = replacement.__wrapped__  # type: ignore[attr-defined]

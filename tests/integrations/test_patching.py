@@ -389,6 +389,7 @@ def test_exports_and_function_transforms_run_the_own_code(cls: type) -> None:
 
     with torch.no_grad():
         torch.testing.assert_close(torch.func.vmap(decode)(COORD)[0], expected[0])
+
     def with_bias(bias: Tensor) -> Tensor:
         return torch.func.functional_call(model, {"imnet.layers.4.bias": bias}, (INP, COORD, CELL))
 

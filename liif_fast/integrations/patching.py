@@ -161,8 +161,7 @@ def _replacement(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     verdicts: dict[Setup, bool] = {}
     said: set[tuple[type, str]] = set()
 
-    # torch.compile calls the next two functions while it traces and takes their results for constants.
-    @torch.compiler.assume_constant_result
+    @_constant_in_traces
     def agrees(*facts: Any) -> bool:
         setup = Setup(*facts)
         key = setup._replace(device=torch.device(setup.device.type))
@@ -173,7 +172,7 @@ def _replacement(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 warnings.warn(f"{_name(setup.model)} keeps its own query_rgb: {reason}", RuntimeWarning, stacklevel=3)
         return verdicts[key]
 
-    @torch.compiler.assume_constant_result
+    @_constant_in_traces
     def say(cls: type, reason: str) -> None:
         if (cls, reason) not in said:
             said.add((cls, reason))
@@ -205,6 +204,15 @@ def _replacement(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return _decode(feat, given["coord"], given.get("cell"), layers, switches)
 
     return query_rgb
+
+
+def _constant_in_traces(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torch.compile call the function while it traces and take its result for a constant.
+
+    `torch.compiler.assume_constant_result` does the same, but first imports torch._dynamo, which takes seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def _name(cls: type) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -98,7 +99,8 @@ def _largest_error(setup: Setup, query_rgb: Callable[..., Tensor], takes_feat: b
         chunk = ops.query(feat, coord, cell, weights, biases, latent_map=latent_map, **setup.flags)
     gradients = [torch.autograd.grad((out * probe).sum(), leaves) for out in (theirs, ours)]
     pairs_of_tensors = [(ours, theirs), (chunk, theirs), *zip(gradients[1], gradients[0])]
-    return max(_relative_error(ours, theirs) for ours, theirs in pairs_of_tensors)
+    errors = [_relative_error(ours, theirs) for ours, theirs in pairs_of_tensors]
+    return max(errors, key=lambda error: (math.isnan(error), error))
 
 
 def _stand_in(setup: Setup, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Any:

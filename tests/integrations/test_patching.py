@@ -333,6 +333,26 @@ def test_another_formula_is_found_out(cls: type) -> None:
 
 
 @needs_cpu
+@pytest.mark.parametrize("wrong", [float("nan"), 0.0])
+def test_a_wrong_kernel_is_found_out(wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison tests the machine's kernels too: here one value of one gradient is wrong."""
+    model = make(Upscaler)
+    expected = results(model)
+    query = liif_fast.ops.query
+
+    def broken(*args: Any, **options: Any) -> Tensor:
+        out = query(*args, **options)
+        if out.requires_grad:
+            out.register_hook(lambda grad: grad * torch.ones(3).index_fill(0, torch.tensor(1), wrong))
+        return out
+
+    monkeypatch.setattr(liif_fast.ops, "query", broken)
+    liif_fast.patch(Upscaler)
+    with pytest.warns(RuntimeWarning, match="relative error of"):
+        assert all(map(torch.equal, results(model), expected))
+
+
+@needs_cpu
 def test_another_formula_is_found_out_while_tracing() -> None:
     model = make(classes.TwiceTheArea)
     expected = model(INP, COORD, CELL)

@@ -116,10 +116,7 @@ class Wrapped(nn.Module):
 # Classes of LIIF's shape that compute something else. The comparison has to find out.
 
 
-class TwiceTheArea(Upscaler):
-    def __init__(self) -> None:
-        super().__init__()
-
+class TwiceTheCell(Upscaler):
     def query_rgb(self, coord: Tensor, cell: Tensor | None = None) -> Tensor:
         return self._own(self.feat, coord, None if cell is None else cell * 2)
 

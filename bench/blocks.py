@@ -205,9 +205,10 @@ def patch_sentence(found: Results) -> str | None:
     if result is None:
         return None
     ratios = [f"**{result['entries'][f'{loop}: patched']['speedup']['median']:.1f}x**" for loop in patched.LOOPS]
+    warning = " ".join(["", *(f"**{each}**" for each in result["warnings"])])
     return (
-        f"On a CPU with {result['machine']['threads']} threads their inference then runs {ratios[0]} as fast (64x64 to "
-        f"256x256, chunks of 30,000), their training step {ratios[1]} as fast, with EDSR-baseline, in float32.\n"
+        f"On a CPU with {result['machine']['threads']} threads, inference (64x64 to 256x256, chunks of 30,000) is then "
+        f"{ratios[0]} as fast and a training step {ratios[1]} as fast, with EDSR-baseline in float32.{warning}\n"
     )
 
 

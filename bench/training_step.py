@@ -64,7 +64,7 @@ SPLIT = ("original", "ours", "ours-fast")
 PARTS = ("encoder", "decoder", "optimizer")
 
 
-class _Original(LIIF):
+class OriginalLIIF(LIIF):
     """LIIF whose decoder is the original's formulation."""
 
     in_float32 = False
@@ -82,7 +82,7 @@ def make_loop(variant: TrainVariant, device: torch.device) -> Stepper:
     stepper = make_stepper(device, variant.options)
     if variant.decoder != "ours":
         model: Any = stepper.model
-        model.__class__ = _Original
+        model.__class__ = OriginalLIIF
         model.in_float32 = variant.decoder == "original in float32"
     return stepper
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import blocks, loader, report, results, training_step
+import liif_fast
+from bench import blocks, loader, patched, report, results, training_step
 from bench.hopper.__main__ import FLOP_PER_BLOCK, ProbeError, check_build, check_run
 from liif_fast.benchmark.timing import CpuClock
 
@@ -127,6 +128,17 @@ def test_steps_and_loaders_are_measured_and_tabulated(tmp_path: Path, small: Non
     assert "| out of memory |" in training_step.steps_table(result)
     text = loader.table(loader.measure(images, "cpu", rounds=1, count=1, steps=1, max_workers=0))
     assert "cache in_memory, 0 workers" in text and "keeps up with the training step, bf16" in text
+
+
+def test_the_patched_loops_are_measured_and_tabulated(monkeypatch: pytest.MonkeyPatch, small: None) -> None:
+    monkeypatch.setattr(patched, "SIZE", 8)
+    with liif_fast.patched(patched._Patched):
+        loops = [patched.make_loops(cls, torch.device("cpu")) for cls in (training_step.OriginalLIIF, patched._Patched)]
+        for name in patched.LOOPS:
+            torch.testing.assert_close(loops[1][name](), loops[0][name]())
+    result = patched.measure(CpuClock(), rounds=1)
+    assert patched.table(result).count("x |\n") == 2
+    assert blocks.BLOCKS["patch"]([{**result, "path": ""}]).count("as fast") == 2  # type: ignore[union-attr]
 
 
 def test_the_hopper_probes_are_checked_by_the_compiler_and_compared_with_cublas() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liif_fast.models.coordinates import window_coord
+from liif_fast.models.latent_map import LatentMapHolder
 from liif_fast.models.registry import register
 from liif_fast.ops import validation
 from liif_fast.ops.dtypes import geometry_dtype
@@ -47,20 +48,21 @@ def linear_layers(imnet: nn.Module | None) -> list[nn.Linear] | None:
     hooks, no parametrizations and no forward of its own.
     """
     if isinstance(imnet, MLP) and type(imnet).forward is MLP.forward:
-        modules = [imnet, imnet.layers, *imnet.layers]
-        chain = list(imnet.layers)
-    elif type(imnet) is nn.Sequential:
-        modules = [imnet, *imnet]
-        chain = list(imnet)
-    else:
+        return linear_chain(imnet.layers, imnet)
+    return linear_chain(imnet)
+
+
+def linear_chain(chain: nn.Module | None, owner: nn.Module | None = None) -> list[nn.Linear] | None:
+    """The Linear layers of an `nn.Sequential` as `linear_layers` returns them; owner: the module that calls it."""
+    if type(chain) is not nn.Sequential:
         return None
-    linears = chain[::2]
-    relus = chain[1::2]
+    layers = list(chain)
+    linears, relus = layers[::2], layers[1::2]
     if len(linears) != len(relus) + 1 or any(type(relu) is not nn.ReLU for relu in relus):
         return None
     if any(type(linear) is not nn.Linear or linear.bias is None for linear in linears):
         return None
-    if any(_is_intercepted(module) for module in modules):
+    if any(_is_intercepted(module) for module in (owner or chain, chain, *layers)):
         return None
     return linears  # type: ignore[return-value]
 
@@ -73,37 +75,6 @@ def _is_intercepted(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
-
-
-class _Source(NamedTuple):
-    """A tensor from which a latent map was made, and its state at that time."""
-
-    tensor: Tensor
-    version: int  # PyTorch's count of in-place changes
-    alias: Tensor  # keeps the memory allocated, so that no other tensor can get its address
-    contents: Tensor | None  # for weights on a CPU, because not every change is counted
-
-    @classmethod
-    def of(cls, tensor: Tensor, is_weight: bool) -> _Source:
-        alias = tensor.detach()
-        contents = alias.clone() if is_weight and tensor.device.type == "cpu" else None
-        return cls(tensor, tensor._version, alias, contents)
-
-    def is_still(self, tensor: Tensor) -> bool:
-        return (
-            self.tensor is tensor
-            and self.version == tensor._version
-            and self.alias.data_ptr() == tensor.data_ptr()
-            and (self.contents is None or torch.equal(self.contents, tensor))
-        )
-
-
-class _FoldedFeatures(NamedTuple):
-    """The latent map of a model's features, and everything it depends on."""
-
-    latent_map: Tensor
-    sources: tuple[_Source, ...]
-    settings: tuple[object, ...]
 
 
 class ImplicitModel(nn.Module):
@@ -121,7 +92,7 @@ class ImplicitModel(nn.Module):
 
     encoder: nn.Module
     feat: Tensor | None
-    _folded: _FoldedFeatures | None
+    _folded: LatentMapHolder | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,26 +181,13 @@ class ImplicitModel(nn.Module):
         """The latent map of the current features: reused if nothing changed, otherwise made by `make`.
 
         weights: the layers that the map contains.
-        Returns None if the op must run without a precomputed map: with gradients enabled, in traced code, for inference
-        tensors (PyTorch does not count their changes), and if `make` returns None.
+        Returns None if the op must run without a precomputed map: in traced code, and as `LatentMapHolder.get` says.
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
-        sources = (self._current_feat(), *weights)
-        if torch.is_grad_enabled() or any(tensor.is_inference() for tensor in sources):
-            self._folded = None
-            return None
-        device = sources[0].device.type
-        settings = (self.backend, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        folded = self._folded
-        if folded is not None and folded.settings == settings and all(map(_Source.is_still, folded.sources, sources)):
-            return folded.latent_map
-        self._folded = folded = None  # frees the old map before the new one is made
-        latent_map = make()
-        if latent_map is not None:
-            states = (_Source.of(sources[0], False), *(_Source.of(weight, True) for weight in weights))
-            self._folded = _FoldedFeatures(latent_map, states, settings)
-        return latent_map
+        if self._folded is None:
+            self._folded = LatentMapHolder()
+        return self._folded.get(self._current_feat(), weights, (self.backend,), make)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._folded = None

@@ -17,8 +17,10 @@ import torch
 import yaml
 from PIL import Image
 
+import liif_fast
 from liif_fast.cli.main import main
 from liif_fast.models import default_data_norm, make_model
+from tests.integrations.original_classes import Upscaler
 from tests.models.small_models import ENCODER, IMNET
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,14 +86,18 @@ def folder(tmp_path):
 def names():
     """The values that the Python blocks use; one block may define names for the next."""
     torch.manual_seed(0)
-    return {
+    yield {
         "image": Image.new("RGB", (12, 10), "red"),
         "inp": torch.rand(1, 3, 8, 9) * 2 - 1,
         "coord": torch.rand(1, 7, 2) * 2 - 1,
         "cell": torch.full((1, 7, 2), 0.1),
         "feat": torch.rand(1, 4, 8, 9),
         "my_decoder": torch.nn.Linear(4 * 9 + 4, 3),
+        "MyLIIF": Upscaler,
+        "my_model": Upscaler(),
+        "validate": lambda model: model,
     }
+    liif_fast.unpatch()
 
 
 def run_line(line: str) -> None:

@@ -18,11 +18,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from liif_fast.models import default_data_norm, make_model, mmagic
+from liif_fast.models import mmagic
+from liif_fast.models.registry import make_model
 from liif_fast.utils.files import write_atomically
+from liif_fast.utils.normalization import default_data_norm
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # the models in the package
 DEFAULT = "tiny"
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # in a folder written by `save_pretrained`
 _FORMAT = "liif_fast"
 
 
@@ -104,7 +107,9 @@ def find(path: str | os.PathLike[str] | None) -> Path:
     if file.name == str(file) and shipped.is_file():
         return shipped
     if file.exists():
-        raise CheckpointError(f"{file} is a folder, not a model: give the path of the file in it")
+        if (file / WEIGHTS_FILE).is_file():
+            return file / WEIGHTS_FILE
+        raise CheckpointError(f"{file} is a folder without {WEIGHTS_FILE}: give the path of a model's file")
     names = sorted(weights.stem for weights in WEIGHTS.glob("*.safetensors"))
     hint = f", and the package has no model of that name: choose one of {', '.join(names)}" if names else ""
     raise FileNotFoundError(f"{file} does not exist{hint}")
@@ -117,6 +122,7 @@ def _from_safetensors(file: Path) -> nn.Module:
             weights = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (no dictionary)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{file} is a broken .safetensors file: {_one_line(error)}") from None
+    header = _with_config(header, file)
     if header.get("format") != _FORMAT or "spec" not in header:
         raise CheckpointError(f"{file} has tensors but no model: its metadata has no liif_fast spec")
     try:
@@ -124,6 +130,33 @@ def _from_safetensors(file: Path) -> nn.Module:
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file} has a broken spec in its metadata: {error}") from None
     return _build(spec, weights, data_norm, file)
+
+
+def _with_config(header: dict[str, str], file: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file; the config.json next to it replaces lost metadata and must agree with others.
+
+    Programs that rewrite a .safetensors file often drop its metadata.
+    """
+    config_file = file.with_name(CONFIG_FILE)
+    if file.name != WEIGHTS_FILE or not config_file.is_file():
+        return header
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{config_file} is no JSON: {_one_line(error)}") from None
+    if not isinstance(config, dict) or config.get("library_name") != _FORMAT:
+        return header
+    for part in ("spec", "data_norm"):
+        try:
+            agrees = part not in header or json.loads(header[part]) == config.get(part)
+        except json.JSONDecodeError:
+            continue  # `_from_safetensors` reports it
+        if not agrees:
+            raise CheckpointError(
+                f"{config_file} and the metadata of {file.name} have different {part}s: delete {CONFIG_FILE} to use the "
+                "metadata"
+            )
+    return {"format": _FORMAT, **{part: json.dumps(config.get(part)) for part in ("spec", "data_norm")}, **header}
 
 
 def _from_pth(file: Path) -> nn.Module:

@@ -33,6 +33,10 @@ class CheckpointError(ValueError):
     """A file without a model that can be read; the message is one sentence with the path."""
 
 
+class MissingSpecError(CheckpointError):
+    """A .safetensors file with weights, but without the description of a model."""
+
+
 def load(path: str | os.PathLike[str] | None = None, *, device: torch.device | str = "cpu") -> nn.Module:
     """A model with its weights, in eval mode on `device`.
 
@@ -124,7 +128,7 @@ def _from_safetensors(file: Path) -> nn.Module:
         raise CheckpointError(f"{file} is a broken .safetensors file: {_one_line(error)}") from None
     header = _with_config(header, file)
     if header.get("format") != _FORMAT or "spec" not in header:
-        raise CheckpointError(f"{file} has tensors but no model: its metadata has no liif_fast spec")
+        raise MissingSpecError(f"{file} has tensors but no model: its metadata has no liif_fast spec")
     try:
         spec, data_norm = json.loads(header["spec"]), json.loads(header.get("data_norm", "null"))
     except json.JSONDecodeError as error:
@@ -266,3 +270,19 @@ def _some(keys: Sequence[str], limit: int = 5) -> str:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def from_state_dict(state: Mapping[str, Any], *, source: str = "the state_dict") -> nn.Module:
+    """A model of a dictionary that another program has read from a file, in eval mode on the CPU.
+
+    state: {'name', 'args', 'sd'}, as in the original's files; or weights alone, with the keys of the original or of
+        MMagic, whose spec is determined by their shapes as in `mmagic.convert`.
+    source: names the dictionary in errors.
+    Raises CheckpointError.
+    """
+    try:
+        parts = (state, state["sd"], None) if "sd" in state else mmagic.convert(state)
+    except mmagic.NotLIIFError as error:
+        raise CheckpointError(f"{source} is no LIIF: {error}") from None
+    with torch.random.fork_rng(devices=[]):
+        return _build(*parts, Path(source)).eval()

@@ -24,7 +24,7 @@ try:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 except ImportError:
-    huggingface_hub = None  # type: ignore[assignment]
+    huggingface_hub = None
 
 _CARD_FILE = "README.md"
 _CARD = """---

@@ -1,0 +1,1 @@
+"""liif_fast inside other programs: the public LIIF code, hosts and hubs."""

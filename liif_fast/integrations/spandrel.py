@@ -24,7 +24,11 @@ except ModuleNotFoundError as error:
     ) from error
 
 _log = logging.getLogger(__name__)
-_PREFIXES = ("", "generator.", "module.generator.")  # of the original and ours, of MMagic, and of MMagic's wrapped models
+_PREFIXES = (
+    "",
+    "generator.",
+    "module.generator.",
+)  # of the original and ours, of MMagic, and of MMagic's wrapped models
 _FIRST_LAYERS = ("encoder.head.0.weight", "encoder.SFENet1.weight", "conv_first.weight", "sfe1.weight")
 
 

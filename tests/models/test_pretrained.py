@@ -179,9 +179,7 @@ def test_repositories_without_config_and_missing_ones(hub, tmp_path):
     assert_same(LIIF.from_pretrained("me/small", **cache), model_with_norm())
     for missing in ("me/other", "me/empty"):
         hub["me/empty"] = {}
-        with pytest.raises(
-            FileNotFoundError, match=f"^{missing} is no folder here, and model"
-        ):
+        with pytest.raises(FileNotFoundError, match=f"^{missing} is no folder here, and model"):
             LIIF.from_pretrained(missing, **cache)
     with pytest.raises(FileNotFoundError, match="could not be downloaded"):
         LIIF.from_pretrained("me/other", local_files_only=True, **cache)

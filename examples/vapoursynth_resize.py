@@ -5,8 +5,9 @@ Copy this file next to a script, then:
     from vapoursynth_resize import resize
     clip = resize(clip, width=720, height=540, src_left=4, src_width=712)
 
-Output pixels and their sizes are exact: the center of column i is at src_left + (i + 0.5) * src_width / width in pixels of
-the source, and its width is src_width / width. The source is mirrored at its borders, as in VapourSynth's own resizers.
+Output pixels and their sizes are exact: the center of column i is at src_left + (i + 0.5) * src_width / width in pixels
+of the source, and its width is src_width / width. The source is mirrored at its borders, as in VapourSynth's own
+resizers.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import os
 from functools import cache
 from typing import Any
 
-import liif_fast
 import numpy as np
 import torch
 import vapoursynth as vs
-from liif_fast.utils.normalization import normalizations
 from torch import Tensor
+
+import liif_fast
+from liif_fast.utils.normalization import normalizations
 
 
 def resize(

@@ -12,10 +12,11 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import folder_paths
-import liif_fast
-from liif_fast.integrations import spandrel as liif_in_spandrel
 from spandrel import ModelLoader
 from torch import Tensor
+
+import liif_fast
+from liif_fast.integrations import spandrel as liif_in_spandrel
 
 liif_in_spandrel.install()
 

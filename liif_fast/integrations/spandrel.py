@@ -86,7 +86,7 @@ class LIIFArchitecture(spandrel.Architecture):
         """An ImageModelDescriptor of a LIIF or MetaSR."""
         channels = getattr(model.encoder, "n_colors", 3)
         spec: Any = model.spec
-        descriptor = spandrel.ImageModelDescriptor(
+        descriptor: Any = spandrel.ImageModelDescriptor(
             model,
             model.state_dict(),
             architecture=self,

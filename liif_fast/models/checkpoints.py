@@ -137,7 +137,7 @@ def _from_safetensors(file: Path) -> nn.Module:
 
 
 def _with_config(header: dict[str, str], file: Path) -> dict[str, str]:
-    """The metadata of a .safetensors file; the config.json next to it replaces lost metadata and must agree with others.
+    """The metadata of a .safetensors file; config.json next to it replaces lost metadata and must agree with the rest.
 
     Programs that rewrite a .safetensors file often drop its metadata.
     """
@@ -156,10 +156,8 @@ def _with_config(header: dict[str, str], file: Path) -> dict[str, str]:
         except json.JSONDecodeError:
             continue  # `_from_safetensors` reports it
         if not agrees:
-            raise CheckpointError(
-                f"{config_file} and the metadata of {file.name} have different {part}s: delete {CONFIG_FILE} to use the "
-                "metadata"
-            )
+            difference = f"{config_file} and the metadata of {file.name} have different {part}s"
+            raise CheckpointError(f"{difference}: delete {CONFIG_FILE} to use the metadata")
     return {"format": _FORMAT, **{part: json.dumps(config.get(part)) for part in ("spec", "data_norm")}, **header}
 
 
@@ -281,8 +279,8 @@ def from_state_dict(state: Mapping[str, Any], *, source: str = "the state_dict")
     Raises CheckpointError.
     """
     try:
-        parts = (state, state["sd"], None) if "sd" in state else mmagic.convert(state)
+        spec, weights, data_norm = (state, state["sd"], None) if "sd" in state else mmagic.convert(state)
     except mmagic.NotLIIFError as error:
         raise CheckpointError(f"{source} is no LIIF: {error}") from None
     with torch.random.fork_rng(devices=[]):
-        return _build(*parts, Path(source)).eval()
+        return _build(dict(spec), weights, data_norm, Path(source)).eval()

@@ -104,8 +104,10 @@ class Pretrained:
         dtype: torch.dtype | None = None,
         card: str | None = None,
     ) -> str:
-        """Upload the files of `save_pretrained` to the repository `repo_id` ('owner/name') -> the address of the commit.
+        """Upload the files of `save_pretrained` to a repository -> the address of the commit.
 
+        repo_id: 'owner/name'. revision, token, private, commit_message: as in `huggingface_hub.HfApi`.
+        dtype, card: as in `save_pretrained`.
         The repository is made if needed, private if `private`. A model card in it is replaced only by a given `card`.
         Raises ImportError without huggingface_hub, whose own errors pass.
         """

@@ -1,5 +1,7 @@
-"""The ComfyUI nodes on the real spandrel. ComfyUI itself is no package, so the modules that a node imports are stand-ins
-with their documented interface: folder_paths, comfy.utils.ProgressBar and comfy.model_management."""
+"""The ComfyUI nodes on the real spandrel and on stand-ins for ComfyUI's modules, since ComfyUI is no package.
+
+The stand-ins have the documented interface of folder_paths, comfy.utils.ProgressBar and comfy.model_management.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""The VapourSynth resizer. VapourSynth has no wheel for Python 3.11, so the module is a stand-in with the documented
-interface: clips with format, width and height; std.BlankClip and ModifyFrame; resize.Point; frames of three planes."""
+"""The VapourSynth resizer on a stand-in for VapourSynth, which has no wheel for Python 3.11.
+
+The stand-in has the documented interface: clips with format, width and height; std.BlankClip and ModifyFrame;
+resize.Point; frames of three planes.
+"""
 
 from __future__ import annotations
 

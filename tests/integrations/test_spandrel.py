@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -179,3 +181,11 @@ def test_other_models_load_as_before(spandrel, tmp_path):
     assert descriptor.architecture is compact and descriptor(IMAGE).shape == (1, 3, 18, 14)
     with pytest.raises(spandrel.UnsupportedModelError):
         spandrel.ModelLoader().load_from_state_dict({"x": torch.zeros(1)})
+
+
+def test_without_spandrel_the_import_is_one_sentence():
+    code = "import sys; sys.modules['spandrel'] = None\nimport liif_fast.integrations.spandrel"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("ImportError: liif_fast.integrations.spandrel needs spandrel: ")
+    )

@@ -1,4 +1,4 @@
-"""save_pretrained, from_pretrained and push_to_hub; with the Hub's real client and a small server, where it is installed."""
+"""save_pretrained, from_pretrained and push_to_hub; the Hub's real client, where installed, talks to a small server."""
 
 from __future__ import annotations
 

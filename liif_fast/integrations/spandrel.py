@@ -74,11 +74,13 @@ class LIIFArchitecture(spandrel.Architecture):
     def load(self, state_dict: Mapping[str, Any]) -> Any:
         """An ImageModelDescriptor of weights without their file; raises `checkpoints.CheckpointError`."""
         model = checkpoints.from_state_dict(state_dict, source="the file that spandrel has read")
+        assumed = f"normalization {model.data_norm}"
+        if "sd" not in state_dict:
+            assumed += f" and spec {model.spec}"
         _log.warning(
-            "a LIIF came without its file's metadata: its normalization is assumed to be %s and its spec %s; "
-            "ModelLoader.load_from_file and liif_fast.load read both from the file",
-            model.data_norm,
-            model.spec,
+            "a LIIF came without the rest of its file, whose %s is assumed; "
+            "ModelLoader.load_from_file and liif_fast.load read the file's own",
+            assumed,
         )
         return self.describe(model)
 

@@ -41,7 +41,8 @@ def load(path: str | os.PathLike[str] | None = None, *, device: torch.device | s
     """A model with its weights, in eval mode on `device`.
 
     path: a .safetensors file written by `save`, a .pth file of yinboc/liif ({'model': {'name', 'args', 'sd'}, ...}) or
-        of MMagic ({'state_dict', ...}), or the name of a model in the package; None = 'tiny'.
+        of MMagic ({'state_dict', ...}), a folder of `save_pretrained`, or the name of a model in the package; None =
+        'tiny'.
     The model's `data_norm` is that of the file, by default the paper's, or that of MMagic's configs. Parameters are
     float32, or float64 if all parameters in the file are float64.
     Raises FileNotFoundError, or CheckpointError for any other file, or weights that do not fit the file's spec.
@@ -113,7 +114,7 @@ def find(path: str | os.PathLike[str] | None) -> Path:
     if file.exists():
         if (file / WEIGHTS_FILE).is_file():
             return file / WEIGHTS_FILE
-        raise CheckpointError(f"{file} is a folder without {WEIGHTS_FILE}: give the path of a model's file")
+        raise CheckpointError(f"{file} is a folder, not a model: give the path of the file in it")
     names = sorted(weights.stem for weights in WEIGHTS.glob("*.safetensors"))
     hint = f", and the package has no model of that name: choose one of {', '.join(names)}" if names else ""
     raise FileNotFoundError(f"{file} does not exist{hint}")

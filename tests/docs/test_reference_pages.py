@@ -1,4 +1,4 @@
-"""docs/environment.md names every variable that the code reads; `make docs` has no warnings; links and forms are right."""
+"""docs/environment.md names every variable that the code reads; `make docs` has no warnings; links lead somewhere."""
 
 from __future__ import annotations
 

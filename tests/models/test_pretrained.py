@@ -107,7 +107,7 @@ def test_dtype_and_metasr(tmp_path):
 def test_neither_folder_nor_repository(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a folder nor the name of a repository"):
         LIIF.from_pretrained(tmp_path / "missing")
-    with pytest.raises(CheckpointError, match="is a folder without model"):
+    with pytest.raises(CheckpointError, match="is a folder, not a model"):
         LIIF.from_pretrained(tmp_path)
 
 

@@ -21,7 +21,7 @@ API = liif_fast '!liif_fast\.ops\..*' liif_fast.models liif_fast.models.base lii
 CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test prove lint bench gpu gpu-packages build wheel sanitize docs clean
+.PHONY: help demo test prove lint bench gpu gpu-packages build wheel hub sanitize docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -58,6 +58,9 @@ build: $(VENV)/.installed ## compile what changed into liif_fast/_C.abi3.so
 
 wheel: $(VENV)/.installed ## a wheel for every Python >= 3.10 and torch >= 2.11, in dist/
 	$(PY) -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+
+hub: $(VENV)/.installed ## the ops as a kernel of the Kernel Hub, one folder for each variant, in dist/hub
+	$(PY) scripts/hub.py dist/hub
 
 sanitize: $(VENV)/.installed ## the kernels' tests under the address and undefined-behavior sanitizers (GCC)
 	LIIF_FAST_SANITIZE=1 $(PY) setup.py -q build_ext --inplace

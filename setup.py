@@ -4,9 +4,10 @@ This file is the only home of compiler flags. It writes build/objects/build.ninj
 The extension uses the LibTorch stable ABI, so a build against a CPU torch runs with every torch, and needs no GPU.
 torch's headers are found without importing torch, which would take seconds.
 
-LIIF_FAST_BUILD        auto (default): C++ always, CUDA when nvcc is found; a missing part is left out with a warning
+LIIF_FAST_BUILD        auto (default): C++ or an error, and CUDA; where CUDA cannot be compiled, a warning
                        cuda: C++ and CUDA, or an error; cpu: C++ without CUDA, or an error; none: pure Python
 LIIF_FAST_CUDA_ARCHS   narrows the CUDA architectures, for example "90a" or "80;90a" (PTX is for compute_80 in any case)
+TORCH_CUDA_ARCH_LIST   the same for every CUDA extension, for example "8.0;9.0+PTX" (PTX as it says; 9.0 is 90a)
 LIIF_FAST_SANITIZE=1   address and undefined-behavior sanitizers, into build/sanitize; the package does not change
 CXX, CUDA_HOME, MAX_JOBS   as in torch's own extension builder
 """
@@ -30,6 +31,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
@@ -50,6 +52,11 @@ SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefin
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"]
 LINK_FLAGS = ["-shared", "-Wl,-z,relro,-z,now", "-Wl,--version-script=csrc/exports.map"]
 CUDA_LIBRARIES = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+
+# The names that TORCH_CUDA_ARCH_LIST takes, as torch reads them. Architectures before 8.0 are skipped.
+NAMED_ARCHS = {"Maxwell": "5.0", "Pascal": "6.0", "Volta": "7.0", "Turing": "7.5", "Ampere": "8.0;8.6+PTX"}
+NAMED_ARCHS |= {"Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell": "10.0;12.0+PTX"}
 
 
 class BuildError(Exception):
@@ -90,7 +97,8 @@ def find_torch() -> tuple[Path, str]:
     """The folder and the version of the installed torch, without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise BuildError("torch was not found while building (install torch>=2.11, then use --no-build-isolation)")
+        remedy = "install torch>=2.11, then run `python -m pip install --no-build-isolation --no-cache-dir .`"
+        raise BuildError(f"torch was not found while building: {remedy}")
     folder = Path(spec.origin).parent
     version = runpy.run_path(str(folder / "version.py"))["__version__"]
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (2, 11):
@@ -103,6 +111,43 @@ def sources(pattern: str) -> list[Path]:
     return sorted(path.relative_to(ROOT) for path in ROOT.glob(f"csrc/{pattern}"))
 
 
+class Archs(NamedTuple):
+    """CUDA architectures as nvcc writes them."""
+
+    compiled: list[str]
+    ptx: list[str]
+    variable: str  # that names them; "" for the default
+
+    @classmethod
+    def wanted(cls) -> Archs:
+        """Those of LIIF_FAST_CUDA_ARCHS, else of TORCH_CUDA_ARCH_LIST, else CUDA_ARCHS."""
+        words = [word for word in re.split(r"[;,\s]+", os.environ.get("LIIF_FAST_CUDA_ARCHS", "")) if word]
+        if words:
+            for word in words:
+                if not re.fullmatch(r"(sm_)?\d+[af]?", word):
+                    sys.exit(f"error: LIIF_FAST_CUDA_ARCHS names {word!r}: write architectures like '80;90a'")
+            return cls([word.removeprefix("sm_") for word in words], ["80"], "LIIF_FAST_CUDA_ARCHS")
+        words = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+        if words[0] in ("", "All", "Common"):
+            return cls(list(CUDA_ARCHS), ["80"], "")
+        compiled, ptx, skipped = [], [], []
+        for word in ";".join(NAMED_ARCHS.get(word, word) for word in words if word).split(";"):
+            found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
+            if found is None:
+                sys.exit(f"error: TORCH_CUDA_ARCH_LIST names {word!r}: write capabilities like '8.0;9.0+PTX'")
+            arch = "".join(found.groups("")[:3])
+            if int(found[1]) < 8:
+                skipped.append(word)
+                continue
+            compiled.append("90a" if arch == "90" else arch)
+            ptx += [arch] if found[4] else []
+        if skipped:
+            warn(f"{', '.join(skipped)} of TORCH_CUDA_ARCH_LIST is skipped: the CUDA kernels need 8.0 or newer")
+        if not compiled:
+            raise BuildError("TORCH_CUDA_ARCH_LIST names no architecture of 8.0 or newer")
+        return cls(list(dict.fromkeys(compiled)), list(dict.fromkeys(ptx)), "TORCH_CUDA_ARCH_LIST")
+
+
 class Toolkit(NamedTuple):
     """A CUDA toolkit."""
 
@@ -110,10 +155,11 @@ class Toolkit(NamedTuple):
     root: Path
     release: str
     archs: list[str]
+    ptx: list[str]
 
     @classmethod
     def find(cls) -> Toolkit:
-        """The toolkit of nvcc, for the architectures of LIIF_FAST_CUDA_ARCHS or CUDA_ARCHS that this nvcc supports."""
+        """The toolkit of nvcc, for the architectures of Archs.wanted. The default ones that nvcc lacks are left out."""
         homes = [home for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
         nvcc = on_path(*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc")
         if nvcc is None:
@@ -125,32 +171,26 @@ class Toolkit(NamedTuple):
         known = set(re.findall(r"sm_(\d+)", output_of(nvcc, "--list-gpu-code")))
         if not (top and release and known):
             raise BuildError(f"{nvcc} does not work as nvcc; repair the CUDA toolkit or set LIIF_FAST_BUILD=cpu")
-        words = re.split(r"[;,\s]+", os.environ.get("LIIF_FAST_CUDA_ARCHS", ""))
-        wanted = [word.removeprefix("sm_") for word in words if word]
-        for arch in wanted:
-            if not re.fullmatch(r"\d+[af]?", arch):
-                sys.exit(f"error: LIIF_FAST_CUDA_ARCHS names {arch!r}: write architectures like '80;90a'")
-            if arch.rstrip("af") not in known:
-                sys.exit(f"error: nvcc {release.group(1)} does not support sm_{arch} of LIIF_FAST_CUDA_ARCHS")
-        archs = [arch for arch in wanted or CUDA_ARCHS if arch.rstrip("af") in known]
+        wanted = Archs.wanted()
+        archs = [arch for arch in wanted.compiled if arch.rstrip("af") in known]
+        if wanted.variable and archs != wanted.compiled:
+            (first, *_) = set(wanted.compiled) - set(archs)
+            sys.exit(f"error: nvcc {release.group(1)} does not support sm_{first} of {wanted.variable}")
         flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        flags.append("-gencode=arch=compute_80,code=compute_80")  # PTX, for GPUs that are newer than these
+        # PTX is for GPUs that are newer than these.
+        flags += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in wanted.ptx]
         if int(release.group(1).split(".")[0]) >= 13:  # a quarter of the size; every driver for CUDA 13 unpacks it
             flags.append("--compress-mode=size")
         command = [nvcc, *NVCC_FLAGS, *flags, "-Xptxas", "-v"]
-        return cls(command, Path(top.group(1).strip()).resolve(), release.group(1), archs)
+        return cls(command, Path(top.group(1).strip()).resolve(), release.group(1), archs, wanted.ptx)
 
 
 def why_not() -> str:
-    """The reason why no extension can be built here, found before the compilation; '' if one can be built."""
+    """The reason why the package is pure Python here; '' where it needs its extension."""
     if MODE == "none":
         return "LIIF_FAST_BUILD=none"
     if platform.system() != "Linux":
         return f"the extension is built on Linux only, and this is {platform.system()}"
-    try:
-        find_compiler(), find_torch(), find_ninja()
-    except BuildError as error:
-        return str(error)
     return ""
 
 
@@ -200,14 +240,16 @@ def write_ninja(folder: Path, toolkit: Toolkit | None) -> dict[str, object]:
         libraries += [f"-L{toolkit.root}/{name}" for name in ("lib64", "lib")] + CUDA_LIBRARIES
     lines += [f"rule cxx\n  description = c++: $out\n  command = {cxx} $flags {compile_one} {tools}{headers}"]
     for source in [*sources("bindings/*.cpp"), *sources("cpu/*.cpp")]:
-        objects.append(f"{folder / source.relative_to('csrc')}.o")
-        flags = " -DLIIF_FAST_WITH_CUDA" if toolkit and source.parent.name == "bindings" else ""
+        with_cuda = toolkit and (source.name.startswith("cuda_") or source.name == "library.cpp")
+        flags = " -DLIIF_FAST_WITH_CUDA" if with_cuda else ""
+        # Two names: builds with and without CUDA, in turns, compile nothing twice.
+        objects.append(f"{folder / source.relative_to('csrc')}{'.cuda' if with_cuda else ''}.o")
         lines.append(f"build {objects[-1]}: cxx {source}\n  flags ={flags}")
     lines += [f"rule link\n  description = link: $out\n  command = {link} $in {quoted(*libraries)} -o $out {tools}"]
     lines += [f"build {folder}/_C.abi3.so: link {' '.join(cuda + objects)} | csrc/exports.map", ""]
     (ROOT / folder / "build.ninja").write_text("\n".join(lines))
-    cuda_facts = {"cuda": toolkit.release, "cuda_archs": toolkit.archs} if toolkit else {"cuda": None, "cuda_archs": []}
-    return {"compiler": version, "torch": torch_version, **cuda_facts}
+    release, archs, ptx = (toolkit.release, toolkit.archs, toolkit.ptx) if toolkit else (None, [], [])
+    return {"compiler": version, "torch": torch_version, "cuda": release, "cuda_archs": archs, "cuda_ptx": ptx}
 
 
 def run_ninja(folder: Path, target: str) -> None:
@@ -232,6 +274,7 @@ def run_ninja(folder: Path, target: str) -> None:
 
 def build() -> dict[str, object]:
     """Build the extension in OBJECTS; returns facts for _build.json. Mode auto leaves CUDA out if it does not build."""
+    find_compiler(), find_torch(), find_ninja()  # a missing tool is no reason against CUDA alone
     why_no_cuda = "LIIF_FAST_BUILD=cpu" if MODE == "cpu" else "LIIF_FAST_SANITIZE covers the C++ code only"
     if MODE != "cpu" and not SANITIZE:
         try:
@@ -269,8 +312,13 @@ class BuildExtension(build_ext):
         return ROOT / "liif_fast" if in_place else Path(self.build_lib).resolve() / "liif_fast"
 
     def run(self) -> None:
-        """Install the extension, or the reason why there is none. A library of older sources is removed."""
+        """Install the extension, or the reason for pure Python. A failure stops: pip would keep a wheel without it."""
         target = self.destination() / "_C.abi3.so"
+        if not BUILDS:
+            warn(f"the package is built without its C++ extension: {WHY_NOT}")
+            target.unlink(missing_ok=True)
+            write_facts(target.parent, {"missing": WHY_NOT})
+            return
         try:
             if WHY_NOT:
                 raise BuildError(WHY_NOT)
@@ -283,15 +331,12 @@ class BuildExtension(build_ext):
                 shutil.copyfile(ROOT / OBJECTS / target.name, fresh)
                 os.replace(fresh, target)  # in one step: a process that has mapped the old file keeps it
         except BuildError as error:
-            if SANITIZE or MODE in ("cpu", "cuda"):
-                sys.exit(f"error: {error}")
-            warn(f"the package is built without its C++ extension: {error}")
-            target.unlink(missing_ok=True)
-            write_facts(target.parent, {"missing": str(error)})
+            instead = " (LIIF_FAST_BUILD=none builds a slow package of pure Python)" if MODE == "auto" else ""
+            sys.exit(f"error: {error}{instead}")
 
 
 class BuildPython(build_py):
-    """Writes the reason for a missing extension into the package, if the reason is known before the compilation."""
+    """Writes the reason for a missing extension into the package."""
 
     def run(self) -> None:
         super().run()
@@ -299,10 +344,13 @@ class BuildPython(build_py):
             write_facts(Path(self.build_lib) / "liif_fast", {"missing": WHY_NOT})
 
 
+if int(setuptools.__version__.split(".")[0]) < 77:
+    wanted = "`python -m pip install --upgrade setuptools ninja`"
+    sys.exit(f"error: setuptools {setuptools.__version__} is too old, liif_fast is built by 77 or newer: {wanted}")
 if MODE not in ("auto", "cuda", "cpu", "none"):
     sys.exit(f"error: LIIF_FAST_BUILD is {MODE!r}: set it to one of auto, cuda, cpu, none")
 WHY_NOT = why_not()
-BUILDS = not WHY_NOT or MODE in ("cpu", "cuda")  # these two report the reason as an error, in BuildExtension.run
+BUILDS = not WHY_NOT or MODE in ("cpu", "cuda")  # these two report the reason as an error
 ABI3 = BUILDS and not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Pythons have no stable ABI
 setup(
     ext_modules=[Extension("liif_fast._C", [], py_limited_api=True)] if BUILDS else [],

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-import liif_fast.ops  # noqa: F401  (loads the extension)
+from liif_fast.ops.backends import extension
 
 _ROOT = Path(__file__).resolve().parent.parent
 # The paths whose changes can change a timing, without results and documents.
@@ -23,7 +23,7 @@ _MEASURED = ("csrc", "liif_fast", ":(glob)bench/**/*.py", "setup.py")
 def describe(device: str = "cpu") -> dict[str, Any]:
     """The processor and the threads in use, and the GPU where `device` is cuda."""
     info = _cpuinfo()
-    ops = torch.ops.liif_fast_C
+    ops = extension.OPS
     found = {
         "device": device,
         "cpu": info.get("model name") or platform.processor() or platform.machine(),

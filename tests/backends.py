@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from liif_fast.ops import backends
+from liif_fast.ops.backends import extension
 from tests.cuda.emulator import build
 from tests.cuda.emulator.ops import Ops
 from tests.helpers import Case, reason_against
@@ -38,12 +39,12 @@ def _cpu(isa: str) -> Callable:
     @contextmanager
     def run() -> Iterator[None]:
         _require("cpu", "cpu")
-        if not torch.ops.liif_fast_C.cpu_select_isa(isa):
+        if not extension.OPS.cpu_select_isa(isa):
             pytest.skip(f"this processor has no {isa}, or LIIF_FAST_CPU_ISA excludes it")
         try:
             yield
         finally:
-            torch.ops.liif_fast_C.cpu_select_isa("auto")
+            extension.OPS.cpu_select_isa("auto")
 
     return run
 

@@ -103,11 +103,12 @@ std::vector<Tensor> metasr_query_backward(const Tensor& grad_out, const Tensor& 
 }
 
 }  // namespace
-}  // namespace liif_fast
 
-STABLE_TORCH_LIBRARY_IMPL(liif_fast_C, CPU, m) {
-  m.impl("decode", TORCH_BOX(&liif_fast::decode));
-  m.impl("decode_backward", TORCH_BOX(&liif_fast::boxed_decode_backward));
-  m.impl("metasr_query", TORCH_BOX(&liif_fast::metasr_query));
-  m.impl("metasr_query_backward", TORCH_BOX(&liif_fast::metasr_query_backward));
+void register_cpu_decode(Registry& ops) {
+  ops.impl("CPU", "decode", TORCH_BOX(&decode));
+  ops.impl("CPU", "decode_backward", TORCH_BOX(&boxed_decode_backward));
+  ops.impl("CPU", "metasr_query", TORCH_BOX(&metasr_query));
+  ops.impl("CPU", "metasr_query_backward", TORCH_BOX(&metasr_query_backward));
 }
+
+}  // namespace liif_fast

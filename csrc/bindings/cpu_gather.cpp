@@ -83,11 +83,12 @@ std::tuple<Tensor, Tensor> boxed_ensemble_backward(const Tensor& grad_out, const
 }
 
 }  // namespace
-}  // namespace liif_fast
 
-STABLE_TORCH_LIBRARY_IMPL(liif_fast_C, CPU, m) {
-  m.impl("gather", TORCH_BOX(&liif_fast::gather));
-  m.impl("gather_backward", TORCH_BOX(&liif_fast::boxed_gather_backward));
-  m.impl("ensemble", TORCH_BOX(&liif_fast::ensemble));
-  m.impl("ensemble_backward", TORCH_BOX(&liif_fast::boxed_ensemble_backward));
+void register_cpu_gather(Registry& ops) {
+  ops.impl("CPU", "gather", TORCH_BOX(&gather));
+  ops.impl("CPU", "gather_backward", TORCH_BOX(&boxed_gather_backward));
+  ops.impl("CPU", "ensemble", TORCH_BOX(&ensemble));
+  ops.impl("CPU", "ensemble_backward", TORCH_BOX(&boxed_ensemble_backward));
 }
+
+}  // namespace liif_fast

@@ -151,22 +151,20 @@ std::vector<Tensor> decode_backward(const Tensor& grad_out, const Tensor& saved,
 }
 
 }  // namespace
-}  // namespace liif_fast
 
-STABLE_TORCH_LIBRARY_FRAGMENT(liif_fast_C, m) {
-  m.def(
+void register_cuda_decode(Registry& ops) {
+  ops.def(
       "cuda_decode(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, "
       "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, int policy, Tensor(a!) saved, "
       "bool last_layer, int first_row, int rows, bool with_out) -> Tensor");
-  m.def(
+  ops.def(
       "cuda_decode_backward(Tensor grad_out, Tensor saved, int saved_first_row, int saved_rows, Tensor latent_map, "
       "Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, Tensor[] biases, int[] grid, "
       "float[] grid_cell, bool local_ensemble, int policy, int first_row, int rows, Tensor(a!) grad_latent_map, "
       "Tensor(b!) grad_coord, Tensor(c!) grad_cell) -> Tensor[]");
+  ops.impl("CUDA", "cuda_decode", TORCH_BOX(&decode));
+  ops.impl("CUDA", "cuda_decode_backward", TORCH_BOX(&decode_backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(liif_fast_C, CUDA, m) {
-  m.impl("cuda_decode", TORCH_BOX(&liif_fast::decode));
-  m.impl("cuda_decode_backward", TORCH_BOX(&liif_fast::decode_backward));
-}
+}  // namespace liif_fast
 #endif

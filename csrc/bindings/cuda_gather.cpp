@@ -104,21 +104,19 @@ std::tuple<Tensor, Tensor> ensemble_backward(const Tensor& grad_out, const Tenso
 }
 
 }  // namespace
-}  // namespace liif_fast
 
 // library.cpp has the schemas that CPU and CUDA share. This op exists for CUDA alone: only here do the order of the
 // sums and the layout of feat's gradient ([B, H, W, C] with channels_last) need a choice.
-STABLE_TORCH_LIBRARY_FRAGMENT(liif_fast_C, m) {
-  m.def(
+void register_cuda_gather(Registry& ops) {
+  ops.def(
       "cuda_gather_backward(Tensor grad_x, Tensor grad_area_weight, Tensor coord, int channels, int height, int width, "
       "bool has_cell, bool feat_unfold, bool local_ensemble, bool deterministic, bool channels_last) "
       "-> (Tensor, Tensor, Tensor)");
+  ops.impl("CUDA", "gather", TORCH_BOX(&gather));
+  ops.impl("CUDA", "cuda_gather_backward", TORCH_BOX(&gather_backward));
+  ops.impl("CUDA", "ensemble", TORCH_BOX(&ensemble));
+  ops.impl("CUDA", "ensemble_backward", TORCH_BOX(&ensemble_backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(liif_fast_C, CUDA, m) {
-  m.impl("gather", TORCH_BOX(&liif_fast::gather));
-  m.impl("cuda_gather_backward", TORCH_BOX(&liif_fast::gather_backward));
-  m.impl("ensemble", TORCH_BOX(&liif_fast::ensemble));
-  m.impl("ensemble_backward", TORCH_BOX(&liif_fast::ensemble_backward));
-}
+}  // namespace liif_fast
 #endif

@@ -69,20 +69,18 @@ std::vector<Tensor> metasr_query_backward(const Tensor& grad_out, const Tensor& 
 }
 
 }  // namespace
-}  // namespace liif_fast
 
 // library.cpp has the forward's schema. These two ops exist for CUDA alone: only here does the order of the sums need a
 // choice.
-STABLE_TORCH_LIBRARY_FRAGMENT(liif_fast_C, m) {
-  m.def("cuda_metasr_latents(Tensor coord, Tensor cell, int[] region, int[] sizes) -> Tensor");
-  m.def(
+void register_cuda_metasr(Registry& ops) {
+  ops.def("cuda_metasr_latents(Tensor coord, Tensor cell, int[] region, int[] sizes) -> Tensor");
+  ops.def(
       "cuda_metasr_query_backward(Tensor grad_out, Tensor latent_map, Tensor coord, Tensor cell, Tensor weight, "
       "Tensor bias, int[] region, Tensor? order, Tensor? starts) -> Tensor[]");
+  ops.impl("CUDA", "metasr_query", TORCH_BOX(&metasr_query));
+  ops.impl("CUDA", "cuda_metasr_latents", TORCH_BOX(&metasr_latents));
+  ops.impl("CUDA", "cuda_metasr_query_backward", TORCH_BOX(&metasr_query_backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(liif_fast_C, CUDA, m) {
-  m.impl("metasr_query", TORCH_BOX(&liif_fast::metasr_query));
-  m.impl("cuda_metasr_latents", TORCH_BOX(&liif_fast::metasr_latents));
-  m.impl("cuda_metasr_query_backward", TORCH_BOX(&liif_fast::metasr_query_backward));
-}
+}  // namespace liif_fast
 #endif

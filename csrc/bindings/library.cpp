@@ -1,9 +1,13 @@
 // The library of ops: the schemas that CPU and CUDA share, and the choice of the processor's instruction set. cpu_*.cpp
 // and cuda_*.cpp implement the ops.
+#include <memory>
+#include <mutex>
 #include <numeric>
+#include <set>
 #include <string>
 
 #include "bindings/common.h"
+#include "bindings/registry.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 
@@ -28,36 +32,62 @@ double cpu_multiply_add_loop(std::string dtype, int64_t repetitions) {
   return std::accumulate(operations.begin(), operations.end(), 0.0);
 }
 
-}  // namespace
-}  // namespace liif_fast
-
-STABLE_TORCH_LIBRARY(liif_fast_C, m) {
-  m.def("gather(Tensor feat, Tensor coord, Tensor? cell, bool feat_unfold, bool local_ensemble) -> (Tensor, Tensor)");
-  m.def(
+// The ops that take no tensors, and the schemas that CPU and CUDA share.
+void register_shared(Registry& ops) {
+  ops.def("gather(Tensor feat, Tensor coord, Tensor? cell, bool feat_unfold, bool local_ensemble) -> (Tensor, Tensor)");
+  ops.def(
       "gather_backward(Tensor grad_x, Tensor grad_area_weight, Tensor coord, int channels, int height, int width, "
       "bool has_cell, bool feat_unfold, bool local_ensemble) -> (Tensor, Tensor, Tensor)");
-  m.def("ensemble(Tensor pred, Tensor area_weight) -> Tensor");
-  m.def("ensemble_backward(Tensor grad_out, Tensor pred, Tensor area_weight) -> (Tensor, Tensor)");
-  m.def(
+  ops.def("ensemble(Tensor pred, Tensor area_weight) -> Tensor");
+  ops.def("ensemble_backward(Tensor grad_out, Tensor pred, Tensor area_weight) -> (Tensor, Tensor)");
+  ops.def(
       "decode(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, "
       "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, bool bf16) -> Tensor");
-  m.def(
+  ops.def(
       "decode_backward(Tensor grad_out, Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, "
       "Tensor[] weights, Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, bool bf16) -> Tensor[]");
-  m.def(
+  ops.def(
       "metasr_query(Tensor latent_map, Tensor coord, Tensor cell, Tensor weight, Tensor bias, int[] region) -> Tensor");
-  m.def(
+  ops.def(
       "metasr_query_backward(Tensor grad_out, Tensor latent_map, Tensor coord, Tensor cell, Tensor weight, "
       "Tensor bias, int[] region) -> Tensor[]");
-  m.def("cpu_isa() -> str");
-  m.def("cpu_has_bf16() -> bool");
-  m.def("cpu_select_isa(str name) -> bool");
-  m.def("cpu_multiply_add_loop(str dtype, int repetitions) -> float");
+  ops.def("cpu_isa() -> str");
+  ops.def("cpu_has_bf16() -> bool");
+  ops.def("cpu_select_isa(str name) -> bool");
+  ops.def("cpu_multiply_add_loop(str dtype, int repetitions) -> float");
+  ops.impl("CompositeExplicitAutograd", "cpu_isa", TORCH_BOX(&cpu_isa));
+  ops.impl("CompositeExplicitAutograd", "cpu_has_bf16", TORCH_BOX(&cpu_has_bf16));
+  ops.impl("CompositeExplicitAutograd", "cpu_select_isa", TORCH_BOX(&cpu_select_isa));
+  ops.impl("CompositeExplicitAutograd", "cpu_multiply_add_loop", TORCH_BOX(&cpu_multiply_add_loop));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(liif_fast_C, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&liif_fast::cpu_isa));
-  m.impl("cpu_has_bf16", TORCH_BOX(&liif_fast::cpu_has_bf16));
-  m.impl("cpu_select_isa", TORCH_BOX(&liif_fast::cpu_select_isa));
-  m.impl("cpu_multiply_add_loop", TORCH_BOX(&liif_fast::cpu_multiply_add_loop));
+}  // namespace
+
+// Registers the ops under torch.ops.<name_space>; returns null, or one sentence why that is impossible. Registered ops
+// stay until the process ends. A second call with the same name changes nothing.
+extern "C" __attribute__((visibility("default"))) const char* liif_fast_register(const char* name_space) {
+  static std::mutex mutex;
+  static std::set<std::string> registered;
+  static std::string error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (registered.count(name_space)) return nullptr;
+  try {
+    auto ops = std::make_unique<Registry>(name_space);
+    register_shared(*ops);
+    register_cpu_gather(*ops);
+    register_cpu_decode(*ops);
+#ifdef LIIF_FAST_WITH_CUDA
+    register_cuda_gather(*ops);
+    register_cuda_decode(*ops);
+    register_cuda_metasr(*ops);
+#endif
+    registered.insert(name_space);
+    (void)ops.release();  // never deleted
+    return nullptr;
+  } catch (const std::exception& caught) {
+    error = caught.what();
+    return error.c_str();
+  }
 }
+
+}  // namespace liif_fast

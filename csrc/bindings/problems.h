@@ -3,6 +3,7 @@
 #pragma once
 
 #include "bindings/common.h"
+#include "bindings/registry.h"
 #include "decode.h"
 #include "gather.h"
 #include "metasr.h"

@@ -8,6 +8,7 @@ import torch
 
 from liif_fast.benchmark.runs import DTYPES, matmul_in
 from liif_fast.benchmark.timing import Candidate, Clock, PeakRate
+from liif_fast.ops.backends import extension
 
 FMA_S = 0.03  # of one run of the FMA loop
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -46,7 +47,7 @@ def _ready(clock: Clock, name: str, work: float, candidate: Candidate) -> PeakRa
 
 def fma_dtypes() -> list[str]:
     """Dtypes whose FMA loop this processor and this build of the extension can run."""
-    ops = torch.ops.liif_fast_C
+    ops = extension.OPS
     if not hasattr(ops, "cpu_multiply_add_loop"):
         return []
     return ["float32", "bfloat16"] if ops.cpu_has_bf16() else ["float32"]
@@ -54,7 +55,7 @@ def fma_dtypes() -> list[str]:
 
 def fma_peak(dtype: str) -> PeakRate:
     """The FMA loop in registers, on all of torch's threads together; a run takes about `FMA_S`."""
-    run_loop = torch.ops.liif_fast_C.cpu_multiply_add_loop
+    run_loop = extension.OPS.cpu_multiply_add_loop
     threads = torch.get_num_threads()
     repetitions, work, seconds = 1000, 0.0, 0.0
     torch.set_num_threads(1)  # with several threads, waiting for a busy processor would count as work

@@ -46,15 +46,16 @@ def _extension() -> Iterator[tuple[str, str]]:
         return
     yield "built with", f"{facts['compiler']}, torch {facts['torch']}"
     if facts["cuda"]:
-        yield "CUDA toolkit", f"{facts['cuda']}, for sm_{', sm_'.join(facts['cuda_archs'])} and PTX for compute_80"
+        archs, ptx = (", ".join(facts.get(name, ())) for name in ("cuda_archs", "cuda_ptx"))
+        yield "CUDA toolkit", f"{facts['cuda']}, for architectures {archs}, with PTX for {ptx or 'none'}"
     else:
         yield "CUDA toolkit", f"none ({facts['why_no_cuda']})"
 
 
 def _devices() -> Iterator[tuple[str, str]]:
     yield "cpu", cpu_model()
-    if extension.is_available() and hasattr(torch.ops.liif_fast_C, "cpu_isa"):
-        yield "instructions", torch.ops.liif_fast_C.cpu_isa()
+    if extension.is_available() and hasattr(extension.OPS, "cpu_isa"):
+        yield "instructions", extension.OPS.cpu_isa()
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()}"
     if not torch.cuda.is_available():
         yield "cuda", "this torch is built without CUDA" if torch.version.cuda is None else "no GPU that torch can use"

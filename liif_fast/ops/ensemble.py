@@ -7,6 +7,7 @@ from torch import Tensor
 from . import reference, registration
 from .backends import OpRequest, choose
 from .dtypes import autocast_dtype, geometry_dtype
+from .validation import check_no_tangent
 
 
 def ensemble(pred: Tensor, area_weight: Tensor, *, backend: str | None = None) -> Tensor:
@@ -43,4 +44,5 @@ def ensemble_on(backend: str, pred: Tensor, area_weight: Tensor) -> Tensor:
     area_weight = area_weight.to(geometry_dtype(pred))
     if backend == "reference":
         return reference.ensemble(pred, area_weight)
+    check_no_tangent(pred, area_weight)
     return registration.ensemble(pred, area_weight, backend)

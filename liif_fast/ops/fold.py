@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dtypes import allows_tf32, autocast_dtype, latent_dtype, needs_grad
+from .namespace import NAMESPACE
+from .validation import check_no_tangent
 
 
 @contextmanager
@@ -32,7 +34,7 @@ def _precision(tf32: bool) -> Iterator[None]:
 # These are registered ops, because plain code would change the switch during tracing and not when the trace runs.
 
 
-@torch.library.custom_op("liif_fast::convolution", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::convolution", mutates_args=())
 def _convolution(feat: Tensor, kernels: Tensor, tf32: bool) -> Tensor:
     with _precision(tf32), torch.autocast(feat.device.type, enabled=False):
         return F.conv2d(feat, kernels, padding=kernels.shape[-1] // 2)
@@ -43,7 +45,7 @@ def _(feat: Tensor, kernels: Tensor, tf32: bool) -> Tensor:
     return F.conv2d(feat, kernels, padding=kernels.shape[-1] // 2)
 
 
-@torch.library.custom_op("liif_fast::convolution_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::convolution_backward", mutates_args=())
 def _convolution_backward(
     grad_out: Tensor, feat: Tensor, kernels: Tensor, tf32: bool, with_feat: bool, with_kernels: bool
 ) -> tuple[Tensor, Tensor]:
@@ -75,6 +77,7 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> Non
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    check_no_tangent(grad_out)
     feat, kernels = ctx.saved_tensors
     with_feat, with_kernels = ctx.needs_input_grad[:2]
     grad_feat, grad_kernels = _convolution_backward(grad_out, feat, kernels, ctx.tf32, with_feat, with_kernels)
@@ -91,6 +94,7 @@ def _convolve(feat: Tensor, kernels: Tensor, tf32: bool) -> Tensor:
     """
     feat = feat.contiguous(memory_format=torch.channels_last)
     if feat.device.type == "cuda" and feat.dtype == torch.float32 and not torch.is_autocast_enabled("cuda"):
+        check_no_tangent(feat, kernels)
         out = _convolution(feat, kernels, tf32)
     else:
         out = F.conv2d(feat, kernels, padding=kernels.shape[-1] // 2)

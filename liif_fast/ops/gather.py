@@ -7,7 +7,7 @@ from torch import Tensor
 from . import reference, registration
 from .backends import OpRequest, choose
 from .dtypes import geometry_dtype
-from .validation import check_cell, check_feat, check_points
+from .validation import check_cell, check_feat, check_no_tangent, check_points
 
 
 def gather(
@@ -52,6 +52,7 @@ def gather_on(
     """`gather` of validated tensors on a chosen backend."""
     if backend == "reference":
         return reference.gather(feat, coord, cell, feat_unfold=feat_unfold, local_ensemble=local_ensemble)
+    check_no_tangent(feat, coord, cell)
     dtype = geometry_dtype(feat)
     cell = None if cell is None else cell.to(dtype)
     return registration.gather(feat, coord.to(dtype), cell, feat_unfold, local_ensemble, backend)

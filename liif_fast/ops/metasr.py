@@ -10,7 +10,7 @@ from . import reference, registration
 from .backends import OpRequest, choose
 from .dtypes import autocast_dtype, geometry_dtype
 from .fold import metasr_fold
-from .validation import check_cell, check_feat, check_layers, check_points, check_region
+from .validation import check_cell, check_feat, check_layers, check_no_tangent, check_points, check_region
 
 
 def metasr_query(
@@ -58,6 +58,7 @@ def metasr_query(
     if name == "reference":
         out = reference.metasr_query(feat, coord, cell, weights, biases, feat_region=region)
     else:
+        check_no_tangent(feat, coord, cell, latent_map, *weights, *biases)
         if latent_map is None:
             latent_map = metasr_fold(feat, weights, biases)
         dtype = geometry_dtype(latent_map)

@@ -21,6 +21,7 @@ from .validation import (
     check_feat,
     check_latent_map,
     check_layers,
+    check_no_tangent,
     check_points,
     check_reach,
     check_region,
@@ -100,6 +101,7 @@ def _decode(
     keep: whether the forward keeps activations for its backward.
     """
     weights, biases = imnet.weights, imnet.biases
+    check_no_tangent(feat, latent_map, *points, *weights, *biases)
     recorded = needs_grad(feat, *points, *weights, *biases)
     if latent_map is None:
         latent_map = fold_for(feat, weights[0], imnet.feat_unfold, imnet.matmul_dtype, recorded)

@@ -16,6 +16,8 @@ from torch import Tensor
 from .backends import implementation
 from .dtypes import geometry_dtype
 from .inputs import DecodeInputs, GatherInputs, MetasrInputs
+from .namespace import NAMESPACE
+from .validation import check_no_tangent
 
 
 def _match(grads: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -50,7 +52,7 @@ def _arguments(inputs: type) -> str:
 
 
 @torch.library.custom_op(
-    "liif_fast::gather", mutates_args=(), schema=f"({_arguments(GatherInputs)}, str backend) -> (Tensor, Tensor)"
+    f"{NAMESPACE}::gather", mutates_args=(), schema=f"({_arguments(GatherInputs)}, str backend) -> (Tensor, Tensor)"
 )
 def gather(*arguments: Any) -> tuple[Tensor, Tensor]:
     *fields, backend = arguments
@@ -65,7 +67,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op(
-    "liif_fast::gather_backward",
+    f"{NAMESPACE}::gather_backward",
     mutates_args=(),
     schema=f"(Tensor grad_x, Tensor grad_area_weight, {_arguments(GatherInputs)}, str backend) "
     "-> (Tensor, Tensor, Tensor)",
@@ -87,6 +89,7 @@ def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gather_backward(ctx: Any, grad_x: Tensor, grad_area_weight: Tensor) -> tuple[Any, ...]:
+    check_no_tangent(grad_x, grad_area_weight)
     tensors = ctx.saved_tensors
     return *_match(gather_backward(grad_x, grad_area_weight, *tensors, *ctx.options), tensors), None, None, None
 
@@ -96,7 +99,7 @@ gather.register_autograd(_gather_backward, setup_context=_gather_setup)
 # ----------------------------------------------------------------------------------------------------------- ensemble
 
 
-@torch.library.custom_op("liif_fast::ensemble", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::ensemble", mutates_args=())
 def ensemble(pred: Tensor, area_weight: Tensor, backend: str) -> Tensor:
     return implementation(backend).ensemble(pred, area_weight)
 
@@ -107,7 +110,7 @@ def _(pred: Tensor, area_weight: Tensor, backend: str) -> Tensor:
     return pred.new_empty(batch, queries, out, dtype=geometry_dtype(pred))
 
 
-@torch.library.custom_op("liif_fast::ensemble_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::ensemble_backward", mutates_args=())
 def ensemble_backward(grad_out: Tensor, pred: Tensor, area_weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return implementation(backend).ensemble_backward(grad_out, pred, area_weight)
 
@@ -123,6 +126,7 @@ def _ensemble_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _ensemble_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+    check_no_tangent(grad_out)
     tensors = ctx.saved_tensors
     return *_match(ensemble_backward(grad_out, *tensors, ctx.backend), tensors), None
 
@@ -144,7 +148,7 @@ def _empty_saved(inputs: DecodeInputs, save: bool, coord_grad: bool, backend: st
 
 
 @torch.library.custom_op(
-    "liif_fast::decode",
+    f"{NAMESPACE}::decode",
     mutates_args=(),
     schema=f"({_INPUTS}, bool save, bool coord_grad, str backend) -> (Tensor, Tensor)",
 )
@@ -162,7 +166,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op(
-    "liif_fast::decode_backward",
+    f"{NAMESPACE}::decode_backward",
     mutates_args=(),
     schema=f"(Tensor grad_out, Tensor saved, {_INPUTS}, bool coord_grad, str backend) -> Tensor[]",
 )
@@ -188,6 +192,7 @@ def _decode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _decode_backward(ctx: Any, grad_out: Tensor, _grad_saved: Tensor) -> tuple[Any, ...]:
+    check_no_tangent(grad_out)
     saved, latent_map, coord, cell, weight_geometry, *layers = ctx.saved_tensors
     fields = ctx.fields._replace(
         latent_map=latent_map,
@@ -214,7 +219,7 @@ decode.register_autograd(_decode_backward, setup_context=_decode_setup)
 
 
 @torch.library.custom_op(
-    "liif_fast::metasr_query", mutates_args=(), schema=f"({_arguments(MetasrInputs)}, str backend) -> Tensor"
+    f"{NAMESPACE}::metasr_query", mutates_args=(), schema=f"({_arguments(MetasrInputs)}, str backend) -> Tensor"
 )
 def metasr_query(*arguments: Any) -> Tensor:
     *fields, backend = arguments
@@ -228,7 +233,7 @@ def _(*arguments: Any) -> Tensor:
 
 
 @torch.library.custom_op(
-    "liif_fast::metasr_query_backward",
+    f"{NAMESPACE}::metasr_query_backward",
     mutates_args=(),
     schema=f"(Tensor grad_out, {_arguments(MetasrInputs)}, str backend) -> Tensor[]",
 )
@@ -248,6 +253,7 @@ def _metasr_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _metasr_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+    check_no_tangent(grad_out)
     tensors = ctx.saved_tensors
     return *_match(metasr_query_backward(grad_out, *tensors, ctx.region, ctx.backend), tensors), None, None
 

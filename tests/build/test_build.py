@@ -40,7 +40,7 @@ exec c++ -fPIC -x c++ -c "$source" -o "$output"
 
 def python(project, *arguments, **variables):
     """Run this Python in the project, without the caller's variables for the build."""
-    dropped = ("LIIF_FAST_", "CXX", "CUDA_", "MAX_JOBS", "LD_PRELOAD")
+    dropped = ("LIIF_FAST_", "CXX", "CUDA_", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "LD_PRELOAD")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(dropped)} | variables
     return subprocess.run([sys.executable, *arguments], cwd=project, env=environment, capture_output=True, text=True)
 
@@ -99,6 +99,9 @@ def setup_py(monkeypatch):
 # ---- wrong requests and missing tools --------------------------------------------------------------------------------
 
 
+INSTEAD = " (LIIF_FAST_BUILD=none builds a slow package of pure Python)"
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     ("mode", "variable", "value", "sentence"),
@@ -109,6 +112,9 @@ def setup_py(monkeypatch):
         ("cpu", "PATH", "/nowhere", "no C++ compiler was found (looked for CXX, c++, g++, clang++)"),
         ("cuda", "LIIF_FAST_CUDA_ARCHS", "x", "LIIF_FAST_CUDA_ARCHS names 'x': write architectures like '80;90a'"),
         ("cuda", "LIIF_FAST_CUDA_ARCHS", "7", "nvcc 12.9 does not support sm_7 of LIIF_FAST_CUDA_ARCHS"),
+        ("cuda", "TORCH_CUDA_ARCH_LIST", "x", "TORCH_CUDA_ARCH_LIST names 'x': write capabilities like '8.0;9.0+PTX'"),
+        ("cuda", "TORCH_CUDA_ARCH_LIST", "10.0", "nvcc 12.9 does not support sm_100 of TORCH_CUDA_ARCH_LIST"),
+        ("auto", "PATH", "/nowhere", f"no C++ compiler was found (looked for CXX, c++, g++, clang++){INSTEAD}"),
     ],
 )
 def test_errors_are_one_sentence(mode, variable, value, sentence, project, toolkit):
@@ -124,10 +130,13 @@ def test_missing_tools_are_named_with_the_remedy(setup_py, monkeypatch, tmp_path
 
     monkeypatch.setattr(setup_py, "on_path", lambda *_: None)
     assert reason(setup_py.find_ninja).endswith("was not found (install it: `python -m pip install ninja`)")
-    assert reason(setup_py.build).startswith("LIIF_FAST_BUILD=cuda: no nvcc was found (looked in CUDA_HOME, on PATH")
+    assert reason(setup_py.Toolkit.find).startswith("no nvcc was found (looked in CUDA_HOME, on PATH")
     torch_spec = None
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: torch_spec)
-    assert reason(setup_py.find_torch).startswith("torch was not found while building (install torch>=2.11")
+    assert reason(setup_py.find_torch) == (
+        "torch was not found while building: install torch>=2.11, "
+        "then run `python -m pip install --no-build-isolation --no-cache-dir .`"
+    )
     torch_spec = importlib.util.spec_from_file_location("torch", tmp_path / "__init__.py")
     (tmp_path / "version.py").write_text("__version__ = '2.10.1'\n")
     assert reason(setup_py.find_torch) == "torch 2.10.1 is installed, but the stable ABI used here needs torch>=2.11"
@@ -167,15 +176,19 @@ def test_two_builds_at_once_take_turns(project):
 
 
 @needs_compiler
-def test_broken_source_removes_the_old_library_in_auto_and_stops_in_cpu(project):
+def test_broken_source_stops_the_build_and_leaves_the_old_library(project):
+    """In every mode but none: pip would keep a wheel without the extension for good."""
     library = project / "liif_fast" / "_C.abi3.so"
     assert build(project).returncode == 0
     save(project / "csrc" / "cpu" / "one.cpp", "int two() { return ; }\n")
-    strict, there, lenient = build(project), library.exists(), build(project, "auto")
-    assert (strict.returncode, strict.stderr) == (1, "error: ninja could not make build/objects/cpu/one.cpp.o\n")
-    assert "csrc/cpu/one.cpp:1" in strict.stdout and there
-    assert lenient.returncode == 0 and not library.exists()
-    assert "warning: liif_fast: the package is built without its C++ extension: ninja could not" in lenient.stderr
+    sentence = "error: ninja could not make build/objects/cpu/one.cpp.o"
+    for mode, instead in (("cpu", ""), ("auto", INSTEAD)):
+        result = build(project, mode, CUDA_HOME="/nowhere", PATH=os.environ["PATH"])
+        assert (result.returncode, result.stderr.splitlines()[-1]) == (1, sentence + instead) and library.exists()
+    assert "csrc/cpu/one.cpp:1" in result.stdout
+    without = build(project, "none")
+    assert without.returncode == 0 and not library.exists()
+    assert "the package is built without its C++ extension: LIIF_FAST_BUILD=none" in without.stderr
 
 
 @needs_compiler
@@ -186,7 +199,7 @@ def test_cuda_sources_go_to_nvcc_and_auto_does_without_them(project, toolkit):
     (project / "csrc/bindings/library.cpp").write_text("#ifndef LIIF_FAST_WITH_CUDA\n#error no CUDA\n#endif\n")
     report = project / "build" / "objects" / "cuda" / "four.cu.o.ptxas.txt"
     result = build(project, "cuda", CUDA_HOME=toolkit, LIIF_FAST_CUDA_ARCHS="90a")
-    assert compiled(result) == {"library.cpp.o", "one.cpp.o", "four.cu.o"} and '"90a"' in facts.read_text()
+    assert compiled(result) == {"library.cpp.cuda.o", "one.cpp.o", "four.cu.o"} and '"90a"' in facts.read_text()
     assert "ptxas info" in report.read_text() and "ptxas info" not in result.stdout
     report.unlink()  # an object without its report is not current
     assert compiled(build(project, "auto", CUDA_HOME=toolkit, LIIF_FAST_CUDA_ARCHS="90a")) == {"four.cu.o"}
@@ -197,6 +210,35 @@ def test_cuda_sources_go_to_nvcc_and_auto_does_without_them(project, toolkit):
     assert failed.stderr == f"error: LIIF_FAST_BUILD=cuda: {reason}\n" and "\nbroken\n" in failed.stdout
     assert result.stderr == f"warning: liif_fast: the extension is built without CUDA: {reason}\n"
     assert f'"why_no_cuda": "{reason}"' in facts.read_text()
+
+
+@pytest.mark.parametrize(
+    ("ours", "torchs", "compiled", "ptx"),
+    [
+        ("", "", ["80", "86", "89", "90a", "100", "120"], ["80"]),
+        ("90a", "8.0", ["90a"], ["80"]),
+        ("", "7.0 7.5 8.0 8.6 9.0+PTX", ["80", "86", "90a"], ["90"]),
+        ("", "8.6;10.0a;9.0;9.0a+PTX", ["86", "100a", "90a"], ["90a"]),
+        ("", "Volta;Ampere;Hopper", ["80", "86", "90a"], ["86", "90"]),
+        ("", "All", ["80", "86", "89", "90a", "100", "120"], ["80"]),
+    ],
+)
+def test_architectures_are_those_of_our_variable_then_of_torchs(
+    ours, torchs, compiled, ptx, setup_py, monkeypatch, capsys
+):
+    monkeypatch.setenv("LIIF_FAST_CUDA_ARCHS", ours)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", torchs)
+    assert setup_py.Archs.wanted()[:2] == (compiled, ptx)
+    skipped = {"7": "7.0, 7.5", "V": "7.0"}.get(torchs[:1])
+    line = f"warning: liif_fast: {skipped} of TORCH_CUDA_ARCH_LIST is skipped: the CUDA kernels need 8.0 or newer\n"
+    assert capsys.readouterr().err == (line if skipped else "")
+
+
+def test_only_old_architectures_are_a_reason_against_cuda(setup_py, monkeypatch):
+    monkeypatch.delenv("LIIF_FAST_CUDA_ARCHS", raising=False)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "6.1;7.5+PTX")
+    with pytest.raises(setup_py.BuildError, match=r"names no architecture of 8\.0 or newer"):
+        setup_py.Archs.wanted()
 
 
 @needs_compiler
@@ -218,7 +260,6 @@ def test_sanitized_build_leaves_the_package_alone(project):
     [
         ({"LIIF_FAST_BUILD": "cpu"}, "cp310-abi3-linux_", ""),
         ({"LIIF_FAST_BUILD": "none"}, "py3-none-any", "LIIF_FAST_BUILD=none"),
-        ({"PATH": "/nowhere"}, "py3-none-any", "no C++ compiler was found"),
     ],
 )
 def test_wheel_carries_the_data_and_the_extension_or_the_reason(variables, tag, missing, project):
@@ -230,6 +271,25 @@ def test_wheel_carries_the_data_and_the_extension_or_the_reason(variables, tag, 
     assert f'"missing": "{missing}' in facts if missing else "liif_fast/_C.abi3.so" in names
     assert {f"liif_fast/{name}" for name in ("py.typed", "weights/tiny.safetensors", "assets/demo.png")} <= names
     assert not any(name.startswith(("tests/", "csrc/", "bench/")) for name in names)
+
+
+@pytest.mark.parametrize("tools", ["setuptools", "torch", "compiler"])
+def test_no_wheel_without_the_extension_where_a_tool_is_missing(tools, project):
+    """pip's isolated builds have no torch: a wheel of pure Python would stay in pip's cache."""
+    hide = {
+        "torch": "import importlib.util as u; find = u.find_spec; u.find_spec = lambda n: n != 'torch' and find(n) or None",
+        "setuptools": "import setuptools; setuptools.__version__ = '65.5.0'",
+        "compiler": "import os; os.environ['PATH'] = '/nowhere'",
+    }[tools]
+    script = f"{hide}; import sys, runpy; sys.argv[1:] = ['-q', 'bdist_wheel']; runpy.run_path('setup.py')"
+    result = python(project, "-c", script)
+    assert result.returncode == 1 and not list(project.glob("dist/*.whl"))
+    sentence = {
+        "torch": "error: torch was not found while building: install torch>=2.11, then run `python -m pip install",
+        "setuptools": "error: setuptools 65.5.0 is too old, liif_fast is built by 77 or newer: `python -m pip install",
+        "compiler": "error: no C++ compiler was found",
+    }[tools]
+    assert result.stderr.splitlines()[-1].startswith(sentence)
 
 
 def test_source_distribution_can_be_built_from(project):
@@ -250,12 +310,15 @@ def test_extension_is_there_where_a_compiler_is():
 
 @needs_library
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
-def test_extension_is_small_exports_nothing_and_needs_no_unstable_symbol():
+def test_extension_is_small_exports_one_function_and_needs_no_unstable_symbol():
     listing = subprocess.run(["nm", "-D", "-C", LIBRARY], capture_output=True, text=True, check=True).stdout
     undefined = [line.split(" U ", 1)[1] for line in listing.splitlines() if " U " in line]
     assert any(name.startswith(("aoti_torch_", "torch_")) for name in undefined)  # nm lists torch's symbols
     assert [name for name in undefined if "c10::" in name or "at::" in name.replace("std::", "")] == []
-    assert " T " not in listing and LIBRARY.stat().st_size < 8e6
+    assert [line.split()[-1] for line in listing.splitlines() if " U " not in line and " w " not in line] == [
+        "liif_fast_register"
+    ]
+    assert LIBRARY.stat().st_size < 8e6
 
 
 def test_none_imports_with_one_warning_and_without_triton_and_runs_the_reference(project):
@@ -288,7 +351,7 @@ for cap in ("auto", "portable", "avx2", "avx512", "sse9"):
     os.environ["LIIF_FAST_CPU_ISA"] = cap
     try:
         from liif_fast.cli import doctor
-        ops, (isa,) = torch.ops.liif_fast_C, [x for x in doctor.report().splitlines() if " LIIF_FAST_CPU_ISA" in x]
+        ops, (isa,) = doctor.extension.OPS, [x for x in doctor.report().splitlines() if " LIIF_FAST_CPU_ISA" in x]
         print(ops.cpu_isa(), ops.cpu_has_bf16(), ops.cpu_select_isa("avx512"), *isa.split(), flush=True)
     except RuntimeError as error:
         print(error, flush=True)
@@ -307,7 +370,7 @@ def test_unloadable_files_become_one_sentence(tmp_path, monkeypatch):
     file = tmp_path / "_C.abi3.so"
     file.write_text("not a library")
     assert "does not load into torch" in extension._load(file) and "\n" not in extension._load(file)
-    assert extension._load(tmp_path / "absent.so").startswith(f"{tmp_path}/absent.so does not exist; build it with")
+    assert extension._load(tmp_path / "absent.so").startswith(f"{tmp_path}/absent.so does not exist; build it by")
     monkeypatch.setenv("LIIF_FAST_EXTENSION", str(tmp_path))
     assert extension._load(extension.path()) == f"LIIF_FAST_EXTENSION names '{tmp_path}', which is not a file"
     monkeypatch.setattr(torch, "__version__", "2.10.0")

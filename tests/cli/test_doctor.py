@@ -58,10 +58,10 @@ def test_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_build_facts_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = {"compiler": "g++ 12", "torch": "2.13.0", "cuda": "13.0", "cuda_archs": ["80", "90a"], "why_no_cuda": ""}
+    facts = {"compiler": "g++ 12", "torch": "2.13.0", "cuda": "13.0", "cuda_archs": ["80", "90a"], "cuda_ptx": ["80"]}
     monkeypatch.setattr(extension, "is_available", lambda: True)
     monkeypatch.setattr(extension, "build_facts", lambda: facts)
-    assert rows(doctor.report())["CUDA toolkit"] == "13.0, for sm_80, sm_90a and PTX for compute_80"
+    assert rows(doctor.report())["CUDA toolkit"] == "13.0, for architectures 80, 90a, with PTX for 80"
     monkeypatch.setattr(extension, "build_facts", lambda: {**facts, "cuda": None, "why_no_cuda": "no nvcc was found"})
     assert rows(doctor.report())["CUDA toolkit"] == "none (no nvcc was found)"
 

@@ -16,12 +16,14 @@ import pytest
 import torch
 
 from liif_fast.ops.backends import extension
+from liif_fast.ops.namespace import NATIVE_NAMESPACE
 
 ROOT = Path(__file__).resolve().parents[2]
 # To compile for every architecture takes minutes. The tests of the bindings do not.
 needs_nvcc = pytest.mark.prove
 BUDGET = json.loads((ROOT / "tests" / "cuda" / "budget.json").read_text())
 SOURCES = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+ARCHS = ("LIIF_FAST_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST")  # variables that choose the architectures
 
 
 class Usage(NamedTuple):
@@ -40,7 +42,7 @@ def setup_py() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("setuptools.setup", lambda **_: None)
-        for variable in ("LIIF_FAST_BUILD", "LIIF_FAST_CUDA_ARCHS", "LIIF_FAST_SANITIZE"):
+        for variable in ("LIIF_FAST_BUILD", "LIIF_FAST_SANITIZE", *ARCHS):
             patch.delenv(variable, raising=False)
         spec.loader.exec_module(module)
     return module
@@ -52,7 +54,8 @@ def toolkit():
     module = setup_py()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.delenv("LIIF_FAST_CUDA_ARCHS", raising=False)
+            for variable in ARCHS:
+                patch.delenv(variable, raising=False)
             return module.Toolkit.find()
     except module.BuildError as error:
         return pytest.skip(str(error))
@@ -151,7 +154,7 @@ def test_geometry_never_contracts_to_a_fused_multiply_add(contraction, tmp_path)
 
 
 needs_cuda_half = pytest.mark.skipif(
-    not (extension.is_available() and hasattr(torch.ops.liif_fast_C, "cuda_gather_backward")),
+    not (extension.is_available() and hasattr(extension.OPS, "cuda_gather_backward")),
     reason="the extension is built without CUDA",
 )
 
@@ -160,7 +163,7 @@ needs_cuda_half = pytest.mark.skipif(
 def test_bindings_refuse_cpu_tensors():
     """CPU tensors that bypass the dispatcher get an error. Otherwise a kernel would read a pointer to host memory."""
     cuda_only = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    ops = torch.ops.liif_fast_C
+    ops = extension.OPS
     feat, coord, weights = torch.rand(1, 3, 4, 5), torch.zeros(1, 2, 2), torch.rand(1, 2, 4)
     x, pred = torch.rand(1, 2, 4, 29), torch.rand(1, 2, 4, 3)
     metasr = [coord, coord, torch.rand(2, 3), torch.rand(2), [0, 0, 4, 5]]
@@ -185,6 +188,6 @@ def test_the_cuda_half_is_registered_for_the_device_and_carries_every_architectu
     names = ["gather", "cuda_gather_backward", "ensemble", "ensemble_backward"]
     names += ["metasr_query", "cuda_metasr_latents", "cuda_metasr_query_backward"]
     for name in names:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"liif_fast_C::{name}", "CUDA")
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{NATIVE_NAMESPACE}::{name}", "CUDA")
     if shutil.which("nvcc") and (facts := extension.build_facts()).get("cuda_archs"):
         assert set(facts["cuda_archs"]) <= set(setup_py().CUDA_ARCHS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from liif_fast.ops.backends import extension
 from tests.backends import KINDS, TABLE
 from tests.helpers import SHAPES, Case, needs_cpu, norm_error, psnr
 from tests.ops.decoding import decode, exact, gradients, latent_map_of, make_problem
@@ -23,7 +24,7 @@ def train(problem, backend="cpu"):
 
 @pytest.fixture
 def native_bfloat16():
-    if not torch.ops.liif_fast_C.cpu_has_bf16():
+    if not extension.OPS.cpu_has_bf16():
         pytest.skip("this processor has no AVX-512-BF16, or LIIF_FAST_CPU_ISA excludes it")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from liif_fast import ops
 from liif_fast.ops import backends, registration
@@ -169,6 +170,35 @@ def test_other_imnets_run_between_gather_and_ensemble(backend, hidden, monkeypat
     image = ops.render(feat, (9, 12), weights, biases, window=(2, 3, 4, 5))
     whole = ops.render(feat, (9, 12), weights, biases, window=(2, 3, 4, 5), backend="reference")
     assert norm_error(image, whole) <= 1e-5
+
+
+@pytest.mark.one_isa
+def test_forward_mode_is_refused_instead_of_zeros(backend):
+    name = backend.op_backend
+    feat, coord, cell, *layers = (leaf.detach() for leaf in problem_on(backend, SMALL))
+    pred, area_weight = (torch.rand(shape, device=backend.device) for shape in ((1, 5, 4, 2), (1, 5, 4)))
+    metasr = [t.to(backend.device) for t in metasr_problem(torch.float32, batch=1, size=(3, 4), queries=5)]
+    functions = {
+        "gather": (lambda t: ops.gather(t, coord, cell, backend=name)[0], feat),
+        "coordinates": (lambda t: ops.gather(feat, t, cell, backend=name)[0], coord),
+        "ensemble": (lambda t: ops.ensemble(t, area_weight, backend=name), pred),
+        "query": (lambda t: ops.query(t, coord, cell, layers[:3], layers[3:], backend=name), feat),
+        "bias": (lambda t: ops.render(feat, (5, 6), layers[:3], [*layers[3:5], t], backend=name), layers[5]),
+        "metasr": (lambda t: ops.metasr_query(*metasr[:2], t, metasr[3:5], metasr[5:], backend=name), metasr[2]),
+    }
+    sentence = "forward-mode AD .* does not go through the ops of liif_fast: use reverse mode"
+    for function, tensor in functions.values():
+        with pytest.raises(NotImplementedError, match=sentence):
+            torch.func.jvp(function, (tensor,), (torch.ones_like(tensor),))
+        with pytest.raises(NotImplementedError, match=sentence):
+            torch.func.jvp(torch.vmap(function), (tensor[None],), (torch.ones_like(tensor)[None],))
+        with forward_ad.dual_level():
+            function(tensor)  # without a tangent
+            with pytest.raises(NotImplementedError, match=sentence):
+                function(forward_ad.make_dual(tensor, torch.ones_like(tensor)))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=sentence):  # forward over reverse
+        x, _ = ops.gather(feat.requires_grad_(), coord, cell, backend=name)
+        torch.autograd.grad(x, feat, forward_ad.make_dual(torch.ones_like(x), torch.ones_like(x)))
 
 
 @pytest.mark.with_reference

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from liif_fast.ops.backends import extension
 from tests.backends import Backend, Kind
 from tests.helpers import Case, norm_error, range_error
 from tests.ops.decoding import Problem, decode, exact, gradients, make_problem, rounded, run
@@ -106,7 +107,7 @@ def assert_decode_close(problem: Problem, backend: Backend, results: Sequence[Te
 
 def multiplies_natively(kind: Kind, case: Case) -> bool:
     """Whether the CPU kernels multiply in 16 bits; otherwise they widen operands to float32."""
-    return kind.narrow == torch.bfloat16 and len(case.hidden) > 1 and torch.ops.liif_fast_C.cpu_has_bf16()
+    return kind.narrow == torch.bfloat16 and len(case.hidden) > 1 and extension.OPS.cpu_has_bf16()
 
 
 def require(backend: Backend, kind: Kind, case: Case) -> None:

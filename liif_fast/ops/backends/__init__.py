@@ -34,7 +34,7 @@ _FUSED_LAYERS = 64  # kMaxLayers of csrc/decode.h
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU, slowly
 _OLDEST_TRITON = (3, 6)
 _MOVE = "move them or choose another backend"
-_BUILT_WITH_CUDA = extension.is_available() and hasattr(torch.ops.liif_fast_C, "cuda_gather_backward")
+_BUILT_WITH_CUDA = extension.is_available() and hasattr(extension.OPS, "cuda_gather_backward")
 
 
 def _find_triton() -> str:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..dtypes import geometry_dtype
 from ..inputs import DecodeInputs, GatherInputs, MetasrInputs
-
-_C = torch.ops.liif_fast_C
+from .extension import OPS as _C
 
 
 def _widen(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,8 @@
 """The compiled extension ``liif_fast/_C.abi3.so``, or one sentence with the reason why it is missing.
 
-Loading registers its ops in ``torch.ops.liif_fast_C``. This module compiles nothing and uses no GPU. Two variables are
-read when the extension is loaded:
+Loading registers its ops in ``torch.ops``, under a namespace that follows from the package's name, so that copies of the
+package run side by side. This module compiles nothing and uses no GPU. Two variables are read when the extension is
+loaded:
 LIIF_FAST_EXTENSION   another file to load instead (``make sanitize`` sets it)
 LIIF_FAST_CPU_ISA     avx512, avx2 or portable: the largest instruction set that the CPU kernels may use; auto (default)
                       is the largest of the processor. The bfloat16 kernels need avx512.
@@ -9,6 +10,7 @@ LIIF_FAST_CPU_ISA     avx512, avx2 or portable: the largest instruction set that
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -19,9 +21,17 @@ from typing import Any
 
 import torch
 
+from ..namespace import NATIVE_NAMESPACE
+
 PACKAGE = Path(__file__).resolve().parents[2]
 MIN_TORCH = (2, 11)
-_REBUILD = "build it with `python setup.py build_ext --inplace`, or reinstall the package"
+OPS = getattr(torch.ops, NATIVE_NAMESPACE)  # the ops, once load() has succeeded
+# pip keeps the wheels that it builds, so that a plain reinstallation would repeat a wheel without the extension.
+_REBUILD = (
+    "build it by `python setup.py build_ext --inplace`"
+    if (PACKAGE.parent / "setup.py").is_file()
+    else "run `python -m pip install --no-build-isolation --no-cache-dir .` in the folder of the package's sources"
+)
 
 _state: dict[str, str] = {}  # {"reason": ...} after load(); '' when the extension is loaded
 
@@ -34,7 +44,7 @@ def path() -> Path:
 
 @cache
 def build_facts() -> dict[str, Any]:
-    """The contents of _build.json: compiler, torch, cuda, cuda_archs, why_no_cuda; `missing` alone without a build."""
+    """The contents of _build.json: how the extension was built, `missing` with the reason why not, or `noarch`."""
     try:
         facts = json.loads((path().parent / "_build.json").read_text())
     except (OSError, ValueError):
@@ -50,15 +60,20 @@ def _load(file: Path) -> str:
     if not file.is_file():
         if os.environ.get("LIIF_FAST_EXTENSION"):
             return f"LIIF_FAST_EXTENSION names {str(file)!r}, which is not a file"
+        if build_facts().get("noarch"):
+            return "this variant of the kernel is made of Python and Triton alone"
         if why := build_facts().get("missing"):
-            return f"the package was built without it: {why}"
+            return f"the package was built without it ({why}); {_REBUILD}"
         return f"{file} does not exist; {_REBUILD}"
     try:
-        torch.ops.load_library(str(file))
-    except (OSError, RuntimeError) as error:  # wrong platform, a symbol this torch lacks, ops registered twice
+        register = ctypes.CDLL(str(file)).liif_fast_register
+    except (OSError, AttributeError) as error:  # wrong platform, a symbol this torch lacks, a file of another version
         cause = " ".join(str(error).split())[:300]
         return f"{file} does not load into torch {version} ({cause}); {_REBUILD}"
-    torch.ops.liif_fast_C.cpu_isa()  # raises a RuntimeError that names the value of LIIF_FAST_CPU_ISA and the choices
+    register.argtypes, register.restype = [ctypes.c_char_p], ctypes.c_char_p
+    if refusal := register(NATIVE_NAMESPACE.encode()):
+        return f"{file} cannot be used: {refusal.decode()}"
+    OPS.cpu_isa()  # raises a RuntimeError that names the value of LIIF_FAST_CPU_ISA and the choices
     return ""
 
 
@@ -67,7 +82,7 @@ def load() -> None:
     if _state:
         return
     _state["reason"] = _load(path())
-    if _state["reason"]:
+    if _state["reason"] and not build_facts().get("noarch"):
         warnings.warn(
             f"liif_fast runs without its C++ extension, on the slow reference backend: {_state['reason']}",
             RuntimeWarning,
@@ -76,7 +91,7 @@ def load() -> None:
 
 
 def is_available() -> bool:
-    """Whether the extension's ops are in torch.ops.liif_fast_C."""
+    """Whether the extension's ops can be called."""
     load()
     return not _state["reason"]
 

@@ -1,4 +1,4 @@
-"""The part of torch.ops.liif_fast_C that the `cuda` backend calls, on CPU tensors and through the kernels on the CPU.
+"""The part of `extension.OPS` that the `cuda` backend calls, on CPU tensors and through the kernels on the CPU.
 
 With it in the place of `liif_fast.ops.backends.cuda.gather._C`, everything above the bindings runs as it does on a GPU.
 """

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ...dtypes import allows_tf32
 from ...inputs import DecodeInputs
-
-_C = torch.ops.liif_fast_C
+from ..extension import OPS as _C
 
 _ROW_PADDING = 128  # kRowPadding of launch.h
 _CHUNK_ROWS = 1536 * _ROW_PADDING  # of the backward: bounds its workspace, 100 MB a layer of 256 in 16 bits

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ...dtypes import geometry_dtype
 from ...inputs import GatherInputs, MetasrInputs
-
-_C = torch.ops.liif_fast_C
+from ..extension import OPS as _C
 
 
 def gather(inputs: GatherInputs) -> tuple[Tensor, Tensor]:

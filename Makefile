@@ -33,7 +33,7 @@ test: build ## build, then run the tests (PYTEST_ARGS='-k name' for some of them
 	$(PY) -m pytest $(PYTEST_ARGS)
 	$(INTERPRETED) $(PYTEST_ARGS)
 
-prove: build ## the slow proofs: every architecture ahead of time, all cases on slow backends, some under sanitizers
+prove: build $(VENV)/.clients ## the slow proofs: every architecture ahead of time, all cases on slow backends, some under sanitizers
 	$(PY) -m pytest -m prove $(TWO_AT_A_TIME) $(PYTEST_ARGS)
 	$(INTERPRETED) -m prove $(TWO_AT_A_TIME) $(PYTEST_ARGS)
 	$(MAKE) sanitize PYTEST_ARGS='$(TWO_AT_A_TIME) -k "(avx2 or emulated) and (flag or nan or layout or launch or mistakes)"'
@@ -80,6 +80,11 @@ clean: ## remove what was built; the environment in .venv stays
 
 $(VENV)/.installed: pyproject.toml setup.py .ci/environment.py
 	$(PYTHON) .ci/environment.py $(VENV)
+	@touch $@
+
+# Installers and checkers of packages, for the tests of wheels and of the Kernel Hub.
+$(VENV)/.clients: pyproject.toml | $(VENV)/.installed
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[clients]'
 	@touch $@
 
 # The linters' versions are pinned in pyproject.toml, under the extra `lint`.

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="the extension is n
 RUN = """
 def run(ops):
     torch.manual_seed(1)
-    feat, coord, cell = torch.rand(1, 3, 6, 5).requires_grad_(), torch.rand(1, 40, 2) * 2 - 1, torch.full((1, 40, 2), 0.1)
+    feat, coord, cell = torch.rand(1, 3, 6, 5).requires_grad_(), torch.rand(1, 40, 2), torch.full((1, 40, 2), 0.1)
     weights, biases = [torch.rand(16, 31), torch.rand(3, 16)], [torch.rand(16), torch.rand(3)]
     out = ops.query(feat, coord, cell, weights, biases, backend="cpu")
     x, _ = ops.gather(feat, coord, cell, backend="cpu")

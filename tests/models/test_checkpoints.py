@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from liif_fast.models import LIIF, checkpoints, make_model, register
+from liif_fast.models import LIIF, catalog, make_model, register
 from liif_fast.models.checkpoints import CheckpointError, load, save
 from liif_fast.models.coordinates import make_cell, make_coord
 from liif_fast.models.mmagic import convert as convert_from_mmagic
@@ -151,6 +151,53 @@ def test_mmagics_full_size_edsr_scales_its_residuals() -> None:
     assert spec["args"]["imnet_spec"]["args"] == {"out_dim": 3, "hidden_list": []}
 
 
+def test_what_mmagics_weights_do_not_tell_can_be_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    scaled = {"name": "edsr-baseline", "args": {**EDSR["args"], "res_scale": 0.1}}
+    model = liif(scaled, local_ensemble=False)
+    file = tmp_path / "liif.pth"
+    torch.save(mmagic(model, MMAGIC_EDSR), file)
+    with caplog.at_level("INFO", "liif_fast"):
+        assert_same(load(file, settings={"res_scale": 0.1, "local_ensemble": False}), model)
+        assert not caplog.records
+        assert load(file, settings={"res_scale": 0.1}).local_ensemble
+        load(file)
+    one, both = (record.getMessage().removeprefix(f"{file}: ") for record in caplog.records)
+    assert one.startswith("the weights of MMagic do not tell local_ensemble=true, which is assumed; for a model that ")
+    assert "do not tell local_ensemble=true and res_scale=1, which is assumed" in both
+    assert both.endswith("add --set res_scale=0.1 or local_ensemble=false")
+    save(load(file, settings={"res_scale": 0.1}), tmp_path / "saved.safetensors")
+    assert load(tmp_path / "saved.safetensors").spec["args"]["encoder_spec"] == {
+        "name": "edsr-baseline",
+        "args": {"n_resblocks": 2, "n_feats": 8, "res_scale": 0.1, "no_upsampling": True},
+    }
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"cell_decode": False}, "cell_decode cannot be set: the weights of {file} determine everything but local_"),
+        ({"local_ensemble": 0}, "local_ensemble is 0, but must be a bool"),
+        ({"res_scale": True}, "res_scale is True, but must be a number"),
+        ({"res_scale": "0.1"}, "res_scale is '0.1', but must be a number"),
+        ({"res_scale": 0.1}, "res_scale cannot be set: the rdn in {file} has none"),
+    ],
+)
+def test_settings_that_are_refused(tmp_path: Path, rdn: nn.Module, settings: dict[str, Any], words: str) -> None:
+    file = tmp_path / "rdn.pth"
+    torch.save(mmagic(rdn, MMAGIC_RDN), file)
+    with pytest.raises(CheckpointError) as caught:
+        load(file, settings=settings)
+    assert str(caught.value).startswith(words.format(file=file))
+
+
+def test_settings_of_metasr(tmp_path: Path) -> None:
+    file = tmp_path / "metasr.safetensors"
+    save(make_model({"name": "metasr", "args": {"encoder_spec": EDSR}}), file)
+    with pytest.raises(CheckpointError, match=r"local_ensemble cannot be set: the metasr in .* has none"):
+        load(file, settings={"local_ensemble": False})
+    assert load(file, settings={"res_scale": 0.5}).spec["args"]["encoder_spec"]["args"]["res_scale"] == 0.5
+
+
 @pytest.mark.parametrize("make", [liif, lambda: make_model({"name": "metasr", "args": {"encoder_spec": EDSR}})])
 def test_save_and_load(tmp_path: Path, make: Any) -> None:
     model = make()
@@ -222,14 +269,26 @@ def test_loading_uses_up_no_random_numbers(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_shipped_models_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path)
+def test_models_in_the_package_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "WEIGHTS", tmp_path)
     model = liif()
     save(model, tmp_path / "tiny.safetensors")
     assert_same(load(), model)
     assert_same(load("tiny"), model)
-    with pytest.raises(FileNotFoundError, match=r"huge does not exist.*choose one of tiny"):
+    with pytest.raises(FileNotFoundError, match=r"huge does not exist.*choose one of edsr-baseline-liif, tiny"):
         load("huge")
+
+
+def test_equal_models_are_equal_files(tmp_path: Path) -> None:
+    model, names = liif(), [f"key{number}" for number in range(20)]
+    for order in (names, names[::-1]):
+        save(model, tmp_path / f"{order[0]}.safetensors", metadata={name: "ä" * 3 + name for name in order})
+    one, two = (path.read_bytes() for path in tmp_path.iterdir())
+    assert one == two
+    assert int.from_bytes(one[:8], "little") % 8 == 0
+    with safetensors.safe_open(tmp_path / "key0.safetensors", "pt") as handle:
+        assert handle.metadata()["key7"] == "äääkey7"
+    assert_same(load(tmp_path / "key0.safetensors"), model)
 
 
 class Bomb:

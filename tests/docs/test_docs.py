@@ -21,8 +21,9 @@ from PIL import Image
 import liif_fast
 from liif_fast.cli.main import main
 from liif_fast.models import default_data_norm, fetch, make_model
+from liif_fast.models import default_data_norm, fetch, make_model
 from tests.integrations.original_classes import Upscaler
-from tests.models import published, test_checkpoints
+from tests.models import published, test_mmagic
 from tests.models.small_models import ENCODER, IMNET
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +70,7 @@ def folder(tmp_path, monkeypatch):
         save_image(root / name / "0001.png", 80, 96)
     model = make_model(MODEL)
     torch.save({"model": {**MODEL, "sd": model.state_dict()}}, root / "edsr-baseline-liif.pth")
-    torch.save(test_checkpoints.mmagic(model, test_checkpoints.MMAGIC_EDSR), root / "liif_edsr.pth")
+    torch.save(test_mmagic.mmagic(test_mmagic.liif(), test_mmagic.MMAGIC_EDSR), root / "liif_edsr.pth")
     dataset = {"name": "image-folder", "args": {"root_path": "./DIV2K_valid_HR"}}
     wrapper = {"name": "sr-implicit-downsampled", "args": {"inp_size": 8, "scale_max": 4, "sample_q": 16}}
     section = {"dataset": dataset, "wrapper": wrapper, "batch_size": 1}

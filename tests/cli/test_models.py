@@ -149,28 +149,21 @@ def test_settings_reach_the_model(photo: Path, tmp_path: Path, capsys: pytest.Ca
         np.asarray(expected), np.asarray(liif_fast.upscale(Image.open(photo), scale=2, model=file))
     )
     out = tmp_path / "out"
-    evaluate = [
-        "evaluate",
-        "--images",
-        str(photo.parent),
-        "--scales",
-        "2",
-        "--model",
-        f"liif={file}",
-        "--out",
-        str(out),
-    ]
-    scores = []
-    for more in ([], ["--set", "local_ensemble=False"], []):
-        assert main([*evaluate, *more]) == 0
-        scores.append(comparison.read_records(out / "scores.csv"))
-    bicubic, liif = ([each[row] for each in scores] for row in (0, 1))
-    assert bicubic[0].psnr == bicubic[1].psnr and liif[0] == liif[2] and liif[0].psnr != liif[1].psnr
+    evaluate = ["evaluate", "--images", str(photo.parent), "--scales", "2", "--out", str(out), "--methods", "liif"]
+    assert main([*evaluate, "--model", f"liif={file}", "--set", "local_ensemble=False"]) == 0
+    records = comparison.read_records(out / "scores.csv")
+    for settings in ({"local_ensemble": False}, {}):
+        method = comparison.Method("liif", {None: str(file)})
+        records += comparison.run(
+            photo.parent, comparison.ComparisonConfig([method], scales=(2,), settings=settings), out
+        )
+    one, same, other = records
+    assert one.fingerprint == same.fingerprint != other.fingerprint and same.psnr != other.psnr
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        main([*arguments[:-2], "--set", "local_ensemble=perhaps"])
+        main([*arguments[:-3], "--set", "local_ensemble=perhaps"])
     assert "'local_ensemble=perhaps' is not NAME=VALUE such as res_scale=0.1 or local_" in capsys.readouterr().err
-    assert main([*arguments[:-2], "--set", "feat_unfold=false"]) == 1
+    assert main([*arguments[:-3], "--set", "feat_unfold=false"]) == 1
     assert "feat_unfold cannot be set: the weights of" in capsys.readouterr().err
 
 

@@ -234,7 +234,7 @@ class _Scorer:
 
     def fingerprint(self, job: _Job) -> str:
         config = self._config
-        parts = [_SCHEMA, job.cell, job.scale, config.protocol, sorted(config.metrics), config.n_colors]
+        parts = [_SCHEMA, job.cell, float(job.scale), config.protocol, sorted(config.metrics), config.n_colors]
         parts += [self._digest(job.path), self.model_digest(job) or None]
         if config.settings and job.method.files:
             parts.append(dict(config.settings))

@@ -21,7 +21,6 @@ from PIL import Image
 import liif_fast
 from liif_fast.cli.main import main
 from liif_fast.models import default_data_norm, fetch, make_model
-from liif_fast.models import default_data_norm, fetch, make_model
 from tests.integrations.original_classes import Upscaler
 from tests.models import published, test_mmagic
 from tests.models.small_models import ENCODER, IMNET

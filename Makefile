@@ -13,11 +13,15 @@ TWO_AT_A_TIME = -n 2 --dist loadfile
 # Tests of what runs inside the extension: the ones worth running under the sanitizers.
 KERNEL_TESTS = tests/ops/test_decode.py tests/ops/test_gather.py tests/ops/test_metasr.py tests/ops/test_cpu.py tests/cuda/test_emulated.py
 CXX_FILES = find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+# The public modules; liif_fast brings liif_fast.ops, whose submodules have the names of its functions.
+API = liif_fast '!liif_fast\.ops\..*' liif_fast.models liif_fast.models.base liif_fast.models.checkpoints \
+	liif_fast.models.pretrained liif_fast.images.files liif_fast.images.picture liif_fast.images.upscaling liif_fast.data \
+	liif_fast.evaluation liif_fast.training
 # Not $(VENV)/bin/clang-format: an environment that reuses another one's packages has no script of its own for them.
 CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test prove lint bench gpu gpu-packages build wheel sanitize clean
+.PHONY: help demo test prove lint bench gpu gpu-packages build wheel sanitize docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -61,6 +65,10 @@ sanitize: $(VENV)/.installed ## the kernels' tests under the address and undefin
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LIIF_FAST_SANITIZE=1 LIIF_FAST_EXTENSION="$$PWD/build/sanitize/_C.abi3.so" \
 	$(PY) -m pytest --capture=sys $(KERNEL_TESTS) $(PYTEST_ARGS)
+
+docs: $(VENV)/.installed ## the API reference from docstrings, in build/api; a warning is an error
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[docs]'
+	$(PY) -W error::UserWarning -m pdoc --docformat google --template-directory scripts/api --output-directory build/api $(API)
 
 clean: ## remove what was built; the environment in .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

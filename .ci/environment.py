@@ -15,6 +15,7 @@ from pathlib import Path
 TORCH = "torch==2.13.0"
 # The release of Triton for that torch, since some builds of torch come without; the kernels' budgets are for it.
 TRITON = ["triton>=3.7,<3.8"] if sys.platform == "linux" else []
+SPANDREL = ["spandrel==0.4.2", "einops"]
 FIND_TORCH = "import pathlib, torch; print(torch.__version__, pathlib.Path(torch.__file__).parent.parent, sep='\\n')"
 
 
@@ -56,6 +57,8 @@ def main() -> None:
     print("installing liif_fast and the packages of its tests", flush=True)
     # Without isolation, since pip would download a second torch for an isolated build.
     subprocess.run([*pip, "--no-build-isolation", "--editable", ".[test]"], check=True)
+    # Without its dependencies: it requires torchvision, which requires a torch of its own choice.
+    subprocess.run([*pip, "--no-deps", *SPANDREL], check=True)
 
 
 if __name__ == "__main__":

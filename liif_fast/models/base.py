@@ -11,16 +11,13 @@ from torch import Tensor, nn
 
 from liif_fast.models.coordinates import window_coord
 from liif_fast.models.latent_map import LatentMapHolder
+from liif_fast.models.pretrained import Pretrained
 from liif_fast.models.registry import register
 from liif_fast.ops import validation
 from liif_fast.ops.dtypes import geometry_dtype
+from liif_fast.utils.normalization import default_data_norm
 
 _RENDER_CHUNK = 65536  # queries per step when an image is rendered through coordinates: bounds the memory
-
-
-def default_data_norm() -> dict[str, dict[str, list[float]]]:
-    """The paper's normalization of values in [0, 1], (x - sub) / div: it maps [0, 1] to [-1, 1]."""
-    return {"inp": {"sub": [0.5], "div": [0.5]}, "gt": {"sub": [0.5], "div": [0.5]}}
 
 
 @register("mlp")
@@ -77,7 +74,7 @@ def _is_intercepted(module: nn.Module) -> bool:
     )
 
 
-class ImplicitModel(nn.Module):
+class ImplicitModel(Pretrained, nn.Module):
     """Base of LIIF and MetaSR: features are computed once, then decoded at any coordinates.
 
     feat: the current features [B,C,H,W], from `gen_feat` or assigned by hand. Copies and pickles of a model have none.

@@ -21,10 +21,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from liif_fast.models import catalog, default_data_norm, make_model, mmagic
-from liif_fast.models.registry import registered
+from liif_fast.models import catalog, mmagic
+from liif_fast.models.registry import make_model, registered
 from liif_fast.utils.files import write_atomically
+from liif_fast.utils.normalization import default_data_norm
 
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # in a folder written by `save_pretrained`
 _FORMAT = "liif_fast"
 _SETTINGS = ("local_ensemble", "res_scale")  # what changes a model's results, but not the shapes of its weights
 _log = logging.getLogger(__name__)
@@ -33,6 +35,10 @@ _Parts = tuple[dict[str, Any], Mapping[str, Tensor], object]  # spec, weights, d
 
 class CheckpointError(ValueError):
     """A file without a model that can be read; the message is one sentence with the path."""
+
+
+class MissingSpecError(CheckpointError):
+    """A .safetensors file with weights, but without the description of a model."""
 
 
 def load(
@@ -44,8 +50,8 @@ def load(
     """A model with its weights, in eval mode on `device`.
 
     path: a .safetensors file written by `save`, a .pth file of yinboc/liif ({'model': {'name', 'args', 'sd'}, ...}) or
-        of MMagic ({'state_dict', ...}), or a name that `liif-fast models` lists. None = the published model
-        'edsr-baseline-liif' where it has been fetched, else 'tiny'; the log says which.
+        of MMagic ({'state_dict', ...}), a folder of `save_pretrained`, or a name that `liif-fast models` lists. None =
+        the published model 'edsr-baseline-liif' where it has been fetched, else 'tiny'; the log says which.
     settings: {'local_ensemble': bool, 'res_scale': float}, or one of them, instead of the file's. The weights of MMagic
         do not tell them: give them for a model that was trained without the ensemble or with another res_scale.
     The model's `data_norm` is that of the file, by default the paper's, or that of MMagic's configs. Parameters are
@@ -134,6 +140,8 @@ def find(path: str | os.PathLike[str] | None) -> Path:
     if named and named[0].file.is_file():
         return named[0].file
     if file.exists():
+        if (file / WEIGHTS_FILE).is_file():
+            return file / WEIGHTS_FILE
         raise CheckpointError(f"{file} is a folder, not a model: give the path of the file in it")
     if named:
         raise FileNotFoundError(f"the model {file} is not here yet: `liif-fast models get {file}` fetches it")
@@ -149,13 +157,39 @@ def _from_safetensors(file: Path) -> _Parts:
             weights = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (no dictionary)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{file} is a broken .safetensors file: {_one_line(error)}") from None
+    header = _with_config(header, file)
     if header.get("format") != _FORMAT or "spec" not in header:
-        raise CheckpointError(f"{file} has tensors but no model: its metadata has no liif_fast spec")
+        raise MissingSpecError(f"{file} has tensors but no model: its metadata has no liif_fast spec")
     try:
         spec, data_norm = json.loads(header["spec"]), json.loads(header.get("data_norm", "null"))
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file} has a broken spec in its metadata: {error}") from None
     return spec, weights, data_norm
+
+
+def _with_config(header: dict[str, str], file: Path) -> dict[str, str]:
+    """The metadata of a .safetensors file; config.json next to it replaces lost metadata and must agree with the rest.
+
+    Programs that rewrite a .safetensors file often drop its metadata.
+    """
+    config_file = file.with_name(CONFIG_FILE)
+    if file.name != WEIGHTS_FILE or not config_file.is_file():
+        return header
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{config_file} is no JSON: {_one_line(error)}") from None
+    if not isinstance(config, dict) or config.get("library_name") != _FORMAT:
+        return header
+    for part in ("spec", "data_norm"):
+        try:
+            agrees = part not in header or json.loads(header[part]) == config.get(part)
+        except json.JSONDecodeError:
+            continue  # `_from_safetensors` reports it
+        if not agrees:
+            difference = f"{config_file} and the metadata of {file.name} have different {part}s"
+            raise CheckpointError(f"{difference}: delete {CONFIG_FILE} to use the metadata")
+    return {"format": _FORMAT, **{part: json.dumps(config.get(part)) for part in ("spec", "data_norm")}, **header}
 
 
 def _from_pth(file: Path, settings: Mapping[str, Any]) -> _Parts:
@@ -301,3 +335,19 @@ def _some(keys: Sequence[str], limit: int = 5) -> str:
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def from_state_dict(state: Mapping[str, Any], *, source: str = "the state_dict") -> nn.Module:
+    """A model of a dictionary that another program has read from a file, in eval mode on the CPU.
+
+    state: {'name', 'args', 'sd'}, as in the original's files; or weights alone, with the keys of the original or of
+        MMagic, whose spec is determined by their shapes as in `mmagic.convert`.
+    source: names the dictionary in errors.
+    Raises CheckpointError.
+    """
+    try:
+        spec, weights, data_norm = (state, state["sd"], None) if "sd" in state else mmagic.convert(state)
+    except mmagic.NotLIIFError as error:
+        raise CheckpointError(f"{source} is no LIIF: {error}") from None
+    with torch.random.fork_rng(devices=[]):
+        return _build((dict(spec), weights, data_norm), Path(source), {}).eval()

@@ -1,4 +1,4 @@
-"""Converts LIIF checkpoints of MMagic: keys become those of the original, and shapes determine the spec."""
+"""Converts LIIF weights without a spec: MMagic's keys become those of the original, and shapes determine the spec."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from liif_fast.models.encoders import RDN_CONFIGS
+from liif_fast.utils.normalization import default_data_norm
 
 _PREFIX = "generator."
 _RENAMED = [
@@ -21,6 +22,7 @@ _RENAMED = [
     (r"rdbs\.(\d+)\.lff\.", r"encoder.RDBs.\1.LFF."),
     (r"gff\.([01])\.", r"encoder.GFF.\1."),
     (r"imnet\.layers\.", r"imnet.layers."),
+    (r"encoder\.", r"encoder."),  # the original's own keys
 ]
 # data_preprocessor in MMagic's configs: EDSR subtracts the mean color of DIV2K, RDN maps [0, 1] to [-1, 1].
 _EDSR_NORM = {"sub": [0.4488, 0.4371, 0.4040], "div": [1.0, 1.0, 1.0]}
@@ -34,7 +36,7 @@ class NotLIIFError(ValueError):
 def convert(
     state_dict: Mapping[str, Tensor],
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, dict[str, list[float]]]]:
-    """(spec, weights, data_norm) of a LIIFEDSRNet or LIIFRDNNet.
+    """(spec, weights, data_norm) of a LIIFEDSRNet or LIIFRDNNet, or of the original's LIIF on EDSR or RDN.
 
     state_dict: with or without the prefix 'generator.', or 'module.' before it. A moving average (generator_ema),
         losses and preprocessors in it are ignored.
@@ -43,6 +45,7 @@ def convert(
     Raises NotLIIFError for weights of another network.
     """
     weights = _renamed(state_dict)
+    is_original = any(key.startswith("encoder.") for key in state_dict)
     first, layers = _imnet_shapes(weights)
     if "encoder.head.0.weight" in weights:
         encoder_spec, width = _edsr(weights)
@@ -71,7 +74,8 @@ def convert(
         "feat_unfold": feat_unfold,
         "cell_decode": cell_decode,
     }
-    return {"name": "liif", "args": args}, weights, {"inp": dict(norm), "gt": dict(norm)}
+    data_norm = default_data_norm() if is_original else {"inp": dict(norm), "gt": dict(norm)}
+    return {"name": "liif", "args": args}, weights, data_norm
 
 
 def _renamed(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -106,10 +110,12 @@ def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def _edsr(weights: dict[str, Tensor]) -> tuple[dict[str, Any], int]:
-    width = weights["encoder.head.0.weight"].shape[0]
+    width, n_colors = weights["encoder.head.0.weight"].shape[:2]
     n_resblocks = _count(weights, r"encoder\.body\.(\d+)\.body\.")
     full_size = (n_resblocks, width) == (32, 256)
     args = {"n_resblocks": n_resblocks, "n_feats": width, "res_scale": 0.1 if full_size else 1, "no_upsampling": True}
+    if n_colors != 3:
+        args["n_colors"] = n_colors
     return {"name": "edsr" if full_size else "edsr-baseline", "args": args}, width
 
 

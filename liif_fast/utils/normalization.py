@@ -11,6 +11,11 @@ from torch import Tensor
 Norm = Mapping[str, Mapping[str, Sequence[float]]]  # {'inp': {'sub', 'div'}, 'gt': {'sub', 'div'}}
 
 
+def default_data_norm() -> dict[str, dict[str, list[float]]]:
+    """The paper's normalization of values in [0, 1], (x - sub) / div: it maps [0, 1] to [-1, 1]."""
+    return {"inp": {"sub": [0.5], "div": [0.5]}, "gt": {"sub": [0.5], "div": [0.5]}}
+
+
 class Normalization(NamedTuple):
     """One side of a data_norm: a color c in [0, 1] becomes (c - sub) / div. sub, div: [channels] or [1]."""
 

@@ -26,8 +26,8 @@ CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
-demo: build ## upscale the shipped photo by 4 and by 2.7, next to bicubic
-	$(PY) -m liif_fast.cli.demo
+demo: build ## fetch the published model if possible, upscale a photo by 4 and by 2.7, next to bicubic
+	$(PY) -m liif_fast.cli.demo --fetch
 
 test: build ## build, then run the tests (PYTEST_ARGS='-k name' for some of them)
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -60,6 +60,14 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.exhaustive if index % row.every_proof else pytest.mark.prove)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """An empty cache folder, so that the default model is `tiny` on every machine, also in child processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIIF_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def backend(request):
     """A row of tests.backends.TABLE, ready to run."""

@@ -71,7 +71,7 @@ def make_rows(device: torch.device) -> list[BenchRow]:
     decode = random_problem((height, width), out_size=size, device=device)
     maps, queries = _TRAIN[kind]
     train = random_problem((48, 48), queries=queries, batch=maps, device=device)
-    model, photo = checkpoints.load(device=device), runs.photo(device)
+    model, photo = checkpoints.load("tiny", device=device), runs.photo(device)
     photo_size = (photo.shape[1] * 4, photo.shape[2] * 4)
     rows = [
         BenchRow(f"decode {height}x{width} to {size[0]}x{size[1]}", {}),

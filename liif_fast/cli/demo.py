@@ -1,4 +1,4 @@
-"""`python -m liif_fast.cli.demo`: the shipped photo enlarged by the shipped model, next to Pillow's bicubic."""
+"""`python -m liif_fast.cli.demo`: the photo in the package, enlarged by LIIF, next to Pillow's bicubic."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from liif_fast.cli.messages import EXPECTED_ERRORS, show_log
 from liif_fast.images import files
 from liif_fast.images.picture import from_pil, to_pil
 from liif_fast.images.sheet import side_by_side
 from liif_fast.images.upscaling import upscale
-from liif_fast.models import checkpoints
+from liif_fast.models import catalog, checkpoints, fetch
 
 PHOTO = Path(__file__).resolve().parents[1] / "assets" / "demo.png"
 SCALES = (4, 2.7)
@@ -23,11 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the enlarged photos and the comparisons; print where they are and how long they took."""
     parser = argparse.ArgumentParser(prog="python -m liif_fast.cli.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder to write to (default: %(default)s)")
-    parser.add_argument("--model", help="weights to use (default: those in the package)")
+    parser.add_argument("--model", help="a file, or a name that `liif-fast models` lists (default: the best of these)")
+    parser.add_argument("--fetch", action="store_true", help="fetch the published model first, if that is possible")
     options = parser.parse_args(arguments)
+    if options.fetch:
+        _try_to_fetch()
     options.output.mkdir(parents=True, exist_ok=True)
     photo = to_pil(files.read(PHOTO))
-    model = checkpoints.load(options.model)
+    with show_log():
+        model = checkpoints.load(options.model)
     print(f"{PHOTO.name}, {photo.height}x{photo.width} pixels:")
     for scale in SCALES:
         start = time.perf_counter()
@@ -41,6 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files.write(from_pil(comparison), comparison_file)
         print(f"  x{scale}: {result.height}x{result.width} pixels in {seconds:.2f} s: {enlarged} and {comparison_file}")
     return 0
+
+
+def _try_to_fetch() -> None:
+    """Fetch the published model; if that fails, say so in one sentence."""
+    try:
+        fetch.get(catalog.CATALOG[0].name, report=print)
+    except EXPECTED_ERRORS as error:
+        print(f"{error}; the demo goes on with {catalog.default().name}.")
 
 
 if __name__ == "__main__":

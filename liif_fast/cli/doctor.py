@@ -16,7 +16,7 @@ from liif_fast.ops import backends
 from liif_fast.ops.backends import extension
 from liif_fast.utils.hardware import cpu_model
 
-VARIABLES = ("LIIF_FAST_BACKEND", "LIIF_FAST_CPU_ISA", "LIIF_FAST_EXTENSION")
+VARIABLES = ("LIIF_FAST_BACKEND", "LIIF_FAST_CPU_ISA", "LIIF_FAST_EXTENSION", "LIIF_FAST_CACHE")
 
 
 def _installed(name: str) -> str:

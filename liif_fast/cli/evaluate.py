@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from liif_fast import data, evaluation
-from liif_fast.cli.arguments import whole_number
+from liif_fast.cli.arguments import add_settings, whole_number
 from liif_fast.evaluation import comparison, figures, tables
 from liif_fast.models import checkpoints
 from liif_fast.ops.backends import BACKENDS
@@ -40,8 +40,9 @@ def add(commands: Any) -> None:
         default=[],
         metavar="[NAME[@SCALE]=]FILE",
         help="with --config: a checkpoint; with --images: the checkpoint of a method, or of a method at one scale "
-        "(repeatable)",
+        "(repeatable); a file or a name that `liif-fast models` lists",
     )
+    add_settings(parser)
     parser.add_argument("--metrics", nargs="+", default=["psnr"], help="psnr, ssim (default: psnr)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--backend", choices=list(BACKENDS), help="backend of the ops (default: first that can run)")
@@ -49,7 +50,10 @@ def add(commands: Any) -> None:
     images = parser.add_argument_group("with --images")
     images.add_argument("--scales", nargs="+", type=float, default=list(_SCALES), help="default: 2 3 4 6 12 18 24 30")
     images.add_argument(
-        "--methods", nargs="+", help="bicubic, liif (the shipped model), or names from --model (default: all of them)"
+        "--methods",
+        nargs="+",
+        help="bicubic, liif (the default model), names that `liif-fast models` lists or from --model (default: all of "
+        "--model, or bicubic and liif)",
     )
     cells = "cells to decode with in addition to 1/s, such as 1/4 (default: 1/s)"
     images.add_argument("--cells", nargs="+", default=["1/s"], help=cells)
@@ -81,7 +85,7 @@ def _evaluate_config(options: argparse.Namespace, device: torch.device) -> None:
     if len(options.model) != 1:
         raise ValueError(f"--config scores one model, not {len(options.model)}: give one --model FILE")
     content = config.load(options.config, "test")
-    model: Any = checkpoints.load(options.model[0], device=device)
+    model: Any = checkpoints.load(options.model[0], device=device, settings=dict(options.settings))
     model.backend = options.backend
     rank, world = distributed.rank(), distributed.world_size()
     loader = data.make_loader(content["test_dataset"], split="items", rank=rank, world=world, device=device)
@@ -114,6 +118,7 @@ def _evaluate_images(options: argparse.Namespace, device: torch.device) -> None:
         n_colors=options.n_colors,
         device=device,
         backend=options.backend,
+        settings=dict(options.settings),
     )
     image = figures.choose_image(options.images, options.compare)
     show = distributed.is_main() and sys.stderr.isatty()

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import liif_fast
-from liif_fast.cli import bench, doctor, evaluate, train, upscale
-from liif_fast.cli.messages import EXPECTED_ERRORS, Parser, exit_on_sigterm, format_warnings, print_error
+from liif_fast.cli import bench, doctor, evaluate, models, train, upscale
+from liif_fast.cli.messages import EXPECTED_ERRORS, Parser, exit_on_sigterm, format_warnings, print_error, show_log
 
-COMMANDS = (upscale.add, train.add, evaluate.add, bench.add, doctor.add)
+COMMANDS = (upscale.add, train.add, evaluate.add, models.add, bench.add, doctor.add)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for add in COMMANDS:
         add(commands)
     options = parser.parse_args(arguments)
-    with format_warnings(), exit_on_sigterm():
+    with format_warnings(), show_log(), exit_on_sigterm():
         try:
             return options.run(options)
         except KeyboardInterrupt:

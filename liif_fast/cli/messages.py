@@ -1,8 +1,10 @@
-"""Errors, warnings and SIGTERM as users see them: one sentence on stderr, and an exit code."""
+"""Errors, warnings, the log and SIGTERM as users see them: one sentence on stderr, and an exit code."""
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import signal
 import sys
 import threading
@@ -38,6 +40,23 @@ def format_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
+
+
+@contextmanager
+def show_log() -> Iterator[None]:
+    """Print what the package logs, such as its choice of a model, to stdout; under torchrun in one process only."""
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    log, handler = logging.getLogger("liif_fast"), logging.StreamHandler(sys.stdout)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from liif_fast.cli.arguments import whole_number
+from liif_fast.cli.arguments import add_settings, whole_number
 from liif_fast.cli.messages import EXPECTED_ERRORS, print_error
 from liif_fast.images import files, tiles, upscaling
 from liif_fast.models import checkpoints
@@ -42,7 +42,9 @@ def add(commands: Any) -> None:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--scale", type=_scale, help="a factor such as 3.7, or one for rows and columns such as 2x3")
     target.add_argument("--size", type=_size, help="rows x columns of the result, such as 1080x1920")
-    parser.add_argument("--model", help="a .safetensors or .pth file (default: the model in the package)")
+    model = "a .safetensors or .pth file, or a name that `liif-fast models` lists (default: the best of these)"
+    parser.add_argument("--model", help=model)
+    add_settings(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--backend", choices=list(BACKENDS), help="backend of the ops (default: first that can run)")
     dtype = "dtype of the computation (default: that of the weights)"
@@ -67,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     jobs = distributed.share(_jobs(options.inputs, options.output))
     device = hardware.usable_device(distributed.own_device(options.device))
-    model = checkpoints.load(options.model, device=device)
+    model = checkpoints.load(options.model, device=device, settings=dict(options.settings))
     failed = 0
     for source, target in jobs:
         try:

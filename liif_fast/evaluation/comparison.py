@@ -13,7 +13,7 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from liif_fast.data import list_images, read_pixels, resize_bicubic, shrink_whole, to_tensor
 from liif_fast.data.pictures import MODES
 from liif_fast.evaluation.metrics import METRICS, check_metrics
-from liif_fast.models import checkpoints
+from liif_fast.models import catalog, checkpoints
 from liif_fast.utils import distributed, tables
 from liif_fast.utils.normalization import normalizations
 
@@ -48,7 +48,10 @@ class Method:
 
 
 class ScoreRecord(NamedTuple):
-    """Scores of one method on one image at one scale; a metric that was not computed is NaN."""
+    """Scores of one method on one image at one scale; a metric that was not computed is NaN.
+
+    model: the first 16 digits of the sha256 of the model's file; '' for bicubic.
+    """
 
     method: str
     cell: str
@@ -57,6 +60,7 @@ class ScoreRecord(NamedTuple):
     psnr: float
     ssim: float
     fingerprint: str
+    model: str = ""
 
     @property
     def label(self) -> str:
@@ -73,6 +77,7 @@ class ComparisonConfig:
     protocol: 'div2k' (RGB without a border of scale + 6 pixels), 'benchmark' (luma without a border of scale pixels) or
         'none' (RGB, all pixels).
     n_colors: channels of the images and of the models: 1 (gray), 3 or 4. device, backend: for the models.
+    settings: of `checkpoints.load`, for all models.
     Raises ValueError for a value that does not exist.
     """
 
@@ -84,6 +89,7 @@ class ComparisonConfig:
     n_colors: int = 3
     device: torch.device | str = "cpu"
     backend: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.methods or not self.scales or OWN_CELL not in self.cells or "psnr" not in self.metrics:
@@ -102,15 +108,16 @@ class ComparisonConfig:
 def resolve_methods(names: Sequence[str] | None, models: Sequence[str]) -> list[Method]:
     """Methods from the options --methods and --model.
 
-    names: 'bicubic', names in `models`, 'liif' for the default shipped model, or the name of another shipped model;
+    names: 'bicubic', names in `models`, names in the catalog, or 'liif' for the default model, which the log tells;
         None means bicubic and all names in `models`, or bicubic and liif.
-    models: 'NAME=FILE', or 'NAME@SCALE=FILE' for a file that is used at one scale only.
+    models: 'NAME=FILE', a name in the catalog, or 'NAME@SCALE=FILE' for a file that is used at one scale only.
     Raises ValueError for a name without a file and for a file without a name in `names`, FileNotFoundError for a
     missing file.
     """
     files: dict[str, dict[float | None, str]] = {}
+    known = [entry.name for entry in catalog.CATALOG]
     for text in models:
-        name, separator, file = text.partition("=")
+        name, separator, file = (text, "=", text) if text in known else text.partition("=")
         name, at, scale = name.partition("@")
         if not separator or not name or not file:
             raise ValueError(f"--model {text!r} is not NAME=FILE, nor NAME@SCALE=FILE")
@@ -132,8 +139,11 @@ def resolve_methods(names: Sequence[str] | None, models: Sequence[str]) -> list[
             found.append(Method(name, {}))
         elif name in files:
             found.append(Method(name, files[name]))
-        elif name == "liif" or (checkpoints.WEIGHTS / f"{name}.safetensors").is_file():
-            found.append(Method(name, {None: checkpoints.DEFAULT if name == "liif" else name}))
+        elif name == "liif":
+            found.append(Method(name, {None: catalog.report_default().name}))
+        elif name in known:
+            checkpoints.find(name)
+            found.append(Method(name, {None: name}))
         else:
             raise ValueError(f"method {name!r} needs a model: add --model {name}=FILE")
     return found
@@ -170,7 +180,8 @@ def run(folder: str | Path, config: ComparisonConfig, out: str | Path, *, progre
                     continue
                 computed += 1
                 record = ScoreRecord(job.method.name, job.cell, job.scale, job.path.name, *scores, fingerprint)
-            records.append(record._replace(method=job.method.name, image=job.path.name))
+            model = scorer.model_digest(job)[:16]
+            records.append(record._replace(method=job.method.name, image=job.path.name, model=model))
             if computed and time.monotonic() - saved > _SAVE_SECONDS:
                 save()
                 saved = time.monotonic()
@@ -211,24 +222,33 @@ class _Scorer:
 
     def __init__(self, config: ComparisonConfig) -> None:
         self._config, self._file, self._model = config, "", None
-        self._digests: dict[str, str] = {}
+        self._digests: dict[Path, str] = {}
 
     def _load(self, file: str) -> Any:
         if file != self._file:
             self._model = None  # frees the last model before the next one is loaded
-            model: Any = checkpoints.load(file, device=self._config.device)
+            model: Any = checkpoints.load(file, device=self._config.device, settings=self._config.settings)
             model.backend = self._config.backend
             self._file, self._model = file, model
         return self._model
 
     def fingerprint(self, job: _Job) -> str:
-        file, config = job.method.file(job.scale), self._config
-        parts = [_SCHEMA, job.cell, job.scale, config.protocol, sorted(config.metrics), config.n_colors]
-        for name in (str(job.path), None if file is None else str(checkpoints.find(file))):
-            if name is not None and name not in self._digests:
-                self._digests[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
-            parts.append(None if name is None else self._digests[name])
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        config = self._config
+        parts = [_SCHEMA, job.cell, float(job.scale), config.protocol, sorted(config.metrics), config.n_colors]
+        parts += [self._digest(job.path), self.model_digest(job) or None]
+        if config.settings and job.method.files:
+            parts.append(dict(config.settings))
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def model_digest(self, job: _Job) -> str:
+        """The sha256 of the model's file; '' for bicubic."""
+        file = job.method.file(job.scale)
+        return "" if file is None else self._digest(checkpoints.find(file))
+
+    def _digest(self, path: Path) -> str:
+        if path not in self._digests:
+            self._digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return self._digests[path]
 
     def scores(self, job: _Job) -> tuple[float, float] | None:
         """(PSNR, SSIM), or None if the method does not apply at this scale."""
@@ -298,10 +318,10 @@ def write_records(records: Sequence[ScoreRecord], path: str | Path) -> None:
 
 
 def read_records(path: str | Path) -> list[ScoreRecord]:
-    """Read the file of `write_records`; raises ValueError for another file."""
+    """Read the file of `write_records`, or of a version without the column `model`; ValueError for another file."""
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != ScoreRecord._fields:
+        if tuple(reader.fieldnames or ()) not in (ScoreRecord._fields, ScoreRecord._fields[:-1]):
             raise ValueError(f"{path} is not a table of scores of liif-fast evaluate: move it or choose another --out")
         numbers, lines = ("scale", "psnr", "ssim"), list[dict[str, Any]](reader)
         return [ScoreRecord(**{**line, **{key: float(line[key] or "nan") for key in numbers}}) for line in lines]

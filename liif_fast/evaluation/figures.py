@@ -92,7 +92,7 @@ def write_comparison(image: Path, config: ComparisonConfig, records: Sequence[Sc
         file = method.file(scale)
         if method.files and file is None:
             continue
-        model: Any = None if file is None else checkpoints.load(file, device=config.device)
+        model: Any = None if file is None else checkpoints.load(file, device=config.device, settings=config.settings)
         if model is not None:
             model.backend = config.backend
         for cell in config.cells if model is not None else (comparison.OWN_CELL,):

@@ -53,7 +53,19 @@ def markdown(
         cells = [_column(means, scale, _DIGITS[metric]) for scale in scales]
         table = tables.markdown(columns, zip(means, *cells, strict=True))
         parts.append(f"{_TITLES[metric]}, mean over {images} images ({_COMPARED[protocol]}).{note}\n\n{table}")
+    if models := _models(records):
+        files = ", ".join(f"{label} `{' '.join(found)}`" for label, found in models.items())
+        parts.append(f"Models, as the first digits of their files' sha256: {files}.\n")
     return "\n".join(parts)
+
+
+def _models(records: Sequence[ScoreRecord]) -> dict[str, list[str]]:
+    """{label: the models' hashes}: several for a method with a model for each scale; bicubic has none."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        if record.model:
+            found.setdefault(record.method, {})[record.model] = None
+    return {method: list(models) for method, models in found.items()}
 
 
 def _column(means: Means, scale: float, digits: int) -> list[str]:
@@ -67,14 +79,15 @@ def _column(means: Means, scale: float, digits: int) -> list[str]:
 
 
 def write_means(records: Sequence[ScoreRecord], path: str | Path, metrics: Sequence[str] = ("psnr",)) -> None:
-    """Save the tables as CSV with the columns metric, method and one per scale."""
+    """Save the tables as CSV with the columns metric, method, model (its hash) and one per scale."""
     scales = sorted({record.scale for record in records})
+    models = {record.label: " ".join(_models(records).get(record.method, [])) for record in records}
     rows = [
-        [metric, label, *(f"{found[scale]:.4f}" if scale in found else None for scale in scales)]
+        [metric, label, models[label], *(f"{found[scale]:.4f}" if scale in found else None for scale in scales)]
         for metric in metrics
         for label, found in average(records, metric).items()
     ]
-    tables.write_csv(path, ["metric", "method", *(f"x{scale:g}" for scale in scales)], rows)
+    tables.write_csv(path, ["metric", "method", "model", *(f"x{scale:g}" for scale in scales)], rows)
 
 
 def gains(means: Mapping[str, Mapping[float, float]]) -> Means:

@@ -62,8 +62,8 @@ def upscale(
           Alpha is enlarged by bicubic interpolation on the same grid.
         scale: a number, or one each for rows and columns. The result has max(1, round(H * scale)) rows.
         size: (rows, columns) of the result, instead of scale.
-        model: a model with `encoder` and `render`, or an argument of `liif_fast.load`; None is the shipped model. A
-            model keeps its mode and device, and has no features afterward.
+        model: a model with `encoder` and `render`, or an argument of `liif_fast.load`; None is the default model of
+            `load`. A model keeps its mode and device, and has no features afterward.
         device: where to run. None: the model's device if one is given, else the tensor's, else a GPU if there is one.
         backend: the backend of the ops; None lets the ops choose.
         dtype: the dtype of the encoder and the decoder's layers: float32, bfloat16 or float16, as a torch dtype or its

@@ -6,7 +6,10 @@ is one sentence that names the file.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,15 +21,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from liif_fast.models import mmagic
-from liif_fast.models.registry import make_model
+from liif_fast.models import catalog, mmagic
+from liif_fast.models.registry import make_model, registered
 from liif_fast.utils.files import write_atomically
 from liif_fast.utils.normalization import default_data_norm
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # the models in the package
-DEFAULT = "tiny"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # in a folder written by `save_pretrained`
 _FORMAT = "liif_fast"
+_SETTINGS = ("local_ensemble", "res_scale")  # what changes a model's results, but not the shapes of its weights
+_log = logging.getLogger(__name__)
+_Parts = tuple[dict[str, Any], Mapping[str, Tensor], object]  # spec, weights, data_norm
 
 
 class CheckpointError(ValueError):
@@ -37,26 +41,35 @@ class MissingSpecError(CheckpointError):
     """A .safetensors file with weights, but without the description of a model."""
 
 
-def load(path: str | os.PathLike[str] | None = None, *, device: torch.device | str = "cpu") -> nn.Module:
+def load(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    settings: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """A model with its weights, in eval mode on `device`.
 
     path: a .safetensors file written by `save`, a .pth file of yinboc/liif ({'model': {'name', 'args', 'sd'}, ...}) or
-        of MMagic ({'state_dict', ...}), a folder of `save_pretrained`, or the name of a model in the package; None =
-        'tiny'.
+        of MMagic ({'state_dict', ...}), a folder of `save_pretrained`, or a name that `liif-fast models` lists. None =
+        the published model 'edsr-baseline-liif' where it has been fetched, else 'tiny'; the log says which.
+    settings: {'local_ensemble': bool, 'res_scale': float}, or one of them, instead of the file's. The weights of MMagic
+        do not tell them: give them for a model that was trained without the ensemble or with another res_scale.
     The model's `data_norm` is that of the file, by default the paper's, or that of MMagic's configs. Parameters are
     float32, or float64 if all parameters in the file are float64.
-    Raises FileNotFoundError, or CheckpointError for any other file, or weights that do not fit the file's spec.
+    Raises FileNotFoundError, or CheckpointError for any other file, weights that do not fit the file's spec, or
+    settings that the model does not have.
     """
-    file = find(path)
+    file = catalog.report_default().file if path is None else find(path)
     with open(file, "rb") as handle:
         start = handle.read(9)
+    if start[8:] == b"{":
+        parts = _from_safetensors(file)
+    elif start[:2] == b"PK" or start[:1] == b"\x80":
+        parts = _from_pth(file, settings or {})
+    else:
+        raise CheckpointError(f"{file} is not a model: it is neither a .safetensors nor a .pth file")
     with torch.random.fork_rng(devices=[]):  # the initial weights are replaced, so they take no random numbers
-        if start[8:] == b"{":
-            model = _from_safetensors(file)
-        elif start[:2] == b"PK" or start[:1] == b"\x80":
-            model = _from_pth(file)
-        else:
-            raise CheckpointError(f"{file} is not a model: it is neither a .safetensors nor a .pth file")
+        model = _build(parts, file, settings or {})
     return model.to(device).eval()
 
 
@@ -100,27 +113,44 @@ def save(
         stored = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         # One copy per key, because the format does not allow two keys that share memory.
         tensors[key] = tensor.detach().to("cpu", stored, copy=True).contiguous()
-    write_atomically(file, safetensors.torch.save(tensors, header))
+    write_atomically(file, _with_sorted_metadata(safetensors.torch.save(tensors, header)))
+
+
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """The same .safetensors file with its metadata in order of name: safetensors writes it in a random order.
+
+    With it, equal models are equal files, and their hashes can be compared.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def find(path: str | os.PathLike[str] | None) -> Path:
     """The file that `load` would read; raises like `load` if there is none."""
-    file = Path(DEFAULT if path is None else path)
+    if path is None:
+        return catalog.default().file
+    file = Path(path)
     if file.is_file():
         return file
-    shipped = WEIGHTS / f"{file}.safetensors"
-    if file.name == str(file) and shipped.is_file():
-        return shipped
+    named = [entry for entry in catalog.CATALOG if entry.name == os.fspath(path)]
+    if named and named[0].file.is_file():
+        return named[0].file
     if file.exists():
         if (file / WEIGHTS_FILE).is_file():
             return file / WEIGHTS_FILE
         raise CheckpointError(f"{file} is a folder, not a model: give the path of the file in it")
-    names = sorted(weights.stem for weights in WEIGHTS.glob("*.safetensors"))
-    hint = f", and the package has no model of that name: choose one of {', '.join(names)}" if names else ""
-    raise FileNotFoundError(f"{file} does not exist{hint}")
+    if named:
+        raise FileNotFoundError(f"the model {file} is not here yet: `liif-fast models get {file}` fetches it")
+    raise FileNotFoundError(
+        f"{file} does not exist, and no model has that name: give a file or choose one of {catalog.names()}"
+    )
 
 
-def _from_safetensors(file: Path) -> nn.Module:
+def _from_safetensors(file: Path) -> _Parts:
     try:
         with safetensors.safe_open(file, "pt") as handle:
             header = handle.metadata() or {}
@@ -134,7 +164,7 @@ def _from_safetensors(file: Path) -> nn.Module:
         spec, data_norm = json.loads(header["spec"]), json.loads(header.get("data_norm", "null"))
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file} has a broken spec in its metadata: {error}") from None
-    return _build(spec, weights, data_norm, file)
+    return spec, weights, data_norm
 
 
 def _with_config(header: dict[str, str], file: Path) -> dict[str, str]:
@@ -162,7 +192,7 @@ def _with_config(header: dict[str, str], file: Path) -> dict[str, str]:
     return {"format": _FORMAT, **{part: json.dumps(config.get(part)) for part in ("spec", "data_norm")}, **header}
 
 
-def _from_pth(file: Path) -> nn.Module:
+def _from_pth(file: Path, settings: Mapping[str, Any]) -> _Parts:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle can raise anything
@@ -170,14 +200,29 @@ def _from_pth(file: Path) -> nn.Module:
     if isinstance(content, dict):
         spec = content.get("model")
         if isinstance(spec, dict) and "name" in spec and _is_state_dict(spec.get("sd")):
-            return _build(spec, spec["sd"], content.get("data_norm"), file)
+            return spec, spec["sd"], content.get("data_norm")
         if _is_state_dict(content.get("state_dict")):
             try:
-                return _build(*mmagic.convert(content["state_dict"]), file)
+                parts = mmagic.convert(content["state_dict"])
             except mmagic.NotLIIFError as error:
                 raise CheckpointError(f"{file} is no LIIF checkpoint: {error}") from None
+            _report_assumptions(parts[0], file, settings)
+            return parts
     lacks = "it has neither 'model' with name, args and sd (yinboc/liif) nor 'state_dict' (MMagic)"
     raise CheckpointError(f"{file} is no LIIF checkpoint: {lacks}")
+
+
+def _report_assumptions(spec: dict[str, Any], file: Path, settings: Mapping[str, Any]) -> None:
+    """Log the settings that the weights of MMagic do not tell."""
+    assumed = {"local_ensemble": True, **spec["args"]["encoder_spec"]["args"]}
+    told = [f"{name}={json.dumps(assumed[name])}" for name in _SETTINGS if name in assumed and name not in settings]
+    if told:
+        _log.info(
+            "%s: the weights of MMagic do not tell %s, which is assumed; for a model that was trained otherwise, add "
+            "--set res_scale=0.1 or local_ensemble=false",
+            file,
+            " and ".join(told),
+        )
 
 
 def _why_unread(file: Path, error: Exception) -> str:
@@ -197,11 +242,14 @@ def _is_state_dict(content: object) -> bool:
     )
 
 
-def _build(spec: dict[str, Any], weights: Mapping[str, Tensor], data_norm: object, file: Path) -> nn.Module:
+def _build(parts: _Parts, file: Path, settings: Mapping[str, Any]) -> nn.Module:
+    spec, weights, data_norm = parts
     try:
         model = make_model(spec)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file} describes a model that cannot be built: {_one_line(error)}") from None
+    if settings:
+        model = make_model(_with_settings(spec, settings, file))
     weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): tensor for key, tensor in weights.items()}
     if all(tensor.dtype == torch.float64 for tensor in weights.values() if tensor.is_floating_point()):
         model.double()
@@ -214,6 +262,24 @@ def _build(spec: dict[str, Any], weights: Mapping[str, Tensor], data_norm: objec
     model.load_state_dict(weights)
     model.data_norm = _checked_norm(data_norm, file)  # type: ignore[assignment]
     return model
+
+
+def _with_settings(spec: dict[str, Any], settings: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """A copy of a spec with `settings` instead of its own values."""
+    spec = copy.deepcopy(spec)
+    for name, value in settings.items():
+        if name not in _SETTINGS:
+            raise CheckpointError(
+                f"{name} cannot be set: the weights of {file} determine everything but {' and '.join(_SETTINGS)}"
+            )
+        if isinstance(value, bool) != (name == "local_ensemble") or not isinstance(value, bool | int | float):
+            raise CheckpointError(f"{name} is {value!r}, but must be {'a number' if name == 'res_scale' else 'a bool'}")
+        part = spec if name == "local_ensemble" else spec["args"].get("encoder_spec", {"name": None})
+        factory = registered().get(part["name"])
+        if factory is None or name not in inspect.signature(factory).parameters:
+            raise CheckpointError(f"{name} cannot be set: the {part['name'] or spec['name']} in {file} has none")
+        part["args"] = {**(part.get("args") or {}), name: value}
+    return spec
 
 
 def _checked_norm(data_norm: Any, file: Path) -> dict[str, dict[str, list[float]]]:
@@ -284,4 +350,4 @@ def from_state_dict(state: Mapping[str, Any], *, source: str = "the state_dict")
     except mmagic.NotLIIFError as error:
         raise CheckpointError(f"{source} is no LIIF: {error}") from None
     with torch.random.fork_rng(devices=[]):
-        return _build(dict(spec), weights, data_norm, Path(source)).eval()
+        return _build((dict(spec), weights, data_norm), Path(source), {}).eval()

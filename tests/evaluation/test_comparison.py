@@ -221,10 +221,29 @@ def test_tables(tmp_path):
     ]
     tables.write_means(rows, tmp_path / "table.csv", ["psnr", "ssim"])
     written = (tmp_path / "table.csv").read_text().splitlines()
-    assert written[:3] == ["metric,method,x2,x6", "psnr,bicubic,31.0000,25.2500", "psnr,liif,33.5000,26.0000"]
-    assert written[6] == "ssim,bicubic,0.9000,0.9000"
+    assert written[:3] == ["metric,method,model,x2,x6", "psnr,bicubic,,31.0000,25.2500", "psnr,liif,,33.5000,26.0000"]
+    assert written[6] == "ssim,bicubic,,0.9000,0.9000"
     assert tables.gains(tables.average(rows))["liif"] == {2: 2.5, 6: 0.75}
     assert not tables.gains(tables.average(rows[4:8]))
+
+
+def test_several_models_of_one_method_are_all_in_the_table(tmp_path):
+    rows = [ScoreRecord("edsr", "1/s", scale, "0.png", 30.0, 0.9, "", f"{scale}" * 16) for scale in (2, 3, 2)]
+    text = tables.markdown(rows, protocol="div2k")
+    assert text.endswith(f"\nModels, as the first digits of their files' sha256: edsr `{'2' * 16} {'3' * 16}`.\n")
+    assert "Models" not in tables.markdown(rows_of(TABLE), protocol="div2k")
+
+
+def test_scores_without_the_models_hash_are_read_and_completed(images, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    first = comparison.run(images, config(tmp_path, ["bicubic", "liif"]), out)
+    lines = (out / "scores.csv").read_text().splitlines()
+    (out / "scores.csv").write_text("".join(f"{line.rpartition(',')[0]}\n" for line in lines))
+    assert all(record.model == "" for record in comparison.read_records(out / "scores.csv"))
+    calls = count_calls(monkeypatch)
+    again = comparison.run(images, config(tmp_path, ["bicubic", "liif"]), out)
+    assert not calls and [record.model for record in again] == [record.model for record in first]
+    assert {len(record.model) for record in again} == {0, 16}
 
 
 def test_command_writes_tables_plot_and_comparison(images, tmp_path, capsys):
@@ -237,10 +256,9 @@ def test_command_writes_tables_plot_and_comparison(images, tmp_path, capsys):
     names = ["comparison-x8.png", "psnr.png", "scores.csv", "table.csv", "table.md"]
     assert sorted(os.listdir(out)) == names
     assert (out / "table.md").read_text() in printed and "luma without a border" in printed
-    labels = [line.split("|")[1].strip() for line in (out / "table.md").read_text().splitlines()[4:]]
-    assert labels == ["bicubic", "liif", "liif, cell 1/4", "metasr", "edsr"]
-    edsr = (out / "table.md").read_text().splitlines()[-1]
-    assert edsr.count(" - ") == 2  # x3 and x8
+    table = [line for line in (out / "table.md").read_text().splitlines() if line.startswith("| ")][2:]
+    assert [line.split("|")[1].strip() for line in table] == ["bicubic", "liif", "liif, cell 1/4", "metasr", "edsr"]
+    assert table[-1].count(" - ") == 2  # x3 and x8
     # Six panels of the 72x64 picture in two rows of three: input, bicubic, liif, its other cell, metasr, original.
     with Image.open(out / "comparison-x8.png") as picture:
         assert picture.size == (3 * 64 + 2 * 8, 2 * (72 + 20) + 8)

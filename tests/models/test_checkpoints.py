@@ -13,13 +13,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from liif_fast.models import LIIF, checkpoints, make_model, register
+from liif_fast.models import LIIF, catalog, make_model, register
 from liif_fast.models.checkpoints import CheckpointError, load, save
 from liif_fast.models.coordinates import make_cell, make_coord
-from liif_fast.models.mmagic import convert as convert_from_mmagic
 
 EDSR = {"name": "edsr-baseline", "args": {"n_resblocks": 2, "n_feats": 8, "no_upsampling": True}}
-RDN = {"name": "rdn", "args": {"G0": 8, "RDNconfig": "A", "no_upsampling": True}}
 MLP = {"name": "mlp", "args": {"out_dim": 3, "hidden_list": [16, 24]}}
 
 
@@ -35,11 +33,6 @@ def original(model: nn.Module, prefix: str = "", **more: Any) -> dict[str, Any]:
     weights = OrderedDict((prefix + key, tensor) for key, tensor in model.state_dict().items())
     state = {"name": "adam", "args": {"lr": 1e-4}, "sd": optimizer.state_dict()}
     return {"model": {**model.spec, "sd": weights}, "optimizer": state, "epoch": 3, **more}
-
-
-@pytest.fixture(scope="module")
-def rdn() -> nn.Module:
-    return liif(RDN)
 
 
 def assert_same(loaded: nn.Module, model: nn.Module) -> None:
@@ -81,74 +74,6 @@ def test_a_checkpoint_may_have_a_normalization(tmp_path: Path) -> None:
     norm = {"inp": {"sub": [0], "div": [1]}, "gt": {"sub": [0.1, 0.2, 0.3], "div": [1, 1, 1]}}
     torch.save(original(liif(), data_norm=norm), tmp_path / "model.pth")
     assert load(tmp_path / "model.pth").data_norm == norm
-
-
-# The keys that MMagic's LIIFEDSRNet and LIIFRDNNet write, in the original's terms: (ours, theirs).
-MMAGIC_EDSR = [
-    ("encoder.head.0.", "conv_first."),
-    ("encoder.body.0.body.0.", "body.0.conv1."),
-    ("encoder.body.0.body.2.", "body.0.conv2."),
-    ("encoder.body.1.body.0.", "body.1.conv1."),
-    ("encoder.body.1.body.2.", "body.1.conv2."),
-    ("encoder.body.2.", "conv_after_body."),
-    ("imnet.layers.", "imnet.layers."),
-]
-MMAGIC_RDN = [
-    ("encoder.SFENet1.", "sfe1."),
-    ("encoder.SFENet2.", "sfe2."),
-    *((f"encoder.RDBs.{b}.convs.{c}.conv.0.", f"rdbs.{b}.layers.{c}.conv.") for b in range(20) for c in range(6)),
-    *((f"encoder.RDBs.{b}.LFF.", f"rdbs.{b}.lff.") for b in range(20)),
-    ("encoder.GFF.0.", "gff.0."),
-    ("encoder.GFF.1.", "gff.1."),
-    ("imnet.layers.", "imnet.layers."),
-]
-
-
-def mmagic(model: nn.Module, names: list[tuple[str, str]], prefix: str = "generator.") -> dict[str, Any]:
-    """A checkpoint as MMagic writes it for this model, with parts that loading must ignore."""
-    weights: dict[str, Tensor] = OrderedDict()
-    for key, tensor in model.state_dict().items():
-        for ours, theirs in names:
-            if key.startswith(ours) and "_mean." not in key:
-                weights[prefix + theirs + key.removeprefix(ours)] = tensor
-    if prefix:
-        weights.update({key.replace("generator.", "generator_ema."): tensor + 1 for key, tensor in weights.items()})
-        weights["data_preprocessor.input_mean"] = torch.zeros(3, 1, 1)
-        weights["step_counter"] = torch.tensor(5)
-    return {"meta": {"epoch": 1, "cfg": "..."}, "state_dict": weights}
-
-
-@pytest.mark.parametrize(
-    ("prefix", "unfold", "cell"),
-    [("generator.", True, True), ("module.generator.", True, False), ("", False, True), ("generator.", False, False)],
-)
-def test_mmagics_edsr(tmp_path: Path, prefix: str, unfold: bool, cell: bool) -> None:
-    model = liif(feat_unfold=unfold, cell_decode=cell)
-    torch.save(mmagic(model, MMAGIC_EDSR, prefix), tmp_path / "liif_edsr_norm.pth")
-    loaded = load(tmp_path / "liif_edsr_norm.pth")
-    assert_same(loaded, model)
-    assert (loaded.feat_unfold, loaded.cell_decode, loaded.local_ensemble) == (unfold, cell, True)
-    mean = {"sub": [0.4488, 0.4371, 0.4040], "div": [1, 1, 1]}
-    assert loaded.data_norm == {"inp": mean, "gt": mean}
-
-
-def test_mmagics_rdn(tmp_path: Path, rdn: nn.Module) -> None:
-    torch.save(mmagic(rdn, MMAGIC_RDN), tmp_path / "liif_rdn_norm.pth")
-    loaded = load(tmp_path / "liif_rdn_norm.pth")
-    assert_same(loaded, rdn)
-    assert loaded.data_norm["inp"] == {"sub": [0.5] * 3, "div": [0.5] * 3}
-
-
-def test_mmagics_full_size_edsr_scales_its_residuals() -> None:
-    weights = {
-        "generator.conv_first.weight": torch.empty(256, 3, 3, 3),
-        "generator.imnet.layers.0.weight": torch.empty(3, 2308),
-    }
-    weights |= {f"generator.body.{block}.conv1.weight": torch.empty(256, 256, 3, 3) for block in range(32)}
-    spec, _, _ = convert_from_mmagic(weights)
-    assert spec["args"]["encoder_spec"]["name"] == "edsr"
-    assert spec["args"]["encoder_spec"]["args"]["res_scale"] == 0.1
-    assert spec["args"]["imnet_spec"]["args"] == {"out_dim": 3, "hidden_list": []}
 
 
 @pytest.mark.parametrize("make", [liif, lambda: make_model({"name": "metasr", "args": {"encoder_spec": EDSR}})])
@@ -222,14 +147,26 @@ def test_loading_uses_up_no_random_numbers(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_shipped_models_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path)
+def test_models_in_the_package_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "WEIGHTS", tmp_path)
     model = liif()
     save(model, tmp_path / "tiny.safetensors")
     assert_same(load(), model)
     assert_same(load("tiny"), model)
-    with pytest.raises(FileNotFoundError, match=r"huge does not exist.*choose one of tiny"):
+    with pytest.raises(FileNotFoundError, match=r"huge does not exist.*choose one of edsr-baseline-liif, tiny"):
         load("huge")
+
+
+def test_equal_models_are_equal_files(tmp_path: Path) -> None:
+    model, names = liif(), [f"key{number}" for number in range(20)]
+    for order in (names, names[::-1]):
+        save(model, tmp_path / f"{order[0]}.safetensors", metadata={name: "ä" * 3 + name for name in order})
+    one, two = (path.read_bytes() for path in tmp_path.iterdir())
+    assert one == two
+    assert int.from_bytes(one[:8], "little") % 8 == 0
+    with safetensors.safe_open(tmp_path / "key0.safetensors", "pt") as handle:
+        assert handle.metadata()["key7"] == "äääkey7"
+    assert_same(load(tmp_path / "key0.safetensors"), model)
 
 
 class Bomb:
@@ -327,31 +264,6 @@ def test_missing_unexpected_and_misshapen_weights_are_named(tmp_path: Path) -> N
     assert refusal_of(short) == "'imnet.layers.0.bias' is [3] instead of [16]"
     assert refusal_of({}).startswith("missing 'encoder.head.0.weight', 'encoder.head.0.bias'")
     assert refusal_of({}).endswith("more keys")
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda w: {key: t for key, t in w.items() if "imnet" not in key}, "has no imnet.layers, so it is no LIIF"),
-        (
-            lambda w: {key: t for key, t in w.items() if "conv_first" not in key},
-            "neither conv_first (EDSR) nor sfe1 (RDN)",
-        ),
-        (lambda w: {**w, "generator.imnet.layers.0.weight": torch.zeros(16, 50)}, "imnet takes 50 inputs"),
-        (lambda w: {**w, "generator.sfe1.weight": torch.zeros(8, 3, 3, 3)}, "unexpected 'encoder.SFENet1.weight'"),
-    ],
-)
-def test_other_networks_of_mmagic(tmp_path: Path, change: Any, words: str) -> None:
-    content = mmagic(liif(), MMAGIC_EDSR)
-    torch.save({**content, "state_dict": change(content["state_dict"])}, tmp_path / "model.pth")
-    assert words in refusal(tmp_path / "model.pth")
-
-
-def test_an_rdn_of_another_size_is_refused(tmp_path: Path, rdn: nn.Module) -> None:
-    content = mmagic(rdn, MMAGIC_RDN)
-    weights = {key: tensor for key, tensor in content["state_dict"].items() if ".rdbs.19." not in key}
-    torch.save({"state_dict": weights}, tmp_path / "model.pth")
-    assert "(blocks, layers, growth) = (19, 6, 32)" in refusal(tmp_path / "model.pth")
 
 
 def test_safetensors_of_others(tmp_path: Path) -> None:

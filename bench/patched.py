@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import liif_fast
-from bench import machine, results
+from bench import results
 from bench.loader import BATCH, WRAPPER, make_stepper
-from bench.measure import log
+from bench.measure import log, validity_warnings
 from bench.training_step import OriginalLIIF
 from liif_fast.benchmark import original, peak_rates
 from liif_fast.benchmark.cuda_timing import CudaClock
@@ -85,8 +85,7 @@ def measure(clock: Clock, rounds: int) -> dict[str, Any]:
         first = candidates[f"{candidate.name}: original"]
         ratios = pair_ratios(first.samples, candidate.samples)
         entries[name] = {"seconds": summary(candidate.samples), "speedup": summary(ratios)}
-    shared = any(machine.was_shared(list(rate.rates.values())) for rate in rates if rate.name.startswith("fma_peak"))
-    warnings = [machine.SHARED] if shared else []
+    warnings = validity_warnings(rates, entries)
     return {**result, "rounds": done, "batch": BATCH, "warnings": warnings, "entries": entries}
 
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench import machine, results
+from bench import results
 from bench.loader import BATCH, make_images, make_stepper, section
-from bench.measure import log
+from bench.measure import log, validity_warnings
 from liif_fast import data
 from liif_fast.benchmark import original, peak_rates
 from liif_fast.benchmark.cuda_timing import CudaClock
@@ -150,13 +150,12 @@ def measure(clock: Clock, folder: Path, names: list[str], rounds: int) -> dict[s
         entries[name] = {"seconds": summary(candidate.samples)}
         if name in VARIANTS and candidates["original"].samples:
             entries[name]["speedup"] = summary(pair_ratios(candidates["original"].samples, candidate.samples))
-    shared = any(machine.was_shared(list(rate.rates.values())) for rate in rates if rate.name.startswith("fma_peak"))
     return {
         **result,
         "rounds": done,
         "batch": BATCH,
         "peak_rates": {rate.name: summary(rate.rates) for rate in rates if rate.rates},
-        "warnings": [machine.SHARED] if shared else [],
+        "warnings": validity_warnings(rates, entries),
         "entries": entries,
     }
 

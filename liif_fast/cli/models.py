@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from liif_fast.models import catalog, fetch
 from liif_fast.utils import tables
+from liif_fast.utils.files import sha256
 
 
 def add(commands: Any) -> None:
@@ -49,7 +49,7 @@ def list_models(_: argparse.Namespace) -> int:
 def get(options: argparse.Namespace) -> int:
     """Fetch a model and print where it is; returns the exit code."""
     file = fetch.get(options.name, options.from_file, report=lambda line: print(line, flush=True))
-    entry, digest = catalog.find(options.name), hashlib.sha256(file.read_bytes()).hexdigest()
-    print(f"{entry.name}: {file} ({entry.megabytes}, {entry.license}, sha256 {digest})")
+    entry = catalog.find(options.name)
+    print(f"{entry.name}: {file} ({entry.megabytes}, {entry.license}, sha256 {sha256(file)})")
     print(f"card: {file.with_suffix('.md')}")
     return 0

@@ -27,6 +27,7 @@ from liif_fast.data.pictures import MODES
 from liif_fast.evaluation.metrics import METRICS, check_metrics
 from liif_fast.models import catalog, checkpoints
 from liif_fast.utils import distributed, tables
+from liif_fast.utils.files import sha256
 from liif_fast.utils.normalization import normalizations
 
 PROTOCOLS = ("div2k", "benchmark", "none")
@@ -247,7 +248,7 @@ class _Scorer:
 
     def _digest(self, path: Path) -> str:
         if path not in self._digests:
-            self._digests[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+            self._digests[path] = sha256(path)
         return self._digests[path]
 
     def scores(self, job: _Job) -> tuple[float, float] | None:

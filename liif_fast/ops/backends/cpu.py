@@ -83,8 +83,7 @@ def decode(inputs: DecodeInputs, save: bool, coord_grad: bool) -> tuple[Tensor, 
 def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord_grad: bool) -> list[Tensor]:
     dtype, bf16 = geometry_dtype(inputs.latent_map), _multiplies_bf16(inputs)
     arguments = inputs.for_kernels(inputs.latent_map.to(dtype), dtype)[:-1]  # without matmul_dtype
-    grads = _C.decode_backward(_widen(grad_out, dtype), *arguments, bf16, saved)
-    return grads[: len(inputs.differentiable(coord_grad))]
+    return _C.decode_backward(_widen(grad_out, dtype), *arguments, bf16, saved, coord_grad)
 
 
 def metasr_query(inputs: MetasrInputs) -> Tensor:

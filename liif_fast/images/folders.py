@@ -39,7 +39,9 @@ def list_pictures(
     """
     top = Path(folder)
     excluded = None if exclude is None else Path(exclude).resolve()
-    pictures, left_out, folders = [], [], [top]
+    pictures: list[Path] = []
+    left_out: list[Path] = []
+    folders = [top]
     for place in folders:  # the loop adds to it
         try:
             entries = [path for path in place.iterdir() if not is_hidden(path)]

@@ -21,7 +21,10 @@ def cpu_model() -> str:
 def usable_device(device: torch.device | str) -> torch.device:
     """The device with its index; raises ValueError with PyTorch's reason if it cannot be used on this machine."""
     try:
-        return torch.empty(1, device=torch.device(device)).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        found = torch.empty(1, device=torch.device(device)).device
+        if found.type == "meta":
+            raise RuntimeError("it computes shapes without numbers")
+        return found
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")
         raise ValueError(f"device {str(device)!r} cannot be used here: {reason}.") from error

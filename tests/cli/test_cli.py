@@ -1,5 +1,6 @@
 """`liif-fast`: files in, files out; an error is one sentence and an exit code, and leaves no incomplete file."""
 
+import io
 import os
 import re
 import shutil
@@ -18,7 +19,8 @@ from liif_fast.cli import demo, main
 from liif_fast.images import files, png16, upscaling
 from liif_fast.images.picture import Picture
 from liif_fast.images.upscaling import upscale
-from liif_fast.models import checkpoints
+from liif_fast.models import checkpoints, make_model, registry
+from liif_fast.training import config
 from liif_fast.utils import memory
 from tests.models import small_models
 
@@ -68,16 +70,25 @@ def sentence(error):
 
 @pytest.mark.parametrize(
     ("options", "size"),
-    [(["--scale", "2"], (12, 18)), (["--scale", "2x3"], (12, 27)), (["--scale", "3.7"], (22, 33)),
-     (["--scale", "0.5"], (3, 4)), (["--size", "10x7"], (10, 7))],
+    [(["--scale", "2"], (12, 18)), (["--scale", "3x2"], (12, 27)), (["--scale", "3.7"], (22, 33)),
+     (["--scale", "0.5"], (3, 4)), (["--size", "15X10"], (10, 15)), (["--size", "15x"], (10, 15)),
+     (["--size", "15"], (10, 15)), (["--size", "x10"], (10, 15)), (["--size", "1x"], (1, 1))],
 )  # fmt: skip
 def test_one_file(run, photo, weights, tmp_path, options, size):
     out = tmp_path / "out.png"
     code, printed, error = run(photo, "-o", out, *options)
     assert (code, error) == (0, "")
-    assert re.fullmatch(rf"{photo} \(6x9\) -> {out} \({size[0]}x{size[1]}\) in \d+\.\d s\n", printed)
+    assert re.fullmatch(rf"{photo} \(9x6\) -> {out} \({size[1]}x{size[0]}\) in \d+\.\d s\n", printed)
     expected = upscale(np.asarray(Image.open(photo)), size=size, model=weights)
     np.testing.assert_array_equal(np.asarray(Image.open(out)), expected)
+
+
+@pytest.mark.parametrize(("size", "changes"), [("18x11", False), ("18x14", True), ("6x9", True)])
+def test_a_size_that_changes_the_shape_says_so(run, photo, tmp_path, size, changes):
+    code, _, error = run(photo, "-o", tmp_path / "out.png", "--size", size)
+    assert (code, "changes its shape" in error) == (0, changes)
+    width = size.split("x")[0]
+    assert not changes or f"photo.png (9x6) becomes {size}, which changes its shape: --size {width}x keeps it" in error
 
 
 def test_without_a_model_the_shipped_one_is_used(photo, tmp_path):
@@ -118,9 +129,113 @@ def test_folders(run, photo, tmp_path):
     (folder / "notes.txt").write_text("no image")
     (folder / "sub.png").mkdir()
     code, printed, error = run(folder, "-o", tmp_path / "out" / "deep", "--scale", "2")
-    assert (code, error) == (0, "")
-    assert printed.count("\n") == 2
+    assert (code, printed.count("\n")) == (0, 2)
+    left_out = "1 file of other kinds (.txt): notes.txt; 1 subfolder (see --recursive): sub.png"
+    assert sentence(error) == f"liif-fast: left out of {folder}: {left_out}.\n"
     assert sorted(os.listdir(tmp_path / "out" / "deep")) == ["a.png", "b.PNG"]
+
+
+@pytest.fixture
+def tree(photo, tmp_path):
+    """in/a.png, in/sub/b.jpg and in/sub/deeper/c.bmp."""
+    for name in ("a.png", "sub/b.jpg", "sub/deeper/c.bmp"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(photo).save(tmp_path / "in" / name)
+    return tmp_path / "in"
+
+
+def found(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ([], ["a.png", "sub/b.jpg", "sub/deeper/c.png"]),
+        (["--format", "webp"], ["a.webp", "sub/b.webp", "sub/deeper/c.webp"]),
+        (["--format", "tif", "--suffix", "_x2"], ["a_x2.tif", "sub/b_x2.tif", "sub/deeper/c_x2.tif"]),
+    ],
+)
+def test_subfolders_formats_and_suffixes(run, tree, options, names):
+    out = tree / "sub" / "out"  # inside of the input, and not walked by the second run
+    for more in ([], ["--skip-existing"]):
+        code, printed, error = run(tree, "-o", out, "--recursive", "--scale", "2", *options, *more)
+        assert (code, error, found(out)) == (0, "", names)
+        for name in names:
+            with Image.open(out / name) as image:
+                assert image.size == (2 * W, 2 * H)
+                assert files.FORMATS[Path(name).suffix].lower() == image.format.lower()
+    assert printed == "skipped 3 of 3 images, whose outputs exist\n"
+
+
+def test_a_stopped_job_goes_on(run, tree):
+    assert run(tree, "-o", tree, "--recursive", "--scale", "1", "--suffix", "_x1")[0] == 0
+    (tree / "sub" / "b_x1.jpg").unlink()
+    code, printed, _ = run(tree, "-o", tree, "--recursive", "--scale", "1", "--suffix", "_x1", "--skip-existing")
+    assert (code, printed.splitlines()[0]) == (0, "skipped 2 of 3 images, whose outputs exist")
+    assert len(found(tree)) == 6, "results in the same folder are no inputs"
+    code, _, error = run(tree, "-o", tree, "--scale", "1", "--suffix", "_x1")
+    assert code == 1 and "a_x1.png exists already: name another output, or add --overwrite or --skip-existing" in error
+
+
+def test_many_left_out_files_are_counted(run, tree):
+    for number in range(7):
+        (tree / f"IMG_{number}.{'CR2' if number % 2 else 'mov'}").touch()
+    error = run(tree, "-o", tree / "sub", "--scale", "1")[2]
+    names = ", ".join(f"IMG_{number}.{'CR2' if number % 2 else 'mov'}" for number in range(5))
+    assert sentence(error).endswith(f"left out of {tree}: 7 files of other kinds (.cr2, .mov): {names} and 2 more.\n")
+
+
+class Stream(io.BytesIO):
+    """A standard stream that is a pipe or a terminal; `buffer` is the bytes, as in sys.stdin."""
+
+    terminal = False
+    buffer = property(lambda self: self)
+
+    def isatty(self):
+        return self.terminal
+
+
+def test_pipes(run, photo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Stream(photo.read_bytes()))
+    out = Stream()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        code, _, error = run("-", "-o", "-", "--scale", "2", "--format", "png", "--model", "tiny")
+    assert (code, error.split(" in ")[0]) == (0, "stdin (9x6) -> stdout (18x12)")
+    with Image.open(out) as image:
+        np.testing.assert_array_equal(np.asarray(image), upscale(np.asarray(Image.open(photo)), scale=2, model="tiny"))
+    for stdin, stdout, arguments, message in (
+        (False, False, ["-", "-o", "-"], "add --format, such as --format png: a pipe has no name"),
+        (False, True, ["-", "-o", "-", "--format", "png"], "stdout is a terminal, which cannot show a picture"),
+        (True, False, ["-", "-o", tmp_path / "o.png"], "stdin is a terminal: pipe a picture into it"),
+        (False, False, ["-", photo, "-o", tmp_path], "a pipe (-) holds one picture"),
+        (False, False, [tmp_path, "-o", "-", "--format", "png"], "a pipe (-) holds one picture"),
+        (False, False, ["-", "-o", tmp_path], "is a folder: a picture from a pipe has no name"),
+        (False, False, ["-", "-o", tmp_path / "o.png"], "stdin"),
+    ):
+        monkeypatch.setattr(sys, "stdin", Stream(b"no picture"))
+        sys.stdin.terminal = stdin
+        monkeypatch.setattr(sys.stdout, "isatty", lambda stdout=stdout: stdout)
+        code, printed, error = run(*arguments, "--scale", "2")
+        assert (code, printed) == (1, "") and message in sentence(error), error
+
+
+@pytest.mark.parametrize("name", ["r\u00e9sum\u00e9 \u2192.png", "undecodable-\udcff.png"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_names_that_a_terminal_cannot_show(run, photo, tmp_path, monkeypatch, name, encoding):
+    os.mkdir(tmp_path / "in")
+    shutil.copy(photo, tmp_path / "in" / name)
+    (tmp_path / "in" / f"{name}.txt").touch()
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", streams[0])
+        patch.setattr(sys, "stderr", streams[1])
+        code = run(tmp_path / "in", "-o", tmp_path / "out", "--scale", "2")[0]
+    assert (code, os.listdir(tmp_path / "out")) == (0, [name])
+    shown = [stream.buffer.getvalue().decode(encoding) for stream in streams]
+    expected = name.encode(encoding, "backslashreplace").decode(encoding)
+    assert f"{expected} (9x6) -> " in shown[0] and f"other kinds (.txt): {expected}.txt" in shown[1]
 
 
 def test_a_file_into_a_folder(run, photo, tmp_path):
@@ -148,14 +263,14 @@ def test_files_that_cannot_be_read_do_not_stop_the_others(run, photo, tmp_path):
 
 
 NO_SCALE = "is not a positive number such as 3.7, nor two such as 2x3"
-NO_SIZE = "is not rows x columns such as 1080x1920"
+NO_SIZE = "is not WIDTHxHEIGHT such as 1920x1080, 1920x or x1080"
 
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
         *(("scale", v, NO_SCALE) for v in ("0", "-1", "nan", "inf", "two", "", "2x", "2x3x4", "2x0", "1e999")),
-        *(("size", v, NO_SIZE) for v in ("0x5", "5", "-5x5", "5x5x5", "5.5x5", "axb")),
+        *(("size", v, NO_SIZE) for v in ("0x5", "", "x", "-5x5", "5x5x5", "5.5x5", "axb")),
     ],
 )
 def test_scales_and_sizes_that_are_refused(run, photo, tmp_path, option, value, message):
@@ -172,8 +287,20 @@ def test_scales_and_sizes_that_are_refused(run, photo, tmp_path, option, value, 
         (["--scale", "2", "--backend", "abacus"], 2, "invalid choice: 'abacus' (choose from"),
         (["--scale", "2", "--dtype", "int3"], 2, "invalid choice: 'int3' (choose from"),
         (["--scale", "2", "--threads", "0"], 2, "'0' is not a whole number from 1"),
+        (["--scale", "2", "--threads", "9999999999"], 2, "'9999999999' is not a whole number from 1 to"),
+        (["--scale", "2", "-o", ""], 2, "the name is empty, so give a file or folder"),
+        (["--scale", "2", "--suffix", "a/b"], 2, "'a/b' cannot be part of a file's name"),
+        (["--scale", "2", "--suffix", "_x2"], 1, "--suffix is for files in a folder"),
+        (["--scale", "2", "--format", "webp"], 1, "is a PNG by its name, but --format is webp"),
+        (["--scale", "2", "--max-pixels", "53"], 1, "pixels"),
+        (["--scale", "2", "--imports", "nothere.py"], 1, "nothere.py', which does not exist"),
+        (["--ensembel"], 2, "unrecognized arguments: --ensembel; see liif-fast upscale --help"),
+        *(
+            (["--scale", "2", "--device", name], 1, f"device '{name}' cannot be used here: ")
+            for name in ("hpu", "privateuseone", "meta")
+        ),
         (["--scale", "2", "--memory", "lots"], 2, "'lots' is not a whole number from 1"),
-        (["--scale", "2", "--quality", "101"], 1, "The quality is 101, but must be between 1 and 100"),
+        (["--scale", "2", "--quality", "101"], 2, "'101' is not a whole number from 1 to 100"),
         (["--scale", "2", "--device", "abacus"], 1, "device 'abacus' cannot be used here"),
         (["--scale", "2", "--device", "cuda:99"], 1, "device 'cuda:99' cannot be used here"),
         (["--scale", "2", "--model", "nothere.pth"], 1, "nothere.pth does not exist"),
@@ -224,7 +351,7 @@ def test_existing_files_are_replaced_only_on_request(run, photo, tmp_path):
     out.write_bytes(b"precious")
     code, _, error = run(photo, "-o", out, "--scale", "2")
     assert code == 1
-    assert "out.png exists already: name another output or add --overwrite" in sentence(error)
+    assert "out.png exists already: name another output, or add --overwrite or --skip" in sentence(error)
     assert out.read_bytes() == b"precious"
     assert run(photo, "-o", out, "--scale", "2", "--overwrite")[0] == 0
     assert Image.open(out).size == (2 * W, 2 * H)
@@ -245,6 +372,46 @@ def test_jpeg_with_alpha_is_refused_before_the_work(run, tmp_path, monkeypatch):
     assert "JPEG has no alpha channel; use PNG, WebP or TIFF" in sentence(error)
 
 
+def test_quality_of_a_lossless_format(run, photo, tmp_path):
+    code, _, error = run(photo, "-o", tmp_path / "out.tif", "--scale", "2", "--quality", "90")
+    assert code == 0
+    assert sentence(error) == "liif-fast: warning: --quality has no effect on TIFF: nothing is lost there.\n"
+    assert run(photo, "-o", tmp_path / "out.webp", "--scale", "2", "--quality", "90")[2] == ""
+
+
+OWN_ENCODER = """
+import torch, liif_fast
+@liif_fast.register("own-encoder")
+class Own(torch.nn.Conv2d):
+    out_dim = 4
+    def __init__(self): super().__init__(3, 4, 3, padding=1)
+"""
+
+
+def test_encoders_of_ones_own(run, photo, tmp_path, monkeypatch):
+    imnet = {"name": "mlp", "args": {"out_dim": 3, "hidden_list": [8]}}
+    spec = {"name": "liif", "args": {"encoder_spec": {"name": "own-encoder"}, "imnet_spec": imnet}}
+    monkeypatch.setattr(registry._models, "_factories", registry.registered())
+    with monkeypatch.context() as patch:
+        patch.setattr(registry._models, "_factories", registry.registered())
+        (tmp_path / "own.py").write_text(OWN_ENCODER)
+        config.import_code(str(tmp_path / "own.py"))
+        torch.save({"model": {**spec, "sd": make_model(spec).state_dict()}}, tmp_path / "own.pth")
+    arguments = [photo, "-o", tmp_path / "out.png", "--scale", "2", "--model", tmp_path / "own.pth"]
+    code, _, error = run(*arguments)
+    assert code == 1
+    how = "or import the Python file that registers it (--imports FILE, `imports` in a configuration)"
+    assert "no model is registered as 'own-encoder': choose one of" in error and how in sentence(error)
+    (tmp_path / "broken.py").write_text("import torch\n\ntorch.nothing\n")
+    code, _, error = run(*arguments, "--imports", tmp_path / "broken.py")
+    assert (
+        code == 1
+        and "cannot be imported (line 3: AttributeError: module 'torch' has no attribute 'nothing'" in sentence(error)
+    )
+    (tmp_path / "own2.py").write_text(OWN_ENCODER)
+    assert run(*arguments, "--imports", tmp_path / "own2.py")[0] == 0
+
+
 def test_warnings_are_sentences(run, photo, tmp_path):
     first = Image.open(photo)
     first.save(tmp_path / "two.gif", save_all=True, append_images=[Image.new("RGB", first.size)])
@@ -258,12 +425,14 @@ def test_options_reach_the_upscaling(run, photo, tmp_path, monkeypatch):
 
     def spy(picture, **options):
         seen.update(options, threads=torch.get_num_threads())
+        options.pop("ensemble")
         return upscale(picture, **options)
 
     monkeypatch.setattr(upscaling, "upscale", spy)
     options = ["--backend", "reference", "--dtype", "bfloat16", "--threads", "1", "--memory", "3", "--device", "cpu"]
+    options += ["--ensemble", "--max-pixels", "54"]
     assert run(photo, "-o", tmp_path / "out.png", "--scale", "2", *options)[0] == 0
-    expected = {"backend": "reference", "dtype": "bfloat16", "threads": 1, "working_memory": 3 << 20}
+    expected = {"backend": "reference", "dtype": "bfloat16", "threads": 1, "working_memory": 3 << 20, "ensemble": True}
     assert {name: seen[name] for name in expected} == expected
 
 
@@ -280,13 +449,18 @@ def test_progress_only_on_a_terminal(run, photo, tmp_path, monkeypatch):
     assert run(photo, "-o", tmp_path / "a.png", "--scale", "2")[2] == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert "photo.png" in run(photo, "-o", tmp_path / "b.png", "--scale", "2")[2]
+    shutil.copy(photo, tmp_path / "c.png")
+    shown = run(tmp_path / "c.png", photo, "-o", tmp_path / "out", "--scale", "2")[2]
+    assert "1 of 2: c.png" in shown and "2 of 2: photo.png" in shown
 
 
-def test_version_help_and_doctor(run):
+def test_version_help_and_doctor(run, capsys):
     assert run(command="--version") == (0, f"liif-fast {liif_fast.__version__}\n", "")
     code, printed, _ = run("--help")
     assert code == 0
     assert all(option in printed for option in ("--scale", "--size", "--model", "--threads", "INPUT"))
+    assert "--ensemble" in printed and "100 makes WebP lossless" in " ".join(printed.split())
+    assert (main.main([]), capsys.readouterr().out) == (2, run(command="--help")[1]), "alone it lists its commands"
     code, printed, error = run(command="doctor")
     assert (code, error) == (0, "")
     assert "torch" in printed

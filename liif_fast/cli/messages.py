@@ -22,22 +22,32 @@ EXPECTED_ERRORS = (ValueError, OSError, MemoryError, RuntimeError)
 class Parser(argparse.ArgumentParser):
     """An argument parser that prints one sentence for an error, without the usage; unknown options come first."""
 
+    _relaxed: Sequence[Any] = ()  # what is required, but not in the first pass
+
     def parse_known_args(  # type: ignore[override]  # the base class has overloads for the type of the namespace
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """As argparse's, but unknown arguments are an error, and are named before missing ones."""
         groups: list[Any] = [*self._actions, *self._mutually_exclusive_groups]
-        required = [each for each in groups if each.required]
-        for each in required:
+        self._relaxed = [each for each in groups if each.required]
+        for each in self._relaxed:
             each.required = False
         try:
             unknown = super().parse_known_args(args, copy.copy(namespace))[1]
         finally:
-            for each in required:
-                each.required = True
+            self._restore()
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return super().parse_known_args(args, namespace)
+
+    def _restore(self) -> None:
+        for each in self._relaxed:
+            each.required = True
+
+    def format_help(self) -> str:
+        """As argparse's; --help calls it in the first pass."""
+        self._restore()
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message.rstrip('.')}; see {self.prog} --help.\n")

@@ -459,6 +459,7 @@ def test_version_help_and_doctor(run, capsys):
     code, printed, _ = run("--help")
     assert code == 0
     assert all(option in printed for option in ("--scale", "--size", "--model", "--threads", "INPUT"))
+    assert " -o OUTPUT (--scale SCALE | --size SIZE)" in " ".join(printed.split()), "shown as required"
     assert "--ensemble" in printed and "100 makes WebP lossless" in " ".join(printed.split())
     assert (main.main([]), capsys.readouterr().out) == (2, run(command="--help")[1]), "alone it lists its commands"
     code, printed, error = run(command="doctor")
@@ -511,7 +512,7 @@ def test_demo(tmp_path, capsys):
         shown = np.asarray(Image.open(sheet))
         np.testing.assert_array_equal(shown[20:, : size[0]], np.asarray(bicubic))
         np.testing.assert_array_equal(shown[20:, size[0] + 8 :], np.asarray(Image.open(photo)))
-    assert re.search(r"x2\.7: 324x432 pixels in \d+\.\d\d s", printed)
+    assert re.search(r"x2\.7: 432x324 pixels in \d+\.\d\d s", printed)
 
 
 def test_the_photo_has_its_provenance():

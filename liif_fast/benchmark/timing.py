@@ -61,14 +61,15 @@ class TooSlow(RuntimeError):
 
 
 class LimitedTime(TorchFunctionMode):
-    """Raises TooSlow in a block that takes longer than `seconds`: at its next call of PyTorch, or of `check`."""
+    """Raises TooSlow in a block that takes longer than `seconds`: at its next op of PyTorch on a tensor, or `check`."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
         self._end = perf_counter() + seconds
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.check()
+        if any(isinstance(each, torch.Tensor) for each in args):  # not in what ends no_grad or autocast
+            self.check()
         return func(*args, **(kwargs or {}))
 
     def check(self) -> None:

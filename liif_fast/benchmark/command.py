@@ -18,24 +18,10 @@ import torch
 from tqdm import tqdm
 
 import liif_fast
-from liif_fast.benchmark import runs
+from liif_fast.benchmark import runs, timing
 from liif_fast.benchmark.cuda_timing import CudaClock
 from liif_fast.benchmark.problem import random_problem
 from liif_fast.benchmark.runs import Run
-from liif_fast.benchmark.timing import (
-    LONG_S,
-    MIN_SAMPLE_S,
-    Candidate,
-    Clock,
-    CpuClock,
-    LimitedTime,
-    TooSlow,
-    failure,
-    in_words,
-    interleave,
-    pair_ratios,
-    summary,
-)
 from liif_fast.models import checkpoints
 from liif_fast.ops import backends
 from liif_fast.utils import hardware, tables
@@ -73,7 +59,7 @@ Table = dict[str, dict[Method, Cell]]
 
 def main(device: torch.device, *, seconds: float = SECONDS, json_file: Path | None = None) -> int:
     """Measure for about `seconds`, print the table and write it to `json_file`; 1 where no method ran."""
-    clock: Clock = CpuClock() if device.type == "cpu" else CudaClock()
+    clock: timing.Clock = timing.CpuClock() if device.type == "cpu" else CudaClock()
     form, hidden = "{desc} [{elapsed}]", not sys.stderr.isatty()
     with tqdm(desc="preparing", bar_format=form, leave=False, disable=hidden) as bar:
         table = measure(make_rows(device), clock, seconds, bar.set_description_str)
@@ -113,7 +99,7 @@ def make_rows(device: torch.device) -> list[BenchRow]:
 
 
 def measure(
-    rows: Sequence[BenchRow], clock: Clock, seconds: float, progress: Callable[[str], None] = lambda _: None
+    rows: Sequence[BenchRow], clock: timing.Clock, seconds: float, progress: Callable[[str], None] = lambda _: None
 ) -> Table:
     """The cells of every row. The rows share the time; each has a round of all methods that 2 * seconds + 10 s allow.
 
@@ -130,37 +116,37 @@ def measure(
 
 
 def _measure_row(
-    row: BenchRow, clock: Clock, deadline: float, last: float, progress: Callable[[str], None]
+    row: BenchRow, clock: timing.Clock, deadline: float, last: float, progress: Callable[[str], None]
 ) -> dict[Method, Cell]:
     """No round but the first starts after `deadline`; methods without time for a round before `last` are left out."""
-    candidates = {key: Candidate(" ".join(key), run) for key, run in row.runs.items()}
+    candidates = {key: timing.Candidate(" ".join(key), run) for key, run in row.runs.items()}
     peaks = {}
     for key in sorted(candidates, key=lambda method: (method[0], method[1] != "float32")):  # liif_fast first
         candidate = candidates[key]
         progress(f"{row.name}: {', '.join(key)}")
         begin = perf_counter()
-        sampling = sum(max(each.seconds, 2 * MIN_SAMPLE_S) for each in candidates.values() if not each.error)
+        sampling = sum(max(each.seconds, 2 * timing.MIN_SAMPLE_S) for each in candidates.values() if not each.error)
         try:
-            with LimitedTime((last - begin - sampling) / 2) as limit:
+            with timing.LimitedTime((last - begin - sampling) / 2) as limit:
                 peaks[key] = clock.peak(candidate.run)
                 limit.check()
             candidate.seconds = perf_counter() - begin
-            if candidate.seconds < LONG_S:  # the first run also allocates buffers that later runs reuse
+            if candidate.seconds < timing.LONG_S:  # the first run also allocates buffers that later runs reuse
                 peaks[key] = clock.peak(candidate.run)
             clock.warm_up(candidate)
         except (RuntimeError, MemoryError) as error:
-            candidate.error = _TOO_SLOW if isinstance(error, TooSlow) else failure(error)
+            candidate.error = _TOO_SLOW if isinstance(error, timing.TooSlow) else timing.failure(error)
     rounds = _ROUNDS.get(clock.device.type, _ROUNDS["cuda"])
-    turns = list(candidates.values())
-    interleave(clock, turns, rounds, deadline=deadline, progress=lambda text: progress(f"{row.name}: {text}"))
+    progress(f"{row.name}: rounds")
+    timing.interleave(clock, list(candidates.values()), rounds, deadline=deadline)
     original = candidates.get(("original", "float32"))
     cells = {}
     for key, candidate in candidates.items():
         if candidate.error:
             cells[key] = Cell(None, None, None, candidate.error)
             continue
-        ratios = pair_ratios(original.samples, candidate.samples) if original and not original.error else {}
-        cells[key] = Cell(summary(candidate.samples), summary(ratios) if ratios else None, peaks[key])
+        ratios = timing.pair_ratios(original.samples, candidate.samples) if original and not original.error else {}
+        cells[key] = Cell(timing.summary(candidate.samples), timing.summary(ratios) if ratios else None, peaks[key])
     return cells
 
 
@@ -204,4 +190,4 @@ def _text(cell: Cell) -> str:
         return cell.reason
     ratio = f" {cell.speedup['median']:5.2f}x" if cell.speedup else ""
     memory = f" {cell.peak_bytes / 1e6:5.0f} MB" if cell.peak_bytes is not None else ""
-    return in_words(cell.seconds["median"]) + ratio + memory
+    return timing.in_words(cell.seconds["median"]) + ratio + memory

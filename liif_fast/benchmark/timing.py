@@ -140,17 +140,15 @@ def interleave(
     peak_rates: Sequence[PeakRate] = (),
     *,
     deadline: float | None = None,
-    progress: Callable[[str], None] = lambda _: None,
 ) -> int:
     """Sample all candidates in turns, up to `rounds` times, and measure the peak rates in every round.
 
     A candidate that fails keeps its error and is dropped. After `deadline` (of `perf_counter`) no round starts except
-    the first. progress: called with a line of text before every round. Returns the number of rounds.
+    the first. Returns the number of rounds.
     """
     for turn in range(rounds):
         if turn and deadline is not None and perf_counter() > deadline:
             return turn
-        progress(f"round {turn + 1}")
         for rate in peak_rates:
             _measure_rate(clock, rate, turn)
         for candidate in candidates:

@@ -57,6 +57,11 @@ def _upscale_path(source: Path, target: Path, **options: Any) -> Result:
     pixel_bytes = 2 * picture.channels * picture.color.itemsize + 4
     memory.require(rows * cols * pixel_bytes, f"The {rows}x{cols} result of {source}", "choose a smaller scale or size")
     files.check_target(target, picture, size, quality=options["quality"])
+    if target.exists():
+        if target.samefile(source):
+            raise ValueError(f"{target} is the input itself: name another output.")
+        if not options["overwrite"]:
+            raise ValueError(f"{target} exists already: name another output or add --overwrite.")
     options["started"](size)
     kept = {name: options[name] for name in ("model", "backend", "dtype", "working_memory", "progress")}
     if options["ensemble"]:

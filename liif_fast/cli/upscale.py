@@ -30,18 +30,15 @@ _MIB = 1 << 20
 _PIPE = "-"
 _LOSSLESS = ("PNG", "TIFF")
 _NAMED = 5  # left-out files and folders named in a message; the others are counted
-
 _KNOWN = ", ".join(sorted(files.FORMATS))
 
 
 class _Job(NamedTuple):
-    """One picture: where it is read, where its enlargement is written, and their names in messages."""
+    """One picture: where it is read, and where its enlargement is written, as a PNG, JPEG, ... (kind)."""
 
     source: Path | BinaryIO
     target: Path | BinaryIO
-    kind: str  # of the output, such as PNG
-    name: str
-    target_name: str
+    kind: str
 
 
 def add(commands: Any) -> None:
@@ -118,7 +115,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run_jobs(jobs: list[_Job], options: argparse.Namespace) -> int:
-    waiting = [job for job in jobs if not (options.skip_existing and _exists(job.target))]
+    waiting = jobs
+    if options.skip_existing:
+        waiting = [job for job in jobs if not (isinstance(job.target, Path) and job.target.exists())]
     if len(waiting) < len(jobs):
         print(f"skipped {len(jobs) - len(waiting)} of {len(jobs)} images, whose outputs exist", flush=True)
     if not waiting:
@@ -144,13 +143,10 @@ def _run_jobs(jobs: list[_Job], options: argparse.Namespace) -> int:
 
 def _upscale(job: _Job, model: nn.Module, options: argparse.Namespace, place: str) -> None:
     start = time.perf_counter()
-    if isinstance(job.target, Path):
-        _check_existing(job, job.target, options.overwrite)
-        if options.recursive:
-            job.target.parent.mkdir(parents=True, exist_ok=True)
-    hidden = not sys.stderr.isatty()
-    name = place + Path(job.name).name
-    with tqdm(desc=name, unit="px", unit_scale=True, disable=hidden, leave=False) as bar:
+    if isinstance(job.target, Path) and options.recursive:
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+    name, hidden = _label(job.source), not sys.stderr.isatty()
+    with tqdm(desc=place + Path(name).name, unit="px", unit_scale=True, disable=hidden, leave=False) as bar:
         result = upscale_file(
             job.source,
             job.target,
@@ -172,23 +168,14 @@ def _upscale(job: _Job, model: nn.Module, options: argparse.Namespace, place: st
         job.target.flush()
     (rows, cols), (new_rows, new_cols) = result.input_size, result.output_size
     if options.size is not None and abs(new_rows * cols - new_cols * rows) > max(rows, cols):  # more than rounding
-        shape = f"{job.name} ({cols}x{rows}) becomes {new_cols}x{new_rows}, which changes its shape"
+        shape = f"{name} ({cols}x{rows}) becomes {new_cols}x{new_rows}, which changes its shape"
         print_error(f"warning: {shape}: --size {new_cols}x keeps it")
-    seconds = time.perf_counter() - start
-    print(f"{job.name} ({cols}x{rows}) -> {job.target_name} ({new_cols}x{new_rows}) in {seconds:.1f} s", flush=True)
+    done = f"{name} ({cols}x{rows}) -> {_label(job.target)} ({new_cols}x{new_rows})"
+    print(f"{done} in {time.perf_counter() - start:.1f} s", flush=True)
 
 
-def _exists(target: Path | BinaryIO) -> bool:
-    return isinstance(target, Path) and target.exists()
-
-
-def _check_existing(job: _Job, target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if isinstance(job.source, Path) and job.source.exists() and target.samefile(job.source):
-        raise ValueError(f"{target} is the input itself: name another output.")
-    if not overwrite:
-        raise ValueError(f"{target} exists already: name another output, or add --overwrite or --skip-existing.")
+def _label(end: Path | BinaryIO) -> str:
+    return str(end) if isinstance(end, Path) else end.name  # <stdin>, <stdout>
 
 
 def _jobs(options: argparse.Namespace) -> list[_Job]:
@@ -208,14 +195,15 @@ def _jobs(options: argparse.Namespace) -> list[_Job]:
         raise ValueError(f"{output} is a folder: a picture from a pipe has no name, so name the output file.")
     if options.suffix:
         raise ValueError("--suffix is for files in a folder: this output has a name of its own.")
-    source = _stdin() if pipe_in else inputs[0]
-    name = "stdin" if pipe_in else str(inputs[0])
+    if pipe_in and sys.stdin.isatty():
+        raise ValueError("stdin is a terminal: pipe a picture into it, or name a file instead of -.")
+    source = sys.stdin.buffer if pipe_in else inputs[0]
     if pipe_out:
         if options.format is None:
             raise ValueError("add --format, such as --format png: a pipe has no name that tells the format.")
         if sys.stdout.isatty():
             raise ValueError("stdout is a terminal, which cannot show a picture: redirect it, or name a file.")
-        return [_Job(source, sys.stdout.buffer, files.FORMATS[f".{options.format}"], name, "stdout")]
+        return [_Job(source, sys.stdout.buffer, files.FORMATS[f".{options.format}"])]
     kind = files.FORMATS.get(output.suffix.lower())
     if kind is None:
         raise ValueError(
@@ -224,16 +212,11 @@ def _jobs(options: argparse.Namespace) -> list[_Job]:
         )
     if options.format is not None and files.FORMATS[f".{options.format}"] != kind:
         raise ValueError(f"{output} is a {kind} by its name, but --format is {options.format}: leave one of them out.")
-    return [_Job(source, output, kind, name, str(output))]
-
-
-def _stdin() -> BinaryIO:
-    if sys.stdin.isatty():
-        raise ValueError("stdin is a terminal: pipe a picture into it, or name a file instead of -.")
-    return sys.stdin.buffer
+    return [_Job(source, output, kind)]
 
 
 def _folder_jobs(options: argparse.Namespace, output: Path) -> list[_Job]:
+    sources = list(_sources(options, output))
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file, but several inputs need a folder as output.")
     try:
@@ -241,7 +224,7 @@ def _folder_jobs(options: argparse.Namespace, output: Path) -> list[_Job]:
     except OSError as error:
         raise ValueError(f"the folder {output} cannot be created: {error.strerror}.") from error
     targets: dict[Path, Path] = {}
-    for file, folder in _sources(options, output):
+    for file, folder in sources:
         known = file.suffix if file.suffix.lower() in files.FORMATS else ".png"
         ending = f".{options.format}" if options.format else known
         target = output / folder / f"{file.stem}{options.suffix}{ending}"
@@ -252,10 +235,7 @@ def _folder_jobs(options: argparse.Namespace, output: Path) -> list[_Job]:
     if options.suffix:  # results of an earlier run in the same folder are no inputs
         results = {target.resolve() for target in targets}
         targets = {target: file for target, file in targets.items() if file.resolve() not in results}
-    return [
-        _Job(file, target, files.FORMATS[target.suffix.lower()], str(file), str(target))
-        for target, file in targets.items()
-    ]
+    return [_Job(file, target, files.FORMATS[target.suffix.lower()]) for target, file in targets.items()]
 
 
 def _sources(options: argparse.Namespace, output: Path) -> Iterator[tuple[Path, Path]]:
@@ -276,24 +256,18 @@ def _sources(options: argparse.Namespace, output: Path) -> Iterator[tuple[Path, 
 
 def _described(left_out: list[Path], folder: Path) -> str:
     """Files of other kinds and folders as words, counted and named."""
-    folders = [each for each in left_out if each.is_dir()]
-    others = [each for each in left_out if each not in folders]
+    folders, others = ([each for each in left_out if each.is_dir() == wanted] for wanted in (True, False))
+    kinds = ", ".join(sorted({each.suffix.lower() or "no extension" for each in others}))
     parts = []
-    if others:
-        kinds = ", ".join(sorted({each.suffix.lower() or "no extension" for each in others}))
-        parts.append(f"{_count(others, 'file')} of other kinds ({kinds}): {_names(others, folder)}")
-    if folders:
-        parts.append(f"{_count(folders, 'subfolder')} (see --recursive): {_names(folders, folder)}")
+    for paths, word, why in (
+        (others, "file", f"of other kinds ({kinds})"),
+        (folders, "subfolder", "(see --recursive)"),
+    ):
+        names = ", ".join(str(each.relative_to(folder)) for each in paths[:_NAMED])
+        more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+        if paths:
+            parts.append(f"{len(paths)} {word}{'s' if paths[1:] else ''} {why}: {names}{more}")
     return "; ".join(parts)
-
-
-def _count(paths: list[Path], word: str) -> str:
-    return f"{len(paths)} {word}{'' if len(paths) == 1 else 's'}"
-
-
-def _names(paths: list[Path], folder: Path) -> str:
-    names = [str(each.relative_to(folder)) for each in paths[:_NAMED]]
-    return ", ".join(names) + (f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else "")
 
 
 def _output(text: str) -> str:

@@ -98,7 +98,7 @@ def test_slow_methods_are_left_out_within_twice_the_time() -> None:
         assert [cell.reason for cell in cells.values()] == ["too slow", "too slow", ""]
         assert cells["liif_fast", "float32"].seconds is not None
     assert torch.is_grad_enabled()
-    assert steps[0] == "a: liif_fast, float32" and "b: round 1" in steps
+    assert steps[0] == "a: liif_fast, float32" and "b: rounds" in steps
 
 
 @pytest.mark.parametrize("emulated", [True, False])

@@ -42,8 +42,8 @@ def add(commands: Any) -> None:
         help="with --config: a checkpoint; with --images: the checkpoint of a method, or of a method at one scale "
         "(repeatable); a file or a name that `liif-fast models` lists",
     )
-    add_settings(parser)
     add_imports(parser)
+    add_settings(parser)
     parser.add_argument("--metrics", nargs="+", default=["psnr"], help="psnr, ssim (default: psnr)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--backend", choices=list(BACKENDS), help="backend of the ops (default: first that can run)")

@@ -37,6 +37,7 @@ def upscale_file(
         result = _upscale_path(Path(source), file, **options)
         with open(file, "rb") as opened:
             shutil.copyfileobj(opened, target)
+        target.flush()
         return result
 
 

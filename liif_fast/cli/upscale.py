@@ -164,8 +164,6 @@ def _upscale(job: _Job, model: nn.Module, options: argparse.Namespace, place: st
             progress=lambda done, _: bar.update(done - bar.n),
             started=lambda size: bar.reset(size[0] * size[1]),
         )
-    if not isinstance(job.target, Path):
-        job.target.flush()
     (rows, cols), (new_rows, new_cols) = result.input_size, result.output_size
     if options.size is not None and abs(new_rows * cols - new_cols * rows) > max(rows, cols):  # more than rounding
         shape = f"{name} ({cols}x{rows}) becomes {new_cols}x{new_rows}, which changes its shape"

@@ -32,7 +32,8 @@ logging.getLogger("pyvips").addHandler(logging.NullHandler())  # errors tell wha
 
 Source = str | os.PathLike[str] | BinaryIO
 
-_LOADERS = {"PNG": "png", "JPEG": "jpeg", "TIFF": "tiff", "WebP": "webp", "GIF": "gif", "AVIF": "heif"}
+# WebP is left to Pillow: libvips decodes it in threads of its own.
+_LOADERS = {"PNG": "png", "JPEG": "jpeg", "TIFF": "tiff", "GIF": "gif", "AVIF": "heif"}
 # Pillow's decoders that start no other program and need no plugin.
 _PILLOW = ["BMP", "DIB", "DDS", "ICNS", "ICO", "JPEG2000", "PCX", "PPM", "PSD", "QOI", "SGI", "TGA", "XBM"]
 _SUFFIXES = ".avif .gif .heic .heif .jfif .jpe .jpeg .jpg .png .tif .tiff .webp .apng"
@@ -167,7 +168,7 @@ def _open(path: Path, name: str, folder: Any, max_pixels: int | None, whole: boo
         _warn_about_frames(name, header.pages if header.kind == "TIFF" else image.get_n_pages())
         itemsize = 1 if image.format == "uchar" else 2 if image.format == "ushort" else 4
         # Formats that cannot be decoded row by row: the decoder holds the whole picture.
-        held = header.kind in ("WebP", "GIF", "AVIF") or "interlaced" in fields or _field(image, "jpeg-multiscan") == 1
+        held = header.kind in ("GIF", "AVIF") or "interlaced" in fields or _field(image, "jpeg-multiscan") == 1
         _require_size(name, image.height, image.width, itemsize, max_pixels, whole or held)
         plain, colors, has_alpha, profile = _plain(image, header)
         description = _description(image, header, fitting_profile(profile, colors))
@@ -179,7 +180,8 @@ def _open(path: Path, name: str, folder: Any, max_pixels: int | None, whole: boo
 
 
 def _open_with_pillow(path: Path, name: str, header: headers.Header, max_pixels: int | None) -> PictureFile:
-    formats = {"TIFF": ["TIFF"], "HEIC": ["HEIF"]}.get(header.kind, _PILLOW)
+    formats = {"TIFF": ["TIFF"], "HEIC": ["HEIF"], "WebP": ["WEBP"]}.get(header.kind, _PILLOW)
+    common = header.kind in ("TIFF", "WebP")
     if header.kind == "HEIC":
         try:
             from pillow_heif import register_heif_opener  # an optional package
@@ -188,11 +190,11 @@ def _open_with_pillow(path: Path, name: str, header: headers.Header, max_pixels:
             raise ImageError(f"{name} is a HEIC picture, which needs a decoder of its own: {install}.") from error
         register_heif_opener()
     with Image.open(path, formats=formats) as image:
-        _warn_about_frames(name, getattr(image, "n_frames", 1) if header.kind == "TIFF" else 1)
+        _warn_about_frames(name, getattr(image, "n_frames", 1) if common else 1)
         _require_size(name, image.height, image.width, 1, max_pixels, True)
         exif, xmp = image.info.get("exif"), image.info.get("xmp")
         density = image.info.get("dpi")
-        orientation = image.getexif().get(0x0112, 1) if header.kind == "TIFF" else 1
+        orientation = image.getexif().get(0x0112, 1) if common else 1
         picture = from_pil(image)
         # Some versions of Pillow turn a TIFF while loading it and remove the tag; the others do neither.
         turn = orientation in range(2, 9) and 0x0112 in image.getexif()

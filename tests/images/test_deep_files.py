@@ -67,7 +67,8 @@ def test_tiff_variants(tmp_path):
     four = samples(4, np.float32)
     premultiplied = np.concatenate([four[..., :3] * four[..., 3:], four[..., 3:]], -1)
     tifffile.imwrite(path, premultiplied, photometric="rgb", extrasamples=["assocalpha"])
-    np.testing.assert_allclose(files.read(path).color, four[..., :3], atol=1e-6)
+    visible = four[..., 3] >= 0.01  # libvips makes the color of fainter pixels black
+    np.testing.assert_allclose(files.read(path).color[visible], four[..., :3][visible], atol=1e-6)
 
 
 def test_tiff_kinds_that_are_refused(tmp_path):

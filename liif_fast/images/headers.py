@@ -23,6 +23,8 @@ _REDUCED, _MASK = 1, 4  # bits of NewSubfileType
 # The chunks of a PNG that are true of the enlarged picture too, and that no other format has.
 _KEPT_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI", b"tEXt", b"zTXt", b"iTXt")
 _LARGEST_TEXTS = 1 << 24
+_DEFLATE = 1032  # the most bytes that one byte unpacks to
+_TIFF_RATIOS = {1: 1, 5: 1400, 8: _DEFLATE, 32773: 64, 32946: _DEFLATE}  # the same for TIFF's compressions
 _COLOR_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # PNG's color type -> samples of a pixel
 
 
@@ -109,6 +111,9 @@ def _tiff(path: Path, file: BinaryIO) -> Header:
     )
     page, subifd = (whole[0], -1) if whole or not whole_below else (0, whole_below[0])
     used = below[subifd] if subifd >= 0 else pages[page]
+    height, width, samples = first(used, 257, 0), first(used, 256, 0), max(1, first(used, 277, 1))
+    size = _TIFF_RATIOS.get(first(used, 259, 1), 1 << 20) * file.seek(0, 2)
+    _require_data(path, height, width, height * width * samples * first(used, tags.BITS, 1) // 8, size)
     return Header(
         "TIFF",
         page=page,
@@ -149,11 +154,19 @@ def _png_chunks(path: Path, file: BinaryIO) -> bytes:
         else:
             file.seek(size + 4, 1)
     width, height, depth, color_type = struct.unpack(">IIBB", header[:10])
+    least = height * width * depth * _COLOR_SAMPLES.get(color_type, 1) // 8
+    _require_data(path, height, width, least, packed * _DEFLATE + 4096)
     announced = height * (1 + width * depth * _COLOR_SAMPLES.get(color_type, 4) // 8 + 1)
     # Incompressible data grow by five bytes a block of at least 1 kB; seven passes have up to eight times the rows.
     if packed > announced * 1.01 + 8 * height + (1 << 16):
         raise ImageError(f"{path} holds more data than its {height}x{width} pixels can need: it is refused.")
     return b"".join(kept)
+
+
+def _require_data(path: Path, height: int, width: int, needed: int, most: int) -> None:
+    """Refuse a header that announces more than the file can unpack to: buffers for it could exceed the memory."""
+    if needed > most:
+        raise ImageError(f"{path} is broken: its header announces {height}x{width} pixels, but its data end too early.")
 
 
 def _jpeg_segments(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

@@ -44,7 +44,7 @@ SUFFIXES = frozenset(f"{_SUFFIXES} {_PILLOW_SUFFIXES}".split())  # of the files 
 
 _DTYPES = {"uchar": np.uint8, "ushort": np.uint16, "float": np.float32}
 _MIN_IS_WHITE, _CIELAB = 0, 8  # TIFF's photometric interpretations
-_BAND = 256  # rows decoded at once
+_BAND, _BAND_BYTES = 256, 1 << 24  # rows decoded at once; fewer, if they are wide
 _LARGEST_BUFFER = 1 << 28  # bytes of a turned picture; larger ones lie in a temporary file
 
 
@@ -68,9 +68,10 @@ class PictureFile:
         end = self._top + len(self._kept)
         if bottom > end or top > self._top:
             kept = self._kept[max(0, top - self._top) :]
-            start = max(end, top)
+            step = max(1, min(_BAND, _BAND_BYTES // (self.width * self.channels * self.dtype.itemsize)))
             with failing(self._name):
-                fresh = [self._rows.read(first, min(first + _BAND, bottom)) for first in range(start, bottom, _BAND)]
+                steps = range(max(end, top), bottom, step)
+                fresh = [self._rows.read(first, min(first + step, bottom)) for first in steps]
             self._kept = np.concatenate([kept, *fresh])
             self._top = top
         return self._kept[: bottom - self._top]

@@ -261,7 +261,7 @@ def test_missing_files_and_folders(tmp_path):
 
 def test_a_huge_announced_picture_is_refused_before_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 1_000_000)
-    (tmp_path / "huge.png").write_bytes(png_of(b"", 400, 300, 2))
+    (tmp_path / "huge.png").write_bytes(png_of(bytes(300 * 2401), 400, 300, 2))
     Image.new("RGB", (400, 300)).save(tmp_path / "huge.jpg")
     tifffile.imwrite(tmp_path / "huge.tif", np.zeros((300, 400, 3), np.uint16), photometric="rgb")
     needs = r"300x400 pixels\) needs about {} MB of memory, but 1 MB are"

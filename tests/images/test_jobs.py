@@ -1,4 +1,4 @@
-"""`upscale_file`: files in and out row by row. A stand-in for the model repeats pixels, so that every value is known."""
+"""`upscale_file`: files in and out row by row. A stand-in for the model repeats pixels: every value is known."""
 
 import errno
 import io
@@ -247,7 +247,7 @@ def test_bombs(tmp_path):
     for chunk in (b"zTXt", b"iCCP"):
         (tmp_path / "b.png").write_bytes(bomb(chunk, b"name\0\0"))
         assert files.read(tmp_path / "b.png").color.tolist() == [[[7]]]
-    packed = zlib.compress(bytes(1 << 28))
+    packed = zlib.compress(bytes(1 << 26))
     tifffile.imwrite(tmp_path / "c.tif", np.zeros((1, 1), np.uint8), compression="zlib")
     data = bytearray((tmp_path / "c.tif").read_bytes())
     with tifffile.TiffFile(tmp_path / "c.tif") as tiff:
@@ -332,7 +332,7 @@ def test_a_source_that_breaks_later_is_one_sentence(tmp_path):
     for suffix in (".png", ".jpg", ".tif"):
         Image.fromarray(noise).save(tmp_path / f"a{suffix}")
         data = (tmp_path / f"a{suffix}").read_bytes()
-        (tmp_path / f"a{suffix}").write_bytes(data[: len(data) * 2 // 3] + (b"" if suffix != ".tif" else b""))
+        (tmp_path / f"a{suffix}").write_bytes(data[: len(data) * 2 // 3])
         with pytest.raises(ImageError, match=rf"a\{suffix} is broken"):
             upscale_file(tmp_path / f"a{suffix}", tmp_path / "b.png", scale=1)
         assert not (tmp_path / "b.png").exists()

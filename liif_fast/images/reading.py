@@ -5,9 +5,9 @@ libvips decodes in the calling thread here: its own threads would not exist in a
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
-import logging
 import math
 import mmap
 import os
@@ -28,7 +28,11 @@ from liif_fast.utils import memory
 
 pyvips.cache_set_max(0)  # otherwise a file that has changed is read as it was before
 pyvips.block_untrusted_set(True)
-logging.getLogger("pyvips").addHandler(logging.NullHandler())  # errors tell what its log would print
+# Errors say what the log would print; pyvips cannot decode the log's lines about some broken files.
+_discard = pyvips.ffi.callback("GLogFunc", lambda *_: None)
+for _domain in (b"VIPS", b"GLib-GObject"):
+    _handler = pyvips.glib_lib.g_log_set_handler(_domain, -1, _discard, pyvips.ffi.NULL)
+    atexit.register(pyvips.glib_lib.g_log_remove_handler, _domain, _handler)
 
 Source = str | os.PathLike[str] | BinaryIO
 

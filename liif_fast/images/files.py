@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from liif_fast.images.picture import Description, ImageError, Picture, from_pil, to_depth, to_pil
-from liif_fast.images.reading import SUFFIXES, PictureFile, Source, opened, reason_of
+from liif_fast.images.reading import PictureFile, Source, opened, reason_of
 from liif_fast.images.writing import LARGEST_ROW, Layout, lost, writing
 from liif_fast.utils import memory
 from liif_fast.utils.files import replacing
 
-__all__ = ["FORMATS", "SUFFIXES", "Description", "ImageError", "Layout", "Picture", "PictureFile", "Source"]
+__all__ = ["FORMATS", "Description", "ImageError", "Layout", "Picture", "PictureFile", "Source"]
 __all__ += ["check_target", "from_pil", "opened", "read", "to_depth", "to_pil", "write", "write_rows"]
 
 # The suffixes of files that can be written, and the largest side in each format.

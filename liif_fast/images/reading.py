@@ -39,13 +39,7 @@ Source = str | os.PathLike[str] | BinaryIO
 # WebP is left to Pillow: libvips decodes it in threads of its own.
 _LOADERS = {"PNG": "png", "JPEG": "jpeg", "TIFF": "tiff", "GIF": "gif", "AVIF": "heif"}
 # Pillow's decoders that start no other program and need no plugin.
-_PILLOW = ["BMP", "DIB", "DDS", "ICNS", "ICO", "JPEG2000", "PCX", "PPM", "PSD", "QOI", "SGI", "TGA", "XBM"]
-_SUFFIXES = ".avif .gif .heic .heif .jfif .jpe .jpeg .jpg .png .tif .tiff .webp .apng"
-_PILLOW_SUFFIXES = (
-    ".bmp .dib .dds .icns .ico .jp2 .j2k .jpc .jpx .pcx .pbm .pgm .pnm .ppm .psd .qoi .sgi .rgb .tga .xbm"
-)
-SUFFIXES = frozenset(f"{_SUFFIXES} {_PILLOW_SUFFIXES}".split())  # of the files that can be read
-
+_PILLOW = ["BMP", "DIB", "DDS", "ICNS", "ICO", "JPEG2000", "PCX", "PPM", "PSD", "QOI", "SGI", "TGA", "XBM", "XPM"]
 _DTYPES = {"uchar": np.uint8, "ushort": np.uint16, "float": np.float32}
 _MIN_IS_WHITE, _CIELAB = 0, 8  # TIFF's photometric interpretations
 _BAND, _BAND_BYTES = 256, 1 << 24  # rows decoded at once; fewer, if they are wide

@@ -36,8 +36,8 @@ _STRUCTURAL |= frozenset((*range(512, 522), *range(529, 533), 700, 33723, 34377,
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _UNITS = {**_SIZES, 5: 4, 10: 4}  # the bytes whose order depends on the file
 _NUMBERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
-_LARGEST_VALUE = 1 << 24
-_MOST_DIRECTORIES = 10_000
+_MOST_BYTES = 1 << 26  # of all values that are read from a file: tags can point to the same bytes
+_MOST_TAGS = 1 << 18  # of all pages
 
 Values = dict[int, Any]  # tag -> (type, bytes), or the Values of another directory
 
@@ -58,6 +58,7 @@ class Tags:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
+        self.unread = _MOST_BYTES
         head = self._bytes(0, 16)
         if head[:4] not in SIGNATURES:
             raise ValueError("it does not begin as a TIFF")
@@ -67,11 +68,14 @@ class Tags:
         (self.first,) = self._unpack("Q" if self.big else "I", self.first_position)
 
     def chain(self) -> Iterator[dict[int, Entry]]:
-        """The directories that follow each other, without an endless loop."""
-        offset, seen = self.first, set[int]()
-        while offset and offset not in seen and len(seen) < _MOST_DIRECTORIES:
+        """The directories that follow each other, without an endless loop; ValueError for too many tags."""
+        offset, seen, tags = self.first, set[int](), 0
+        while offset and offset not in seen:
             seen.add(offset)
             entries, following = self.directory(offset)
+            tags += 1 + (following - offset) // 12
+            if tags > _MOST_TAGS:
+                raise ValueError(f"it has more than {_MOST_TAGS} tags")
             yield entries
             (offset,) = self._unpack("Q" if self.big else "I", following)
 
@@ -97,7 +101,8 @@ class Tags:
     def value(self, entry: Entry) -> bytes:
         """The bytes of a value, in the file's order; raises ValueError for an unknown type or an unlikely size."""
         size = entry.number * _SIZES.get(entry.kind, 0)
-        data = self._bytes(entry.position, min(size, _LARGEST_VALUE))
+        self.unread -= size
+        data = self._bytes(entry.position, size) if self.unread >= 0 else b""
         if not size or len(data) < size:
             raise ValueError(f"a tag of type {entry.kind} claims {entry.number} values")
         return data

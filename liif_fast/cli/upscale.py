@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from liif_fast.cli.arguments import add_imports, add_settings, path, threads, whole_number
 from liif_fast.cli.messages import EXPECTED_ERRORS, print_error
-from liif_fast.cli.present import upscale_file
 from liif_fast.images import files, tiles, upscaling
 from liif_fast.images.folders import list_pictures
+from liif_fast.images.jobs import upscale_file
 from liif_fast.models import checkpoints
 from liif_fast.ops.backends import BACKENDS
 from liif_fast.training import config

@@ -7,6 +7,7 @@ import copy
 import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -100,7 +101,7 @@ def upscale(
     if isinstance(image, Tensor):
         return cast(AnyImage, result.view(*image.shape[:-2], *target))
     alpha = None if picture.alpha is None else _enlarged_alpha(picture, target)
-    return to_input_type(Picture(color, alpha, picture.icc_profile, picture.exif), image)
+    return to_input_type(replace(picture, color=color, alpha=alpha), image)
 
 
 def output_size(

@@ -16,7 +16,7 @@ from PIL import Image
 import liif_fast
 from liif_fast.cli import demo, main
 from liif_fast.cli import upscale as upscale_command
-from liif_fast.images import files, upscaling
+from liif_fast.images import files, upscaling, writing
 from liif_fast.images.picture import Picture
 from liif_fast.images.upscaling import upscale
 from liif_fast.models import make_model, registry
@@ -307,14 +307,15 @@ def test_version_help_and_doctor(run, capsys):
     ("number", "code", "message"), [(signal.SIGINT, 130, "liif-fast: interrupted.\n"), (signal.SIGTERM, 143, "")]
 )
 def test_a_signal_while_writing_leaves_nothing(run, tmp_path, monkeypatch, number, code, message):
-    present = []
+    complete, present = writing._complete, []
 
-    def interrupted(descriptor):
+    def interrupted(*arguments, **options):
+        complete(*arguments, **options)
         present.extend(os.listdir(tmp_path))
         os.kill(os.getpid(), number)
 
     files.write(Picture(np.zeros((H, W, 3), np.uint16)), tmp_path / "deep.tif")
-    monkeypatch.setattr(os, "fsync", interrupted)
+    monkeypatch.setattr(writing, "_complete", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background may ignore it
     try:
         assert run(tmp_path / "deep.tif", "-o", tmp_path / "out.png", "--scale", "1") == (code, "", message)

@@ -75,7 +75,7 @@ def upscale_file(
             if isinstance(source, str | os.PathLike) and path.samefile(source):
                 raise ValueError(f"{path} is the input itself: name another output.")
             if not overwrite:
-                raise ValueError(f"{path} exists already: name another output, or add --overwrite or --skip-existing.")
+                raise ValueError(f"{path} exists already: name another output or add --overwrite or --skip-existing.")
         if started is not None:
             started(after)
         layout = files.Layout(*after, rows.channels, rows.has_alpha, rows.dtype)

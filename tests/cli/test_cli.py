@@ -182,7 +182,7 @@ def test_existing_files_are_replaced_only_on_request(run, photo, tmp_path):
     out.write_bytes(b"precious")
     code, _, error = run(photo, "-o", out, "--scale", "2")
     assert code == 1
-    assert "out.png exists already: name another output or add --overwrite" in sentence(error)
+    assert "out.png exists already: name another output or add --overwrite or --skip-existing" in sentence(error)
     assert out.read_bytes() == b"precious"
     assert run(photo, "-o", out, "--scale", "2", "--overwrite")[0] == 0
     assert Image.open(out).size == (2 * W, 2 * H)

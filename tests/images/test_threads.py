@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from liif_fast.images import upscaling
 from liif_fast.images.upscaling import upscale
 from liif_fast.models import checkpoints
 from tests.images.upscaling import SMALL, liif, metasr, photo
@@ -34,16 +35,23 @@ def changed_imnet():
     return model
 
 
-MODELS = {"liif": liif, "metasr": metasr, "another imnet": changed_imnet, "duck": Duck}
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Of PyTorch's own for each of Python's: more of them wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-@pytest.mark.parametrize("name", MODELS)
-def test_threads_share_a_model(name, training):
-    """With progress callbacks and writers of their own, some of which fail, and different options."""
-    model = MODELS[name]().train(training)
+@pytest.mark.parametrize(
+    ("make", "training"), [(liif, False), (liif, True), (metasr, False), (changed_imnet, True), (Duck, True)]
+)
+def test_threads_share_a_model(make, training):
+    """With different options, and a callback that fails."""
+    model = make().train(training)
     jobs = [
-        (photo(1, 30 + 7 * seed, 40, seed), {"scale": 1.5 + seed / 4, "dtype": torch.bfloat16 if seed == 3 else None,
+        (photo(1, 25 + 7 * seed, 30, seed), {"scale": 1 + seed / 8, "dtype": torch.bfloat16 if seed == 3 else None,
                                              "ensemble": seed == 5, "backend": "reference" if seed == 6 else None})
         for seed in range(8)
     ]  # fmt: skip
@@ -58,23 +66,23 @@ def test_threads_share_a_model(name, training):
             if fails and windows == 2:
                 raise KeyError("stop")
 
-        result = upscale(job[0], model=model, working_memory=SMALL, progress=look, **job[1])
+        result = upscale(job[0], model=model, working_memory=SMALL // 4, progress=look, **job[1])
         assert windows > 3
         return result
 
     expected = [run(job) for job in jobs]
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with ThreadPoolExecutor(8) as threads:
-        found = [threads.submit(run, job, index == 2) for index, job in enumerate(2 * jobs)]
+        found = [threads.submit(run, job, index == 8) for index, job in enumerate([*jobs, jobs[0]])]
         results = [each.exception() or each.result() for each in found]
-    assert isinstance(results.pop(2), KeyError)
-    del (again := 2 * expected)[2]
-    assert all(torch.equal(*pair) for pair in zip(results, again, strict=True))
+    assert isinstance(results.pop(), KeyError)
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
 
-def test_a_step_of_training_next_to_inference():
+def test_a_step_of_training_next_to_inference(monkeypatch):
     """Autocast's cache of casts is one for all threads; casts made without gradients must not get into it."""
+    monkeypatch.setattr(upscaling, "emulates", lambda *_: False)
     model, images = liif().train(), photo(1, 12, 9)
     grads = []
     with torch.autocast("cpu", torch.bfloat16):
@@ -95,7 +103,7 @@ def test_threads_load_one_file(tmp_path):
     expected = torch.rand(1)
     torch.manual_seed(5)
     with ThreadPoolExecutor(8) as threads:
-        models = list(threads.map(checkpoints.load, 24 * [tmp_path / "model.safetensors"]))
+        models = list(threads.map(checkpoints.load, 16 * [tmp_path / "model.safetensors"]))
     assert torch.equal(torch.rand(1), expected)
     for each in models:
         assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in each.state_dict().items())

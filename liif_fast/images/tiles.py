@@ -159,6 +159,7 @@ class _Decoder:
         reach = _FARTHEST_FILL if self._halo is None else self._halo
         self._margin = _hole_margin(source, size, reach) if source.has_holes else 0
         self._rows: tuple[int, int] | None = None  # of the input, that are prepared
+        self._tile: Window | None = None  # whose pixels are prepared
         self._encoded: object = None  # tile and turn of the features
 
     def decode(self, tile: Window, window: Window, turn: Turn) -> Tensor:
@@ -175,32 +176,40 @@ class _Decoder:
         return pixels.masked_fill(self._holes_at(window), math.nan)
 
     def _encode(self, tile: Window, turn: Turn) -> None:
-        source, scale = self._source, self._scale
         self._model.feat = None  # frees the features of the last tile before the next ones are computed
+        if self._tile != tile:
+            self._read(tile)
+            self._tile = tile
+        pixels = turn.apply(self._pixels.expand(-1, self._source.channels, -1, -1)).to(self._dtype)
+        feat = turn.undo(self._model.encoder(pixels.contiguous(memory_format=torch.channels_last)))
+        del pixels
+        top, left, height, width = self._region
+        top, left = top - self._origin[0] * self._scale, left - self._origin[1] * self._scale
+        self._model.feat = turn.apply(feat[:, :, top : top + height, left : left + width])
+
+    def _read(self, tile: Window) -> None:
+        """The pixels that the tile's features need, normalized and without holes."""
+        source, scale = self._source, self._scale
         spans = [_needed_latents(tile[axis], tile[2 + axis], self._size[axis], self.latents[axis]) for axis in (0, 1)]
-        (top, bottom), (left, right) = ends = [
-            _with_halo(span, length, self._halo, scale)
-            for span, length in zip(spans, (source.height, source.width), strict=True)
-        ]
-        wider = [
+        self._region = spans[0][0], spans[1][0], spans[0][1] - spans[0][0], spans[1][1] - spans[1][0]
+        lengths = source.height, source.width
+        (top, bottom), (left, right) = (
+            _with_halo(span, length, self._halo, scale) for span, length in zip(spans, lengths, strict=True)
+        )
+        rows, cols = (
             (max(0, low - self._margin), min(length, high + self._margin))
-            for (low, high), length in zip(ends, (source.height, source.width), strict=True)
-        ]
-        if self._rows != wider[0]:
-            self._columns, self._rows = source.read(*wider[0]), wider[0]
-        pixels = self._inp.normalize(self._columns(*wider[1]).to(self._device))
-        self._origin, self._holes = (wider[0][0], wider[1][0]), None
+            for low, high, length in zip((top, left), (bottom, right), lengths, strict=True)
+        )
+        if self._rows != rows:
+            self._columns, self._rows = source.read(*rows), rows
+        pixels = self._inp.normalize(self._columns(*cols).to(self._device))
+        self._holes = None
         if source.has_holes and (holes := pixels.isnan()).any():
             self._holes = holes = holes[:, :1] if bool((holes == holes[:, :1]).all()) else holes
             pixels = fill_from_nearest(pixels, ~holes, min(self._margin, _FARTHEST_FILL))
-        pixels = pixels[:, :, top - wider[0][0] :, left - wider[1][0] :][:, :, : bottom - top, : right - left]
-        pixels = turn.apply(pixels.expand(-1, source.channels, -1, -1)).to(self._dtype)
-        feat = turn.undo(self._model.encoder(pixels.contiguous(memory_format=torch.channels_last)))
-        del pixels
-        rows, cols = spans
-        top, left = top * scale, left * scale
-        self._model.feat = turn.apply(feat[:, :, rows[0] - top : rows[1] - top, cols[0] - left : cols[1] - left])
-        self._region = rows[0], cols[0], rows[1] - rows[0], cols[1] - cols[0]
+        top, bottom, left, right = top - rows[0], bottom - rows[0], left - cols[0], right - cols[0]
+        self._pixels = pixels[:, :, top:bottom, left:right]
+        self._origin, self._hole_origin = (rows[0] + top, cols[0] + left), (rows[0], cols[0])
 
     def _holes_at(self, window: Window) -> Tensor:
         """[B, 1 or C, h, w]: whether the input pixel nearest to an output pixel is a hole."""
@@ -208,7 +217,12 @@ class _Decoder:
         rows, cols = (
             (2 * torch.arange(first, first + count, device=self._device) + 1) * length // (2 * pixels) - origin
             for first, count, length, pixels, origin in zip(
-                window[:2], window[2:], (self._source.height, self._source.width), self._size, self._origin, strict=True
+                window[:2],
+                window[2:],
+                (self._source.height, self._source.width),
+                self._size,
+                self._hole_origin,
+                strict=True,
             )
         )
         return self._holes[:, :, rows][:, :, :, cols]

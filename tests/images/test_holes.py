@@ -49,12 +49,12 @@ def sprite(mode, hidden, dtype=np.uint8):
     return (samples if dtype == np.float32 else np.rint(samples * np.iinfo(dtype).max)).astype(dtype)
 
 
-@pytest.mark.parametrize("working_memory", [SMALL, WHOLE])
 @pytest.mark.parametrize(
-    ("mode", "dtype"), [("RGBA", np.uint8), ("RGBA", np.uint16), ("RGBA", np.float32), ("LA", np.uint8)]
-)
-@pytest.mark.parametrize("scale", [2.7, 0.6])
-def test_invisible_colors_have_no_influence(mode, dtype, working_memory, scale):
+    ("mode", "dtype", "scale", "working_memory"),
+    [("RGBA", np.uint8, 2.7, WHOLE), ("RGBA", np.uint8, 0.6, SMALL), ("RGBA", np.uint16, 1.3, SMALL),
+     ("RGBA", np.float32, 1.3, WHOLE), ("LA", np.uint8, 1.3, WHOLE)],
+)  # fmt: skip
+def test_invisible_colors_have_no_influence(mode, dtype, scale, working_memory):
     model = liif()
     results = [
         upscale(sprite(mode, hidden, dtype), scale=scale, model=model, working_memory=working_memory)

@@ -1,9 +1,11 @@
 """`upscale`: the result has the type of the input, options and wrong inputs get their reasons."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from liif_fast.cli import demo
 from liif_fast.images import upscaling
@@ -113,6 +115,28 @@ def test_other_pillow_modes_become_rgb_or_gray():
     assert result.mode == "RGBA" and "transparency" not in result.info
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_is_applied(orientation):
+    image, model = rgb_image(), liif()
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = orientation, "a description"
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    with Image.open(file) as opened:
+        upright = ImageOps.exif_transpose(opened)
+        result = upscale(opened, size=(20, 30), model=model)
+    assert result.size == (30, 20) and result.getexif() == {0x010E: "a description"} | (
+        {0x0112: 1} if orientation == 1 else {}
+    )
+    np.testing.assert_array_equal(np.asarray(result), upscale(np.asarray(upright), size=(20, 30), model=model))
+
+
+def test_broken_exif_is_passed_over():
+    image = rgb_image()
+    image.info["exif"] = b"no exif at all"
+    assert upscale(image, scale=2, model=liif()).size == (28, 22)
+
+
 def test_pictures_keep_profile_and_exif():
     color = np.zeros((4, 5, 3), np.uint8)
     result = upscale(Picture(color, color[..., 0], b"profile", b"exif"), scale=3, model=liif())
@@ -165,6 +189,20 @@ def test_16_bit_computation_stays_close(dtype, least, monkeypatch):
     assert result.dtype == torch.float32
     assert not torch.equal(result, exact)
     assert psnr(result, exact) > least
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_an_emulated_dtype_is_replaced_once_said(dtype, monkeypatch, caplog):
+    monkeypatch.setattr(upscaling, "emulates", lambda *_: True)
+    upscaling._report_emulation.cache_clear()
+    images = photo(1, 12, 9)
+    expected = upscale(images, scale=2, model=liif())
+    with caplog.at_level("INFO", "liif_fast"):
+        results = [upscale(images, scale=2, model=liif(), dtype=dtype) for _ in range(2)]
+    assert all(torch.equal(result, expected) for result in results)
+    name = str(dtype).removeprefix("torch.")
+    said = f"this processor has no {name} products and would emulate them slowly: float32 is used instead"
+    assert [record.getMessage() for record in caplog.records] == [said]
 
 
 def test_models_of_other_dtypes():

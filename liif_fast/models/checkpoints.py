@@ -89,7 +89,7 @@ def save(
     file = Path(path)
     if file.suffix != ".safetensors":
         raise ValueError(f"a model is saved as .safetensors, not as {file.name!r}: change the name's ending")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     spec = getattr(model, "spec", None)
     if spec is None:
         raise ValueError(f"this {type(model).__name__} has no spec to save: build it with make_model")
@@ -295,7 +295,7 @@ def _checked_norm(data_norm: Any, file: Path) -> dict[str, dict[str, list[float]
         ) from None
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> Any:
     """The model without wrappers of torch.compile and data parallelism."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

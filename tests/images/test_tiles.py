@@ -63,6 +63,7 @@ def test_less_memory_means_more_steps():
     assert counts[0] == 1 < counts[1] < counts[2]
 
 
+@pytest.mark.parametrize("rows", [1, 20, 10**6])
 @pytest.mark.parametrize(
     ("size", "latents", "halo", "area"),
     [
@@ -72,23 +73,29 @@ def test_less_memory_means_more_steps():
         ((3, 2), (300, 200), 4, 900),
         ((641, 479), (64, 48), None, 1),
         ((64, 48), (64, 48), 10, 64 * 48),
+        ((900, 3000), (300, 1000), 20, 9000),
     ],
 )
-def test_windows_cover_the_output_once(size, latents, halo, area):
+def test_bands_cover_the_output_once(size, latents, halo, area, rows):
     covered = np.zeros(size, int)
-    windows = tiles.plan(size, latents, halo=halo, area=area)
-    for top, left, height, width in windows:
-        assert height > 0 and width > 0
-        covered[top : top + height, left : left + width] += 1
+    bands = tiles.plan(size, latents, halo=halo, area=area, rows=rows)
+    for band in bands:
+        assert len({(window.top, window.height) for window in band}) == 1
+        assert len(band) == 1 or band[0].height <= max(rows, -(-size[0] // latents[0]))
+        for top, left, height, width in band:
+            assert height > 0 and width > 0
+            covered[top : top + height, left : left + width] += 1
     assert (covered == 1).all()
+    assert [band[0].top for band in bands] == sorted(band[0].top for band in bands)
     if halo is None or latents[0] * latents[1] <= area:
-        assert windows == [Window(0, 0, *size)]
+        assert bands == [[Window(0, 0, *size)]]
 
 
 def test_tiles_are_whole_rows_if_memory_allows():
-    windows = tiles.plan((400, 400), (200, 200), halo=10, area=200 * 70)
-    assert windows == [Window(top, 0, 100, 400) for top in range(0, 400, 100)]
-    assert {window.width < 4000 for window in tiles.plan((400, 4000), (200, 2000), halo=10, area=200 * 70)} == {True}
+    bands = tiles.plan((400, 400), (200, 200), halo=10, area=200 * 70, rows=1)
+    assert bands == [[Window(top, 0, 100, 400)] for top in range(0, 400, 100)]
+    wide = tiles.plan((400, 4000), (200, 2000), halo=10, area=200 * 70, rows=400)
+    assert {len(band) > 1 for band in wide} == {True}
 
 
 def test_a_batch_is_its_images():

@@ -1,8 +1,8 @@
 """Photographs as training and test items: folders of images, wrappers that crop, shrink and sample them, loaders.
 
 Names, arguments and semantics are those of the original's YAML files; additional arguments are off by default.
-Reading order: pictures.py, arrays.py, folders.py, wrappers.py, numbering.py, loader.py. Images keep their files' dtype in
-memory. Every random decision about an item depends only on the item's number and on the seed.
+Reading order: pictures.py, arrays.py, folders.py, wrappers.py, numbering.py, loader.py. Images keep their files' dtype
+in memory. Every random decision about an item depends only on the item's number and on the seed.
 """
 
 from liif_fast.data.arrays import read_array

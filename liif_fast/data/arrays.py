@@ -1,4 +1,4 @@
-"""Data that are not 8-bit pictures: arrays of any number of channels and of any range, with NaN where there is no value.
+"""Data that are not 8-bit pictures: arrays of any number of channels and any range, with NaN where there is no value.
 
 `.npy` files are mapped into memory; libvips reads the others, above all TIFF. Both keep the file's dtype.
 """
@@ -20,8 +20,14 @@ NPY = ".npy"
 Range = tuple[float, float]  # the values that become 0 and 1
 _REACH = 100  # pixels: inputs without a value take the nearest one within this distance
 _DTYPES = {
-    **{"uchar": np.uint8, "char": np.int8, "ushort": np.uint16, "short": np.int16, "uint": np.uint32, "int": np.int32},
-    **{"float": np.float32, "double": np.float64},
+    "uchar": np.uint8,
+    "char": np.int8,
+    "ushort": np.uint16,
+    "short": np.int16,
+    "uint": np.uint32,
+    "int": np.int32,
+    "float": np.float32,
+    "double": np.float64,
 }
 
 
@@ -47,7 +53,9 @@ def _opened(path: str | Path, n_colors: int, pixels: bool) -> tuple[np.ndarray, 
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{str(path)!r} cannot be read as an array ({reason}); remove it or replace it") from error
     if array.shape[2] != n_colors:
-        raise ValueError(f"{str(path)!r} has {array.shape[2]} channels, but n_colors is {n_colors}; set it to the former")
+        raise ValueError(
+            f"{str(path)!r} has {array.shape[2]} channels, but n_colors is {n_colors}; correct it"
+        )
     return array, array.dtype
 
 

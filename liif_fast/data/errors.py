@@ -50,8 +50,8 @@ def explaining_killed_workers() -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0].strip().rstrip(".")
         raise RuntimeError(
-            f"a loader process ended ({reason}): memory may have run out; lower num_workers, or set it to 0 to load the "
-            "data in the main process"
+            f"a loader process ended ({reason}): memory may have run out; lower num_workers, or set it to 0, "
+            "which loads the data in the main process"
         ) from error
 
 

@@ -82,7 +82,7 @@ class ImageFolder(Dataset[torch.Tensor]):
         self._binaries: list[Path] | None = None
         self._cache: list[np.ndarray] | None = None
         if cache == "bin":
-            self._binaries = _cached_on_disk(Path(root_path), self.paths, self._read, n_colors)
+            self._binaries = _cached_on_disk(Path(root_path), self.paths, self._read, n_colors, arrays)
         elif cache == "in_memory" or tuple(shrink) != (1,):
             _require_memory(self._sources, n_colors, arrays)
             images = decoded(lambda source: _shrunk(self._read(source[0]), source[1]), self._sources)
@@ -115,7 +115,9 @@ class ImageFolder(Dataset[torch.Tensor]):
         else:
             image = self._read(self._sources[index][0])
         if self._dtype not in (None, image.dtype):
-            raise ValueError(f"{self.name(index)} holds {image.dtype}, but {self.name(0)} {self._dtype}: give data_range")
+            raise ValueError(
+                f"{self.name(index)} holds {image.dtype}, but {self.name(0)} {self._dtype}: give data_range"
+            )
         return image
 
     def __getitem__(self, index: int) -> torch.Tensor:
@@ -224,14 +226,14 @@ def _listed(root: Path, split_file: str | Path, split_key: str | None) -> list[P
 
 
 def _cached_on_disk(
-    root: Path, paths: Sequence[Path], read: Callable[[Path], np.ndarray], n_colors: int
+    root: Path, paths: Sequence[Path], read: Callable[[Path], np.ndarray], n_colors: int, arrays: bool
 ) -> list[Path]:
     """Decoded copies of the images, or `.npy` images themselves.
 
     A missing or broken copy, or one older than its image, is made first.
     """
     folder = root.resolve().parent / f"_bin_{root.resolve().name}"
-    kind = "" if read.func is read_pixels else "data."  # type: ignore[attr-defined]
+    kind = "data." if arrays else ""
 
     def is_current(path: Path, copy: Path) -> bool:
         try:
@@ -241,19 +243,19 @@ def _cached_on_disk(
 
     try:
         # Keep the image's suffix, because a.png and a.jpg are different images.
-        own = {path: path if path.suffix.lower() == NPY else folder / f"{path.name}.{n_colors}.{kind}npy" for path in paths}
-        missing = [(path, 1) for path, copy in own.items() if copy != path and not is_current(path, copy)]
+        copies = {path: folder / f"{path.name}.{n_colors}.{kind}npy" for path in paths if path.suffix.lower() != NPY}
+        missing = [(path, 1) for path, copy in copies.items() if not is_current(path, copy)]
         if missing:
             folder.mkdir(exist_ok=True)
         for (path, _), pixels in zip(missing, decoded(lambda source: read(source[0]), missing), strict=True):
             data = io.BytesIO()
             np.save(data, pixels)
-            write_atomically(own[path], data.getvalue())
+            write_atomically(copies[path], data.getvalue())
     except OSError as error:
         raise ValueError(
             f"cache 'bin' cannot be kept in {str(folder)!r} ({error.strerror}); use cache 'in_memory' or 'none'"
         ) from error
-    return list(own.values())
+    return [copies.get(path, path) for path in paths]
 
 
 def _shrunk(image: np.ndarray, factor: int) -> np.ndarray:

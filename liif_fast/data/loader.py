@@ -167,7 +167,7 @@ class _Numbered(Dataset[Item]):
                             f"{key} is {first} for {names[0]} and {other} for {name}; items of different sizes need "
                             "batch_size 1, or inp_size and sample_q"
                         )
-            return default_collate(items)
+            return default_collate(list(items))
 
     def __getitem__(self, number: int) -> Item:
         if self._takes_rng:

@@ -1,7 +1,7 @@
 """Wrappers turn images into items for training and testing.
 
-An item is {'inp': [C, h, w], 'coord': [Q, 2], 'cell': [Q, 2], 'gt': [Q, C]} in float32, with colors in [0, 1]. Data with
-a `data_range` are mapped to [0, 1] without clipping or rounding; a gt without a value is NaN.
+An item is {'inp': [C, h, w], 'coord': [Q, 2], 'cell': [Q, 2], 'gt': [Q, C]} in float32, with colors in [0, 1]. Data
+with a `data_range` are mapped to [0, 1] without clipping or rounding; a gt without a value is NaN.
 Source: original datasets/wrappers.py; paper, section 4.
 """
 
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from liif_fast.data.arrays import Range, filled, in_unit
+from liif_fast.data.errors import item_name, naming
 from liif_fast.data.pictures import (
     ENERGY_BLOCK,
     Item,
@@ -24,8 +26,6 @@ from liif_fast.data.pictures import (
     to_tensor,
     to_unit,
 )
-from liif_fast.data.arrays import Range, filled, in_unit
-from liif_fast.data.errors import item_name, naming
 from liif_fast.data.registry import register
 from liif_fast.models.coordinates import make_coord
 

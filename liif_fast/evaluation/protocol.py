@@ -66,9 +66,10 @@ def eval_metrics_sum(
     verbose: show a progress bar with the current mean.
 
     Predictions are clamped to [0, 1] and not rounded. Data that have a `data_range` are not clamped; their RMSE has
-    their unit, and their PSNR is over that range. Pixels and items without a value (NaN) do not count. Every item has its own score, so the mean does not depend on the
-    batch size or on the number of processes. The original scores all pixels of a batch together, which is the same for
-    batches of one image, as in all of its test files.
+    their unit, and their PSNR is over that range. Pixels and items without a value (NaN) do not count.
+    Every item has its own score, so the mean does not depend on the batch size or on the number of processes. The
+    original scores all pixels of a batch together, which is the same for batches of one image, as in all of its test
+    files.
     Raises ValueError for an unknown protocol or metric, a loader without items or a bad data_norm.
     """
     data_range = getattr(loader, "data_range", None)

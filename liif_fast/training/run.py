@@ -265,8 +265,8 @@ class _Run:
                 eval_bsize=self.config.get("eval_bsize"),
                 metrics=names,
             )
-        *totals, count = distributed.sum_over_ranks([*sums.values(), count])
-        return {name: total / count for name, total in zip(names, totals, strict=True)}
+        *totals, items = distributed.sum_over_ranks([*sums.values(), count])
+        return {name: total / items for name, total in zip(names, totals, strict=True)}
 
     @property
     def evaluated(self) -> nn.Module:

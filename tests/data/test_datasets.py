@@ -337,6 +337,31 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_filled(folder, monkey
     assert sum(image.nbytes for image in ImageFolder(folder, cache="in_memory")._cache) == needed  # bytes, not floats
 
 
+def test_a_broken_copy_on_disk_is_made_again(folder):
+    ImageFolder(folder, cache="bin")
+    copy = folder.parent / f"_bin_{folder.name}" / "b.png.3.npy"
+    whole = copy.read_bytes()
+    for content in (b"", whole[:500], b"no array at all", whole[:8]):
+        copy.write_bytes(content)
+        images = ImageFolder(folder, cache="bin")
+        assert copy.read_bytes() == whole and images[1].shape == (3, 80, 64)
+    copy.write_bytes(b"damaged during a run")
+    with pytest.raises(ValueError, match=r"b\.png\.3\.npy' cannot be read as an array"):
+        images[1]
+
+
+def test_folders_and_hidden_files_are_no_images_and_the_rest_is_told_once(folder, caplog):
+    (folder / "more.png").mkdir()
+    for name in ("._a.png", ".b.png"):
+        (folder / name).write_bytes(b"a resource fork")
+    np.save(folder / "extra.npy", np.zeros((9, 9)))
+    caplog.set_level("INFO", logger="liif_fast")
+    for _ in range(2):
+        assert [path.name for path in ImageFolder(folder).paths] == ["a.png", "b.png", "c.png"]
+    told = [record.message for record in caplog.records]
+    assert told == [f"{folder} holds 3 images; left out: extra.npy, more.png, notes.txt"]
+
+
 def test_an_empty_folder_and_a_broken_image_are_named(tmp_path):
     with pytest.raises(ValueError, match="holds no image"):
         ImageFolder(tmp_path)

@@ -44,7 +44,8 @@ def add(commands: Any) -> None:
     )
     add_imports(parser)
     add_settings(parser)
-    parser.add_argument("--metrics", nargs="+", default=["psnr"], help="psnr, ssim (default: psnr)")
+    metrics = "psnr, rmse, ssim (default: psnr; with --config also rmse for data with a data_range)"
+    parser.add_argument("--metrics", nargs="+", help=metrics)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--backend", choices=list(BACKENDS), help="backend of the ops (default: first that can run)")
     parser.add_argument("--threads", type=threads, help="processor threads (default: as many as cores)")
@@ -92,8 +93,9 @@ def _evaluate_config(options: argparse.Namespace, device: torch.device) -> None:
     model.backend = options.backend
     rank, world = distributed.rank(), distributed.world_size()
     loader = data.make_loader(content["test_dataset"], split="items", rank=rank, world=world, device=device)
-    evaluation.check_metrics(options.metrics)
-    sums, count = dict.fromkeys(options.metrics, 0.0), 0
+    metrics = options.metrics or (["psnr"] if loader.data_range is None else ["psnr", "rmse"])
+    evaluation.check_metrics(metrics)
+    sums, count = dict.fromkeys(metrics, 0.0), 0
     if len(loader):  # a process has no images if there are more processes than images
         sums, count = evaluation.eval_metrics_sum(
             loader,
@@ -102,7 +104,7 @@ def _evaluate_config(options: argparse.Namespace, device: torch.device) -> None:
             content.get("eval_type"),
             content.get("eval_bsize"),
             verbose=distributed.is_main() and sys.stderr.isatty(),
-            metrics=options.metrics,
+            metrics=metrics,
         )
     *totals, number = distributed.sum_over_ranks([*sums.values(), count])
     if distributed.is_main():
@@ -116,7 +118,7 @@ def _evaluate_images(options: argparse.Namespace, device: torch.device) -> None:
         methods=comparison.resolve_methods(options.methods, options.model),
         scales=list(dict.fromkeys(options.scales)),
         cells=list(dict.fromkeys(["1/s", *options.cells])),
-        metrics=list(dict.fromkeys(["psnr", *options.metrics])),
+        metrics=list(dict.fromkeys(["psnr", *(options.metrics or [])])),
         protocol=options.protocol,
         n_colors=options.n_colors,
         device=device,

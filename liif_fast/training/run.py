@@ -29,6 +29,7 @@ from liif_fast.training.state import RunState
 from liif_fast.training.step import StepOptions, Stepper
 from liif_fast.utils import distributed
 from liif_fast.utils.files import write_atomically
+from liif_fast.utils.normalization import normalizations
 
 UNIT_NORM = {side: {"sub": [0.0], "div": [1.0]} for side in ("inp", "gt")}  # for configurations without data_norm
 MAX_WORKERS = 8  # as many as the original starts
@@ -38,6 +39,7 @@ class TrainingError(RuntimeError):
     """A run that cannot continue; the message is one sentence."""
 
 
+@data.explaining_killed_workers()
 def train(
     config: Config,
     folder: str | Path,
@@ -113,10 +115,33 @@ class _Run:
                 section, seed=self.seed, rank=distributed.rank(), world=world, device=self.device, **options
             )
         except ValueError as error:
-            raise ConfigError(f"{self.source}: {key}: {error}") from None
+            raise ConfigError(f"{self.source}: {key}: {error}") from error
+        self._check_channels(loader, key)
         if key == "train_dataset" and len(loader) == 0:
             raise ConfigError(f"{self.source}: {key} has no batch of items for {world} processes")
         return loader
+
+    @torch.no_grad()
+    def _check_channels(self, loader: Any, key: str) -> None:
+        """Raise ConfigError if the model or data_norm is for another number of channels than the items have."""
+        channels = loader.n_colors
+        if channels is None:
+            return
+        inp, gt = normalizations(self.model.data_norm, self.device)
+        place, training = torch.zeros(1, 1, 2, device=self.device), self.model.training
+        try:
+            values = inp.normalize(torch.zeros(1, channels, 8, 8, device=self.device))
+            found = gt.restore(self.model.eval()(values, place, place + 1), channel=-1).shape[-1]
+            reason = f"the model's output has {found}"
+        except RuntimeError as error:
+            found, reason = 0, str(error).splitlines()[0]
+        finally:
+            self.model.train(training)
+        if found != channels:
+            raise ConfigError(
+                f"{self.source}: {key} has {channels} channels, which do not fit the model ({reason}): set n_colors of "
+                f"the encoder and out_dim of the imnet to {channels}, and data_norm to 1 or {channels} numbers"
+            )
 
     def _open(self, report: Callable[[str], None]) -> None:
         """Create the folder, write the configuration and open the log, in the first process."""
@@ -159,7 +184,7 @@ class _Run:
             self._set_learning_rate(epoch)  # the original's checkpoints hold the learning rate of the next epoch
             validates = self.val_loader is not None and config.get("epoch_val") and epoch % config["epoch_val"] == 0
             if validates:
-                row["psnr"] = self._validate()
+                row.update(self._validate())
             self.epoch, self.best = epoch, max(self.best, row.get("psnr", -math.inf))
             longest = max(longest, time.monotonic() - begin)
             row["seconds"] = self.seconds = self.seconds + time.monotonic() - begin
@@ -224,19 +249,24 @@ class _Run:
         quiet = not distributed.is_main() or not sys.stderr.isatty()
         return tqdm(batches, total=count, desc=title, unit="batch", leave=False, disable=quiet)
 
-    def _validate(self) -> float:
-        """Mean PSNR over the validation items of all processes; of the averaged weights if the run has them."""
-        found = (0.0, 0)
+    def _validate(self) -> dict[str, float]:
+        """Mean PSNR over the validation items of all processes; of the averaged weights if the run has them.
+
+        For data also the mean RMSE, in their unit.
+        """
+        names = ["psnr"] if self.val_loader.data_range is None else ["psnr", "rmse"]
+        sums, count = dict.fromkeys(names, 0.0), 0
         if len(self.val_loader):  # a process has no items if there are more processes than items
-            found = evaluation.eval_psnr_sum(
+            sums, count = evaluation.eval_metrics_sum(
                 self.val_loader,
                 self.evaluated,
                 data_norm=self.model.data_norm,
                 eval_type=self.config.get("eval_type"),
                 eval_bsize=self.config.get("eval_bsize"),
+                metrics=names,
             )
-        total, count = distributed.sum_over_ranks(found)
-        return total / count
+        *totals, items = distributed.sum_over_ranks([*sums.values(), count])
+        return {name: total / items for name, total in zip(names, totals, strict=True)}
 
     @property
     def evaluated(self) -> nn.Module:
@@ -297,7 +327,7 @@ class _Run:
         last, done = self.config["epoch_max"], self.epoch
         parts = [f"epoch {done}/{last}", f"train: loss={row['loss']:.4f}"]
         if "psnr" in row:
-            parts.append(f"val: psnr={row['psnr']:.4f}")
+            parts.append(", ".join(["val: psnr={psnr:.4f}", "rmse={rmse:.4g}"][: 1 + ("rmse" in row)]).format(**row))
         spent = f"{_time(self.seconds)}/{_time(self.seconds / done * last)}"
         return ", ".join([*parts, f"{row['images_per_second']:.1f} images/s", spent])
 

@@ -58,8 +58,7 @@ def inspect(path: Path) -> Header:
         if kind == "PNG":
             return Header(kind, description=Description(png_chunks=_png_chunks(path, file)))
         if kind == "JPEG":
-            comments = [data for marker, data in _jpeg_segments(file) if marker == 0xFE]
-            return Header(kind, description=Description(comment=comments[0] if comments else None))
+            return Header(kind, description=Description(comment=_jpeg_comment(path, file)))
         return _tiff(path, file) if kind == "TIFF" else Header(kind)
 
 
@@ -167,6 +166,19 @@ def _require_data(path: Path, height: int, width: int, needed: int, most: int) -
     """Refuse a header that announces more than the file can unpack to: buffers for it could exceed the memory."""
     if needed > most:
         raise ImageError(f"{path} is broken: its header announces {height}x{width} pixels, but its data end too early.")
+
+
+def _jpeg_comment(path: Path, file: BinaryIO) -> bytes | None:
+    """The first comment. The size of the file is compared with the size that the header announces."""
+    comment = None
+    size = file.seek(0, 2)
+    for marker, data in _jpeg_segments(file):
+        if marker in (0xC0, 0xC1, 0xC2) and len(data) >= 5:  # Huffman codes: a block of 8x8 pixels takes a bit at least
+            height, width = struct.unpack_from(">HH", data, 1)
+            _require_data(path, height, width, height * width, 8 * 64 * size)
+        if marker == 0xFE and comment is None:
+            comment = data
+    return comment
 
 
 def _jpeg_segments(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

@@ -258,6 +258,26 @@ def test_bombs(tmp_path):
     assert files.read(tmp_path / "c.tif").color.tolist() == [[[0]]]
 
 
+def test_a_header_that_promises_too_much(tmp_path):
+    for suffix, old, new in (
+        (".png", struct.pack(">II", W, H), struct.pack(">II", 60000, 60000)),
+        (".jpg", struct.pack(">HH", H, W), struct.pack(">HH", 60000, 60000)),
+        (".tif", struct.pack("<HHII", 256, 4, 1, W), struct.pack("<HHII", 256, 4, 1, 1 << 25)),
+    ):
+        path = tmp_path / f"a{suffix}"
+        files.write(picture(3, np.uint8), path)
+        data = path.read_bytes()
+        assert old in data or suffix == ".tif"
+        data = data.replace(struct.pack("<HHIHH", 256, 3, 1, W, 0), new) if old not in data else data.replace(old, new)
+        header = data.index(b"IHDR") if suffix == ".png" else 0
+        checksum = zlib.crc32(data[header : header + 17]).to_bytes(4, "big")
+        path.write_bytes(data[: header + 17] + checksum + data[header + 21 :] if header else data)
+        with pytest.raises(
+            ImageError, match=rf"a\{suffix} is broken: its header announces .* but its data end too early"
+        ):
+            files.read(path)
+
+
 def test_max_pixels(tmp_path):
     files.write(picture(3, np.uint8), tmp_path / "a.png")
     with pytest.raises(ImageError, match=rf"a\.png has {H}x{W} pixels, more than the limit of {H * W - 1}"):

@@ -53,9 +53,7 @@ def _opened(path: str | Path, n_colors: int, pixels: bool) -> tuple[np.ndarray, 
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{str(path)!r} cannot be read as an array ({reason}); remove it or replace it") from error
     if array.shape[2] != n_colors:
-        raise ValueError(
-            f"{str(path)!r} has {array.shape[2]} channels, but n_colors is {n_colors}; correct it"
-        )
+        raise ValueError(f"{str(path)!r} has {array.shape[2]} channels, but n_colors is {n_colors}; correct it")
     return array, array.dtype
 
 

@@ -28,8 +28,8 @@ def start_as_bilinear(model: nn.Module, residual: float = 0.1) -> None:
     if not fits or not isinstance(head, nn.Conv2d) or head.in_channels != n or head.out_channels < n:
         raise ValueError(
             "init is 'bilinear', which needs a liif with local ensemble, an edsr encoder without upsampling and an mlp "
-            "whose outputs are the image's channels, with hidden layers (at least one) of twice as many units; leave init "
-            "out for this model"
+            "whose outputs are the image's channels, with hidden layers (at least one) of twice as many units; leave "
+            "init out for this model"
         )
     liif = cast(Any, model)
     layers = cast("list[nn.Linear]", linears)

@@ -56,21 +56,21 @@ def test_a_geotiff_keeps_its_place_and_its_missing_values(tmp_path, monkeypatch)
         monkeypatch,
         tmp_path / "in.tif",
         tmp_path / "out.tif",
-        2.5,
+        3,
         tmp_path / "model.safetensors",
         LOW,
         HIGH,
     )
     with rasterio.open(tmp_path / "in.tif") as small, rasterio.open(tmp_path / "out.tif") as large:
-        assert large.crs == small.crs and large.shape == (50, 60) and large.nodata == -9999
+        assert large.crs == small.crs and large.shape == (60, 72) and large.nodata == -9999
         assert tuple(large.bounds) == pytest.approx(tuple(small.bounds))
         found = large.read(masked=True)
-    row, column = ((np.arange(side) + 0.5) / 2.5 - 0.5 for side in (50, 60))
-    nearest = np.rint(row - 1e-6).astype(int)[:, None], np.rint(column - 1e-6).astype(int)[None]
+    row, column = ((np.arange(side) + 0.5) / 3 - 0.5 for side in (60, 72))
+    nearest = np.rint(row).astype(int)[:, None], np.rint(column).astype(int)[None]
     assert np.array_equal(found.mask[0], (bands[0] == -9999)[nearest])
     expected = height(row[:, None], column)
     inside = ~np.ma.getmaskarray(found)[0]
-    inside[10:35, 12:40] = False  # around the hole the filled values have an influence
+    inside[12:42, 15:48] = False  # around the hole the filled values have an influence
     inside[:5], inside[-5:], inside[:, :5], inside[:, -5:] = False, False, False, False
     assert inside.sum() > 500
     assert np.abs(found[0] - expected)[inside].max() < 0.02 * (HIGH - LOW)

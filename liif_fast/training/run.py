@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from liif_fast import data, evaluation
 from liif_fast.data import Item
-from liif_fast.models import checkpoints, make_model
+from liif_fast.models import LIIF, checkpoints, linear_layers, make_model
 from liif_fast.training import state as states
 from liif_fast.training.bilinear import start_as_bilinear
 from liif_fast.training.config import OPTIMIZERS, Config, ConfigError
@@ -29,7 +29,6 @@ from liif_fast.training.state import RunState
 from liif_fast.training.step import StepOptions, Stepper
 from liif_fast.utils import distributed
 from liif_fast.utils.files import write_atomically
-from liif_fast.utils.normalization import normalizations
 
 UNIT_NORM = {side: {"sub": [0.0], "div": [1.0]} for side in ("inp", "gt")}  # for configurations without data_norm
 MAX_WORKERS = 8  # as many as the original starts
@@ -121,27 +120,21 @@ class _Run:
             raise ConfigError(f"{self.source}: {key} has no batch of items for {world} processes")
         return loader
 
-    @torch.no_grad()
     def _check_channels(self, loader: Any, key: str) -> None:
         """Raise ConfigError if the model or data_norm is for another number of channels than the items have."""
-        channels = loader.n_colors
+        channels, model = loader.n_colors, self.model
         if channels is None:
             return
-        inp, gt = normalizations(self.model.data_norm, self.device)
-        place, training = torch.zeros(1, 1, 2, device=self.device), self.model.training
-        try:
-            values = inp.normalize(torch.zeros(1, channels, 8, 8, device=self.device))
-            found = gt.restore(self.model.eval()(values, place, place + 1), channel=-1).shape[-1]
-            reason = f"the model's output has {found}"
-        except RuntimeError as error:
-            found, reason = 0, str(error).splitlines()[0]
-        finally:
-            self.model.train(training)
-        if found != channels:
-            raise ConfigError(
-                f"{self.source}: {key} has {channels} channels, which do not fit the model ({reason}): set n_colors of "
-                f"the encoder and out_dim of the imnet to {channels}, and data_norm to 1 or {channels} numbers"
-            )
+        found = {"the encoder's n_colors": getattr(getattr(model, "encoder", None), "n_colors", channels)}
+        if isinstance(model, LIIF) and (layers := linear_layers(model.imnet)):
+            found["the imnet's out_dim"] = layers[-1].out_features
+        for side, parts in model.data_norm.items():
+            found |= {
+                f"the length of data_norm.{side}.{part}": len(each) for part, each in parts.items() if len(each) > 1
+            }
+        for name, number in found.items():
+            if number != channels:
+                raise ConfigError(f"{self.source}: {key} has {channels} channels, but {name} is {number}: correct it")
 
     def _open(self, report: Callable[[str], None]) -> None:
         """Create the folder, write the configuration and open the log, in the first process."""

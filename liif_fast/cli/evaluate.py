@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from liif_fast import data, evaluation
-from liif_fast.cli.arguments import add_settings, whole_number
+from liif_fast.cli.arguments import add_imports, add_settings, path, threads
 from liif_fast.evaluation import comparison, figures, tables
 from liif_fast.models import checkpoints
 from liif_fast.ops.backends import BACKENDS
@@ -32,8 +32,8 @@ def add(commands: Any) -> None:
         "processes: torchrun --nproc-per-node N -m liif_fast evaluate ...",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--config", type=Path, metavar="FILE", help="YAML file with test_dataset")
-    source.add_argument("--images", type=Path, metavar="DIR", help="folder of high-resolution images")
+    source.add_argument("--config", type=path, metavar="FILE", help="YAML file with test_dataset")
+    source.add_argument("--images", type=path, metavar="DIR", help="folder of high-resolution images")
     parser.add_argument(
         "--model",
         action="append",
@@ -42,11 +42,13 @@ def add(commands: Any) -> None:
         help="with --config: a checkpoint; with --images: the checkpoint of a method, or of a method at one scale "
         "(repeatable); a file or a name that `liif-fast models` lists",
     )
+    add_imports(parser)
     add_settings(parser)
-    parser.add_argument("--metrics", nargs="+", default=["psnr"], help="psnr, ssim (default: psnr)")
+    metrics = "psnr, rmse, ssim (default: psnr; with --config also rmse for data with a data_range)"
+    parser.add_argument("--metrics", nargs="+", help=metrics)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--backend", choices=list(BACKENDS), help="backend of the ops (default: first that can run)")
-    parser.add_argument("--threads", type=whole_number, help="processor threads (default: as many as cores)")
+    parser.add_argument("--threads", type=threads, help="processor threads (default: as many as cores)")
     images = parser.add_argument_group("with --images")
     images.add_argument("--scales", nargs="+", type=float, default=list(_SCALES), help="default: 2 3 4 6 12 18 24 30")
     images.add_argument(
@@ -64,7 +66,7 @@ def add(commands: Any) -> None:
     )
     images.add_argument("--compare", metavar="IMAGE", help="image of the visual comparison (default: the first)")
     out = "folder of the results (default: %(default)s)"
-    images.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help=out)
+    images.add_argument("--out", type=path, default=Path("evaluation"), metavar="DIR", help=out)
     parser.set_defaults(run=run)
 
 
@@ -72,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate; returns the exit code."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    for name in options.imports:
+        config.import_code(name)
     with distributed.setup(options.device) as device:
         if options.config is not None:
             _evaluate_config(options, device)
@@ -89,8 +93,9 @@ def _evaluate_config(options: argparse.Namespace, device: torch.device) -> None:
     model.backend = options.backend
     rank, world = distributed.rank(), distributed.world_size()
     loader = data.make_loader(content["test_dataset"], split="items", rank=rank, world=world, device=device)
-    evaluation.check_metrics(options.metrics)
-    sums, count = dict.fromkeys(options.metrics, 0.0), 0
+    metrics = options.metrics or (["psnr"] if loader.data_range is None else ["psnr", "rmse"])
+    evaluation.check_metrics(metrics)
+    sums, count = dict.fromkeys(metrics, 0.0), 0
     if len(loader):  # a process has no images if there are more processes than images
         sums, count = evaluation.eval_metrics_sum(
             loader,
@@ -99,7 +104,7 @@ def _evaluate_config(options: argparse.Namespace, device: torch.device) -> None:
             content.get("eval_type"),
             content.get("eval_bsize"),
             verbose=distributed.is_main() and sys.stderr.isatty(),
-            metrics=options.metrics,
+            metrics=metrics,
         )
     *totals, number = distributed.sum_over_ranks([*sums.values(), count])
     if distributed.is_main():
@@ -113,7 +118,7 @@ def _evaluate_images(options: argparse.Namespace, device: torch.device) -> None:
         methods=comparison.resolve_methods(options.methods, options.model),
         scales=list(dict.fromkeys(options.scales)),
         cells=list(dict.fromkeys(["1/s", *options.cells])),
-        metrics=list(dict.fromkeys(["psnr", *options.metrics])),
+        metrics=list(dict.fromkeys(["psnr", *(options.metrics or [])])),
         protocol=options.protocol,
         n_colors=options.n_colors,
         device=device,

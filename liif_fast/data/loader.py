@@ -7,13 +7,16 @@ for any number of workers, for any number of ranks, and when a run resumes in th
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
+from liif_fast.data.arrays import Range
+from liif_fast.data.errors import WorkerTraceback, item_name, naming
 from liif_fast.data.numbering import Numbers, item_rng
 from liif_fast.data.pictures import Item
 from liif_fast.data.registry import build
@@ -69,6 +72,7 @@ class Loader:
         self._loader = DataLoader(
             _Numbered(dataset, numbers.seed),
             batch_sampler=cast(Any, self._batches),
+            collate_fn=_as_it_is,
             num_workers=workers,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # otherwise every epoch would draw from the training's generator
@@ -80,9 +84,50 @@ class Loader:
         return len(self._numbers)
 
     def epoch(self, number: int = 0, skip: int = 0) -> Iterator[Item]:
-        """The batches of an epoch, without the first `skip` batches."""
+        """The batches of an epoch, without the first `skip` batches.
+
+        An item that cannot be made raises the same error, with the image's name, with and without loader processes:
+        ValueError for bad input, RuntimeError for a failure of a user's class.
+        """
         self._batches.number, self._batches.skip = number, skip
-        return iter(self._loader)
+        return _without_failures(iter(self._loader))
+
+    @property
+    def n_colors(self) -> int | None:
+        """Channels of the items; None for a user's dataset that does not tell."""
+        return getattr(getattr(self.dataset, "dataset", None), "n_colors", None)
+
+    @property
+    def data_range(self) -> Range | None:
+        """The values that are 0 and 1 in the batches; None for pictures."""
+        return getattr(self.dataset, "data_range", None)
+
+    def names(self) -> Iterator[str]:
+        """The file names of the items of epoch 0, in their order."""
+        return (_name(self.dataset, number) for batch in self._numbers.epoch(0) for number in batch)
+
+
+class _Failure(NamedTuple):
+    """An error in a loader process; the exception itself may not survive the way to another process."""
+
+    kind: type[Exception]
+    sentence: str
+    traceback: str
+
+
+def _without_failures(batches: Iterator[Any]) -> Iterator[Item]:
+    for batch in batches:
+        if isinstance(batch, _Failure):
+            raise batch.kind(batch.sentence) from WorkerTraceback(batch.traceback)
+        yield batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _name(wrapper: Any, number: int) -> str:
+    return item_name(getattr(wrapper, "dataset", wrapper), number % len(wrapper))
 
 
 class _Epoch:
@@ -103,6 +148,27 @@ class _Numbered(Dataset[Item]):
         inner = getattr(wrapper, "dataset", None)
         self._takes_rng = hasattr(wrapper, "item") and (hasattr(inner, "array") or hasattr(inner, "arrays"))
 
+    def __getitems__(self, numbers: Sequence[int]) -> Any:
+        """A whole batch, or the failure that prevents it."""
+        try:
+            return self._stacked([self[number] for number in numbers], [_name(self.wrapper, each) for each in numbers])
+        except Exception as error:
+            if get_worker_info() is None:
+                raise
+            return _Failure(type(error), str(error), "".join(traceback.format_exception(error)))
+
+    def _stacked(self, items: Sequence[Item], names: Sequence[str]) -> Item:
+        with naming(f"the batch of {', '.join(names)}"):
+            for item, name in zip(items, names, strict=True):
+                for key in items[0]:
+                    first, other = list(items[0][key].shape), list(item[key].shape)
+                    if first != other:
+                        raise ValueError(
+                            f"{key} is {first} for {names[0]} and {other} for {name}; items of different sizes need "
+                            "batch_size 1, or inp_size and sample_q"
+                        )
+            return default_collate(list(items))
+
     def __getitem__(self, number: int) -> Item:
         if self._takes_rng:
             return self._made(number)
@@ -122,6 +188,7 @@ class _Numbered(Dataset[Item]):
 
     def _made(self, number: int) -> Item:
         index = number % len(self.wrapper)
-        if hasattr(self.wrapper, "item"):
-            return self.wrapper.item(index, item_rng(self.seed, number))
-        return self.wrapper[index]
+        with naming(_name(self.wrapper, number)):
+            if hasattr(self.wrapper, "item"):
+                return self.wrapper.item(index, item_rng(self.seed, number))
+            return self.wrapper[index]

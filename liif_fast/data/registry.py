@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from liif_fast.data.errors import naming
 from liif_fast.utils.registry import Registry
 
 _datasets: Registry[Any] = Registry("dataset")
@@ -22,10 +23,11 @@ def make_dataset(spec: Mapping[str, Any], args: Mapping[str, Any] | None = None)
     make = dataset_class(name)
     merged = copy.deepcopy(dict(spec.get("args") or {}))
     merged.update(args or {})
-    try:
-        return make(**merged)
-    except TypeError as error:
-        raise ValueError(f"dataset {name!r} cannot be made with {', '.join(sorted(merged))}: {error}") from error
+    with naming(f"dataset {name!r}"):
+        try:
+            return make(**merged)
+        except TypeError as error:
+            raise ValueError(f"it cannot be made with {', '.join(sorted(merged))}: {error}") from error
 
 
 def build(section: Mapping[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """Wrappers turn images into items for training and testing.
 
-An item is {'inp': [C, h, w], 'coord': [Q, 2], 'cell': [Q, 2], 'gt': [Q, C]} in float32, with colors in [0, 1].
+An item is {'inp': [C, h, w], 'coord': [Q, 2], 'cell': [Q, 2], 'gt': [Q, C]} in float32, with colors in [0, 1]. Data
+with a `data_range` are mapped to [0, 1] without clipping or rounding; a gt without a value is NaN.
 Source: original datasets/wrappers.py; paper, section 4.
 """
 
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from liif_fast.data.arrays import Range, filled, in_unit
+from liif_fast.data.errors import item_name, naming
 from liif_fast.data.pictures import (
     ENERGY_BLOCK,
     Item,
@@ -42,9 +45,22 @@ class _Wrapper(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         return self.item(index, np.random.default_rng((self.seed, index)))
 
+    @property
+    def data_range(self) -> Range | None:
+        """The values that become 0 and 1; None for 8-bit pictures, and for a user's images in [0, 1]."""
+        return getattr(self.dataset, "data_range", None)
+
     def item(self, index: int, rng: np.random.Generator) -> Item:
-        """One item of image `index`, with all random decisions from `rng`."""
+        """One item of image `index`, with all random decisions from `rng`; errors name the image."""
+        with naming(item_name(self.dataset, index)):
+            return self._item(index, rng)
+
+    def _item(self, index: int, rng: np.random.Generator) -> Item:
         raise NotImplementedError
+
+    def _resize(self, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """As in the original, in 8 bits, except for data."""
+        return resize_bicubic(to_bytes(image) if self.data_range is None else image, size)
 
     def _samples(self, low: np.ndarray, high: np.ndarray, rng: np.random.Generator) -> Item:
         """An item from the small and the large image, uint8 or float [H, W, C]."""
@@ -59,7 +75,7 @@ class _Wrapper(Dataset[Item]):
         axes = [make_coord((side,), flatten=False)[:, 0] for side in (height, width)]
         coord = torch.stack([axes[0][torch.from_numpy(row)], axes[1][torch.from_numpy(column)]], dim=-1)
         cell = torch.tensor([2 / height, 2 / width]).expand(len(chosen), 2).contiguous()
-        return {"inp": to_tensor(low), "coord": coord, "cell": cell, "gt": to_unit(high[row, column])}
+        return {"inp": filled(to_tensor(low)), "coord": coord, "cell": cell, "gt": to_unit(high[row, column])}
 
 
 @register("sr-implicit-paired")
@@ -86,30 +102,21 @@ class SRImplicitPaired(_Wrapper):
         _check_at_least_one("sample_q", sample_q, "all pixels")
         self.dataset, self.inp_size, self.augment, self.sample_q, self.seed = dataset, inp_size, augment, sample_q, seed
 
-    def item(self, index: int, rng: np.random.Generator) -> Item:
+    def _item(self, index: int, rng: np.random.Generator) -> Item:
         low, high = _pair(self.dataset, index)
-        scale = self._factor(index, low.shape, high.shape)
+        scale = _factor(low.shape, high.shape)
         if self.inp_size is None:
             high = high[: low.shape[0] * scale, : low.shape[1] * scale]
         else:
             side = self.inp_size
-            _check_holds(self.dataset, index, low.shape, side, f"inp_size {side}", "inp_size")
+            _check_holds(low.shape, side, f"inp_size {side}", "inp_size")
             top, left = int(rng.integers(low.shape[0] - side + 1)), int(rng.integers(low.shape[1] - side + 1))
             low = low[top : top + side, left : left + side]
             top, left, side = top * scale, left * scale, side * scale
             high = high[top : top + side, left : left + side]
+        low, high = in_unit(low, self.data_range), in_unit(high, self.data_range)
         flips = _draw_flips(rng, self.augment)
         return self._samples(_augmented(low, flips), _augmented(high, flips), rng)
-
-    def _factor(self, index: int, low: tuple[int, ...], high: tuple[int, ...]) -> int:
-        """The factor s of a pair of these shapes [h, w, ...] and [H, W, ...]."""
-        scale = high[0] // low[0]
-        if scale < 1 or high[1] // low[1] != scale:
-            raise ValueError(
-                f"{_name(self.dataset, index)!r} has {low[0]}x{low[1]} pixels and its large image {high[0]}x{high[1]}: "
-                "these sizes differ by no whole factor; pair each image with its own enlargement"
-            )
-        return scale
 
 
 @register("sr-implicit-downsampled")
@@ -151,21 +158,21 @@ class SRImplicitDownsampled(_Wrapper):
         self.dataset, self.inp_size, self.augment, self.sample_q = dataset, inp_size, augment, sample_q
         self.scale_min, self.scale_max, self.energy, self.seed = scale_min, scale_max, energy, seed
         self._block_weights = [
-            (gradient_energy(dataset.array(index)) + FLAT_ENERGY) ** energy
+            (gradient_energy(in_unit(dataset.array(index), self.data_range)) + FLAT_ENERGY) ** energy
             for index in range(dataset.image_count if energy else 0)
         ]
         self._block_sums = [np.cumsum(weights) for weights in self._block_weights]
 
-    def item(self, index: int, rng: np.random.Generator) -> Item:
+    def _item(self, index: int, rng: np.random.Generator) -> Item:
         image, scale = _single(self.dataset, index), float(rng.uniform(self.scale_min, self.scale_max))
         if self.inp_size is None:
-            low, high = shrink_whole(image, scale)
+            low, high = shrink_whole(in_unit(image, self.data_range), scale, self._resize)
         else:
             side, cause = round(self.inp_size * scale), f"inp_size {self.inp_size} at this scale"
-            _check_holds(self.dataset, index, image.shape, side, cause, "inp_size or scale_max")
+            _check_holds(image.shape, side, cause, "inp_size or scale_max")
             top, left = self._draw_corner(index, image.shape, side, rng)
-            high = image[top : top + side, left : left + side]
-            low = resize_bicubic(to_bytes(high), (self.inp_size, self.inp_size))
+            high = in_unit(image[top : top + side, left : left + side], self.data_range)
+            low = self._resize(high, (self.inp_size, self.inp_size))
         flips = _draw_flips(rng, self.augment)
         return self._samples(_augmented(low, flips), _augmented(high, flips), rng)
 
@@ -213,16 +220,23 @@ class SRImplicitUniformVaried(_Wrapper):
         self.dataset, self.size_min, self.size_max, self.augment = dataset, size_min, size_max, augment
         self.gt_resize, self.sample_q, self.seed = gt_resize, sample_q, seed
 
-    def item(self, index: int, rng: np.random.Generator) -> Item:
+    def _item(self, index: int, rng: np.random.Generator) -> Item:
         low, high = _pair(self.dataset, index)
         # The size follows the item's position in the epoch, not the image's position, which starts again with `repeat`.
         progress = (index % len(self)) / max(1, len(self) - 1)
-        high = _resize_shorter(high, round(self.size_min + (self.size_max - self.size_min) * progress))
+        low, high = in_unit(low, self.data_range), in_unit(high, self.data_range)
+        high = self._resize_shorter(high, round(self.size_min + (self.size_max - self.size_min) * progress))
         if self.augment and rng.random() < 0.5:
             low, high = low[:, ::-1], high[:, ::-1]
         if self.gt_resize is not None:
-            high = _resize_shorter(high, self.gt_resize)
+            high = self._resize_shorter(high, self.gt_resize)
         return self._samples(low, high, rng)
+
+    def _resize_shorter(self, image: np.ndarray, side: int) -> np.ndarray:
+        """Resize the shorter side to `side` pixels; the longer side is rounded down, as in torchvision's Resize."""
+        height, width = image.shape[:2]
+        size = (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
+        return self._resize(image, size)
 
 
 def _check_at_least_one(name: str, value: int | None, meaning: str) -> None:
@@ -230,12 +244,23 @@ def _check_at_least_one(name: str, value: int | None, meaning: str) -> None:
         raise ValueError(f"{name} is {value}; it must be at least 1, or None for {meaning}")
 
 
-def _check_holds(dataset: Any, index: int, shape: tuple[int, ...], side: int, cause: str, advice: str) -> None:
+def _check_holds(shape: tuple[int, ...], side: int, cause: str, advice: str) -> None:
     if min(shape[:2]) < side:
         raise ValueError(
-            f"{_name(dataset, index)!r} has {shape[0]}x{shape[1]} pixels, less than a crop of {side}x{side} "
-            f"({cause}): remove the image or lower {advice}"
+            f"{shape[0]}x{shape[1]} pixels are less than a crop of {side}x{side} ({cause}); remove the image or lower "
+            f"{advice}"
         )
+
+
+def _factor(low: tuple[int, ...], high: tuple[int, ...]) -> int:
+    """The factor s of a pair of these shapes [h, w, ...] and [H, W, ...]."""
+    scale = high[0] // low[0]
+    if scale < 1 or high[1] // low[1] != scale:
+        raise ValueError(
+            f"its {low[0]}x{low[1]} pixels and the {high[0]}x{high[1]} of its large image differ by no whole factor; "
+            "pair each image with its own enlargement"
+        )
+    return scale
 
 
 def _draw_flips(rng: np.random.Generator, augment: bool) -> Sequence[bool]:
@@ -243,12 +268,8 @@ def _draw_flips(rng: np.random.Generator, augment: bool) -> Sequence[bool]:
     return (rng.random(3) < 0.5).tolist() if augment else [False] * 3
 
 
-def _name(dataset: Any, index: int) -> str:
-    return dataset.name(index) if hasattr(dataset, "name") else f"item {index}"
-
-
 def _single(dataset: Any, index: int) -> np.ndarray:
-    """Image `index` as [H, W, C]: uint8 from a dataset of this package, float32 from a user's."""
+    """Image `index` as [H, W, C]: in its own dtype from a dataset of this package, float32 from a user's."""
     return dataset.array(index) if hasattr(dataset, "array") else _as_array(dataset[index % len(dataset)])
 
 
@@ -261,13 +282,6 @@ def _pair(dataset: Any, index: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _as_array(image: Any) -> np.ndarray:
     return torch.as_tensor(image).float().permute(1, 2, 0).numpy()
-
-
-def _resize_shorter(image: np.ndarray, side: int) -> np.ndarray:
-    """Resize the shorter side to `side` pixels; the longer side is rounded down, as in torchvision's Resize."""
-    height, width = image.shape[:2]
-    size = (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
-    return resize_bicubic(to_bytes(image), size)
 
 
 def _augmented(image: np.ndarray, flips: Sequence[bool]) -> np.ndarray:

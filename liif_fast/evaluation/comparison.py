@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from liif_fast.data import list_images, read_pixels, resize_bicubic, shrink_whole, to_tensor
+from liif_fast.data import list_images, naming, read_pixels, resize_bicubic, shrink_whole, to_tensor
 from liif_fast.data.pictures import MODES
 from liif_fast.evaluation.metrics import METRICS, check_metrics
 from liif_fast.models import catalog, checkpoints
@@ -100,6 +100,8 @@ class ComparisonConfig:
         if bad_cells := [cell for cell in self.cells if cell != OWN_CELL and not re.fullmatch(r"1/[1-9]\d*", cell)]:
             raise ValueError(f"cell {bad_cells[0]!r} is not known; give 1/s or 1/N with a whole number N, such as 1/4")
         check_metrics(self.metrics)
+        if "rmse" in self.metrics:
+            raise ValueError("tables of a folder have psnr and ssim; rmse needs a test configuration (--config)")
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol is {self.protocol!r}; choose one of {', '.join(PROTOCOLS)}")
         if self.n_colors not in MODES:
@@ -261,13 +263,12 @@ class _Scorer:
             raise ValueError(
                 f"{file} is for images of {model.encoder.n_colors} channels, not {config.n_colors}: set --n-colors"
             )
-        low, high = shrink_whole(read_pixels(job.path, config.n_colors), job.scale)
-        pred = enlarge(model, low, (high.shape[0], high.shape[1]), job.cell)
+        pixels = read_pixels(job.path, config.n_colors)
         protocol = None if config.protocol == "none" else f"{config.protocol}-{math.ceil(job.scale)}"
-        try:
+        with naming(f"{job.path} at x{job.scale:g}"):
+            low, high = shrink_whole(pixels, job.scale)
+            pred = enlarge(model, low, (high.shape[0], high.shape[1]), job.cell)
             found = {name: METRICS[name](pred, to_tensor(high), protocol) for name in config.metrics}
-        except ValueError as error:
-            raise ValueError(f"{job.path} at x{job.scale:g}: {error}") from error
         return found["psnr"], found.get("ssim", math.nan)
 
 

@@ -1,4 +1,4 @@
-"""PSNR and SSIM of one image, with the borders and the colors that the paper compares."""
+"""PSNR, RMSE and SSIM of one image, with the borders and the colors that the paper compares."""
 
 from __future__ import annotations
 
@@ -29,13 +29,20 @@ def psnr(pred: Tensor, target: Tensor, protocol: str | None = None) -> float:
 
     pred, target: [..., C, H, W] in [0, 1]; they are not rounded to 8 bits. protocol: 'div2k-N' removes a border of
     N + 6 pixels on each side; 'benchmark-N' removes N pixels and compares luma if there are three channels; None
-    compares all pixels. Identical images give infinity.
+    compares all pixels. Identical images give infinity. Pixels whose target is NaN are left out; without others the
+    score is NaN.
     Raises ValueError for different shapes, or if the border is larger than the image.
     Source: original utils.py, calc_psnr; paper, section 4.
     """
+    error = rmse(pred, target, protocol)
+    return math.inf if error == 0 else -20 * math.log10(error)
+
+
+def rmse(pred: Tensor, target: Tensor, protocol: str | None = None) -> float:
+    """Root of the mean squared error, where the values' range is [0, 1]; arguments and masks as for `psnr`."""
     pred, target = _compared(pred, target, protocol)
-    error = float((pred - target).square().mean())
-    return -10 * math.log10(error) if error > 0 else math.inf
+    valid = ~target.isnan()
+    return math.sqrt(float((pred[valid] - target[valid]).square().mean()))
 
 
 def ssim(pred: Tensor, target: Tensor, protocol: str | None = None) -> float:
@@ -58,6 +65,8 @@ def ssim(pred: Tensor, target: Tensor, protocol: str | None = None) -> float:
             f"{height}x{width} pixels are left to compare, fewer than SSIM's window of {_SSIM_WINDOW}: "
             "leave ssim out of --metrics or use larger images"
         )
+    if target.isnan().any():
+        raise ValueError("SSIM cannot leave out the pixels without a value: leave ssim out of --metrics")
     # float32 is 18 times faster on a CPU than float64 and gives the same seven digits.
     pred, target = (part.reshape(-1, *part.shape[-3:]).float() for part in (pred, target))
     score = structural_similarity_index_measure(pred, target, data_range=1.0)
@@ -65,7 +74,7 @@ def ssim(pred: Tensor, target: Tensor, protocol: str | None = None) -> float:
     return float(score)
 
 
-METRICS: dict[str, Callable[[Tensor, Tensor, str | None], float]] = {"psnr": psnr, "ssim": ssim}
+METRICS: dict[str, Callable[[Tensor, Tensor, str | None], float]] = {"psnr": psnr, "rmse": rmse, "ssim": ssim}
 
 
 def check_metrics(names: Sequence[str]) -> None:

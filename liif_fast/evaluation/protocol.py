@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from liif_fast.data import Item
+from liif_fast.data import Item, explaining_killed_workers, naming
 from liif_fast.evaluation.metrics import METRICS, check_metrics, parse_protocol
 from liif_fast.models import default_data_norm
 from liif_fast.utils.normalization import Norm, normalizations
@@ -42,6 +44,7 @@ def eval_psnr_sum(
     return sums["psnr"], count
 
 
+@explaining_killed_workers()
 @torch.no_grad()
 def eval_metrics_sum(
     loader: Any,
@@ -62,11 +65,15 @@ def eval_metrics_sum(
     eval_bsize: number of queries decoded at once (the model then needs gen_feat and query_rgb); None decodes all.
     verbose: show a progress bar with the current mean.
 
-    Predictions are clamped to [0, 1] and not rounded. Every item has its own score, so the mean does not depend on the
-    batch size or on the number of processes. The original scores all pixels of a batch together, which is the same for
-    batches of one image, as in all of its test files.
+    Predictions are clamped to [0, 1] and not rounded. Data that have a `data_range` are not clamped; their RMSE has
+    their unit, and their PSNR is over that range. Pixels and items without a value (NaN) do not count.
+    Every item has its own score, so the mean does not depend on the batch size or on the number of processes. The
+    original scores all pixels of a batch together, which is the same for batches of one image, as in all of its test
+    files.
     Raises ValueError for an unknown protocol or metric, a loader without items or a bad data_norm.
     """
+    data_range = getattr(loader, "data_range", None)
+    span = 1.0 if data_range is None else data_range[1] - data_range[0]
     parse_protocol(eval_type)
     check_metrics(metrics)
     if eval_bsize is not None and eval_bsize < 1:
@@ -74,20 +81,28 @@ def eval_metrics_sum(
     device = next(model.parameters()).device
     inp_norm, gt_norm = normalizations(data_norm or getattr(model, "data_norm", None) or default_data_norm(), device)
     sums, count = dict.fromkeys(metrics, 0.0), 0
+    names = loader.names() if hasattr(loader, "epoch") else (f"item {number}" for number in itertools.count())
     with _in_eval_mode(model), tqdm(_batches(loader), desc="val", leave=False, disable=not verbose) as bar:
         for batch in bar:
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             pred = _decode(model, inp_norm.normalize(batch["inp"]), batch["coord"], batch["cell"], eval_bsize)
-            pred = gt_norm.restore(pred.float(), channel=-1).clamp_(0, 1)
-            for each in range(len(pred)):
-                cell = None if eval_type is None else batch["cell"][each]
-                pair = [_picture(samples[each], cell) for samples in (pred, batch["gt"])]
-                for name in metrics:
-                    sums[name] += METRICS[name](pair[0], pair[1], eval_type)
+            pred = gt_norm.restore(pred.float(), channel=-1)
+            if data_range is None:
+                pred.clamp_(0, 1)
+            for samples, target, cell, name in zip(pred, batch["gt"], batch["cell"], names):
+                with naming(name):
+                    pair = [_picture(each, None if eval_type is None else cell) for each in (samples, target)]
+                    scores = {metric: METRICS[metric](pair[0], pair[1], eval_type) for metric in metrics}
+                if any(map(math.isnan, scores.values())) and samples.isfinite().all():
+                    continue  # no pixel of the target has a value
+                for metric, score in scores.items():
+                    sums[metric] += score * (span if metric == "rmse" else 1)
                 count += 1
-            bar.set_postfix_str(", ".join(f"{name} {total / count:.4f}" for name, total in sums.items()), refresh=False)
+            if count:
+                means = ", ".join(f"{metric} {total / count:.4f}" for metric, total in sums.items())
+                bar.set_postfix_str(means, refresh=False)
     if not count:
-        raise ValueError("the loader has no items to evaluate")
+        raise ValueError("the loader has no items with values to evaluate")
     return sums, count
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from liif_fast.ops.dtypes import geometry_dtype
 from liif_fast.utils.normalization import default_data_norm
 
 _RENDER_CHUNK = 65536  # queries per step when an image is rendered through coordinates: bounds the memory
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @register("mlp")
@@ -85,6 +86,9 @@ class ImplicitModel(Pretrained, nn.Module):
     it. New features, changed weights, another backend or another autocast replace the map. PyTorch does not count
     changes of a tensor through `.data` or by a fused optimizer. After such a change of the features, or of weights on
     an accelerator, call `gen_feat` again.
+
+    `feat`, `gen_feat`, `forward` and what follows them are state of the model: only one thread may use them. `encode`
+    changes nothing, so any number of threads may call it on one model.
     """
 
     encoder: nn.Module
@@ -112,6 +116,16 @@ class ImplicitModel(Pretrained, nn.Module):
                 feat = feat.clone()
         self.feat = feat
         return feat
+
+    def encode(self: _Model, inp: Tensor) -> _Model:
+        """A copy of this model that holds the features of inp [B,n_colors,H,W], already normalized.
+
+        The copy shares the weights and all submodules, and has its own `feat`, latent map and `backend`. Query it with
+        `query_rgb` or `render`. This model is not changed.
+        """
+        twin: Any = sharing(self)
+        twin.gen_feat(inp)
+        return twin
 
     def query_rgb(self, coord: Tensor, cell: Tensor | None = None) -> Tensor:
         """Decode the current features at coord [B,Q,2] with pixels of size cell [B,Q,2] -> [B,Q,out]."""
@@ -192,6 +206,35 @@ class ImplicitModel(Pretrained, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "feat": None, "_folded": None}
+
+
+def sharing(model: _Model) -> _Model:
+    """A copy of a model that shares its submodules and tensors. Assignments to the copy do not reach the model."""
+    twin = copy.copy(model)
+    for name in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[name] = twin.__dict__[name].copy()
+    return twin
+
+
+def in_eval_mode(model: _Model) -> _Model:
+    """A copy of a model in eval mode that shares its tensors, and its submodules if they are all in eval mode already.
+
+    Raises ValueError for a model in training mode whose parts cannot be copied.
+    """
+    if not any(module.training for module in model.modules()):
+        return sharing(model)
+    held = [
+        tensor
+        for module in model.modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        if isinstance(tensor, Tensor)
+    ]
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in held}).eval()
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"this {type(model).__name__} is in training mode and cannot be copied, so call its eval() first: {error}"
+        ) from error
 
 
 def without_weights(spec: dict[str, Any]) -> dict[str, Any]:

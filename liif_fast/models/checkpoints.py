@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # in a folder wr
 _FORMAT = "liif_fast"
 _SETTINGS = ("local_ensemble", "res_scale")  # what changes a model's results, but not the shapes of its weights
 _log = logging.getLogger(__name__)
+_building = threading.RLock()
 _Parts = tuple[dict[str, Any], Mapping[str, Tensor], object]  # spec, weights, data_norm
 
 
@@ -55,20 +57,22 @@ def load(
     settings: {'local_ensemble': bool, 'res_scale': float}, or one of them, instead of the file's. The weights of MMagic
         do not tell them: give them for a model that was trained without the ensemble or with another res_scale.
     The model's `data_norm` is that of the file, by default the paper's, or that of MMagic's configs. Parameters are
-    float32, or float64 if all parameters in the file are float64.
-    Raises FileNotFoundError, or CheckpointError for any other file, weights that do not fit the file's spec, or
-    settings that the model does not have.
+    float32, or float64 if all parameters in the file are float64; torch's default dtype and device have no influence.
+    Raises FileNotFoundError, or CheckpointError for any other file, weights that do not fit the file's spec or are not
+    finite, or settings that the model does not have.
     """
     file = catalog.report_default().file if path is None else find(path)
     with open(file, "rb") as handle:
         start = handle.read(9)
-    if start[8:] == b"{":
-        parts = _from_safetensors(file)
-    elif start[:2] == b"PK" or start[:1] == b"\x80":
-        parts = _from_pth(file, settings or {})
-    else:
-        raise CheckpointError(f"{file} is not a model: it is neither a .safetensors nor a .pth file")
-    return _build(parts, file, settings or {}).to(device).eval()
+    with torch.device("cpu"):  # not torch's default device
+        if start[8:] == b"{":
+            parts = _from_safetensors(file)
+        elif start[:2] == b"PK" or start[:1] == b"\x80":
+            parts = _from_pth(file, settings or {})
+        else:
+            raise CheckpointError(f"{file} is not a model: it is neither a .safetensors nor a .pth file")
+        model = _build(parts, file, settings or {})
+    return model.to(device).eval()
 
 
 def save(
@@ -89,7 +93,7 @@ def save(
     file = Path(path)
     if file.suffix != ".safetensors":
         raise ValueError(f"a model is saved as .safetensors, not as {file.name!r}: change the name's ending")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     spec = getattr(model, "spec", None)
     if spec is None:
         raise ValueError(f"this {type(model).__name__} has no spec to save: build it with make_model")
@@ -240,15 +244,17 @@ def _is_state_dict(content: object) -> bool:
     )
 
 
-@torch.random.fork_rng(devices=[])  # the initial weights are replaced, so they take no random numbers
 def _build(parts: _Parts, file: Path, settings: Mapping[str, Any]) -> nn.Module:
     spec, weights, data_norm = parts
-    try:
-        model = make_model(spec)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{file} describes a model that cannot be built: {_one_line(error)}") from None
-    if settings:
-        model = make_model(_with_settings(spec, settings, file))
+    # The initial weights are replaced, so they take no random numbers. The state of these belongs to all threads.
+    with _building, torch.random.fork_rng(devices=[]):
+        try:
+            model = make_model(spec)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{file} describes a model that cannot be built: {_one_line(error)}") from None
+        if settings:
+            model = make_model(_with_settings(spec, settings, file))
+    model.float()  # whatever torch's default dtype is
     weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): tensor for key, tensor in weights.items()}
     if all(tensor.dtype == torch.float64 for tensor in weights.values() if tensor.is_floating_point()):
         model.double()
@@ -259,6 +265,9 @@ def _build(parts: _Parts, file: Path, settings: Mapping[str, Any]) -> nn.Module:
     if problem:
         raise CheckpointError(f"the weights in {file} do not fit its spec: {problem}")
     model.load_state_dict(weights)
+    for key, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{file} has NaN or infinite numbers in {key}: its training has failed")
     model.data_norm = _checked_norm(data_norm, file)  # type: ignore[assignment]
     return model
 
@@ -295,7 +304,7 @@ def _checked_norm(data_norm: Any, file: Path) -> dict[str, dict[str, list[float]
         ) from None
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> Any:
     """The model without wrappers of torch.compile and data parallelism."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

@@ -11,7 +11,7 @@ from typing import Any
 from liif_fast.utils import tables
 from liif_fast.utils.files import write_atomically
 
-COLUMNS = ("epoch", "lr", "loss", "psnr", "images_per_second", "seconds")
+COLUMNS = ("epoch", "lr", "loss", "psnr", "rmse", "images_per_second", "seconds")
 
 
 class RunLog:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from liif_fast import data, evaluation
 from liif_fast.data import Item
-from liif_fast.models import checkpoints, make_model
+from liif_fast.models import LIIF, checkpoints, linear_layers, make_model
 from liif_fast.training import state as states
 from liif_fast.training.bilinear import start_as_bilinear
 from liif_fast.training.config import OPTIMIZERS, Config, ConfigError
@@ -38,6 +38,7 @@ class TrainingError(RuntimeError):
     """A run that cannot continue; the message is one sentence."""
 
 
+@data.explaining_killed_workers()
 def train(
     config: Config,
     folder: str | Path,
@@ -113,10 +114,27 @@ class _Run:
                 section, seed=self.seed, rank=distributed.rank(), world=world, device=self.device, **options
             )
         except ValueError as error:
-            raise ConfigError(f"{self.source}: {key}: {error}") from None
+            raise ConfigError(f"{self.source}: {key}: {error}") from error
+        self._check_channels(loader, key)
         if key == "train_dataset" and len(loader) == 0:
             raise ConfigError(f"{self.source}: {key} has no batch of items for {world} processes")
         return loader
+
+    def _check_channels(self, loader: Any, key: str) -> None:
+        """Raise ConfigError if the model or data_norm is for another number of channels than the items have."""
+        channels, model = loader.n_colors, self.model
+        if channels is None:
+            return
+        found = {"the encoder's n_colors": getattr(getattr(model, "encoder", None), "n_colors", channels)}
+        if isinstance(model, LIIF) and (layers := linear_layers(model.imnet)):
+            found["the imnet's out_dim"] = layers[-1].out_features
+        for side, parts in model.data_norm.items():
+            found |= {
+                f"the length of data_norm.{side}.{part}": len(each) for part, each in parts.items() if len(each) > 1
+            }
+        for name, number in found.items():
+            if number != channels:
+                raise ConfigError(f"{self.source}: {key} has {channels} channels, but {name} is {number}: correct it")
 
     def _open(self, report: Callable[[str], None]) -> None:
         """Create the folder, write the configuration and open the log, in the first process."""
@@ -159,7 +177,7 @@ class _Run:
             self._set_learning_rate(epoch)  # the original's checkpoints hold the learning rate of the next epoch
             validates = self.val_loader is not None and config.get("epoch_val") and epoch % config["epoch_val"] == 0
             if validates:
-                row["psnr"] = self._validate()
+                row.update(self._validate())
             self.epoch, self.best = epoch, max(self.best, row.get("psnr", -math.inf))
             longest = max(longest, time.monotonic() - begin)
             row["seconds"] = self.seconds = self.seconds + time.monotonic() - begin
@@ -224,19 +242,24 @@ class _Run:
         quiet = not distributed.is_main() or not sys.stderr.isatty()
         return tqdm(batches, total=count, desc=title, unit="batch", leave=False, disable=quiet)
 
-    def _validate(self) -> float:
-        """Mean PSNR over the validation items of all processes; of the averaged weights if the run has them."""
-        found = (0.0, 0)
+    def _validate(self) -> dict[str, float]:
+        """Mean PSNR over the validation items of all processes; of the averaged weights if the run has them.
+
+        For data also the mean RMSE, in their unit.
+        """
+        names = ["psnr"] if self.val_loader.data_range is None else ["psnr", "rmse"]
+        sums, count = dict.fromkeys(names, 0.0), 0
         if len(self.val_loader):  # a process has no items if there are more processes than items
-            found = evaluation.eval_psnr_sum(
+            sums, count = evaluation.eval_metrics_sum(
                 self.val_loader,
                 self.evaluated,
                 data_norm=self.model.data_norm,
                 eval_type=self.config.get("eval_type"),
                 eval_bsize=self.config.get("eval_bsize"),
+                metrics=names,
             )
-        total, count = distributed.sum_over_ranks(found)
-        return total / count
+        *totals, items = distributed.sum_over_ranks([*sums.values(), count])
+        return {name: total / items for name, total in zip(names, totals, strict=True)}
 
     @property
     def evaluated(self) -> nn.Module:
@@ -297,7 +320,7 @@ class _Run:
         last, done = self.config["epoch_max"], self.epoch
         parts = [f"epoch {done}/{last}", f"train: loss={row['loss']:.4f}"]
         if "psnr" in row:
-            parts.append(f"val: psnr={row['psnr']:.4f}")
+            parts.append(", ".join(["val: psnr={psnr:.4f}", "rmse={rmse:.4g}"][: 1 + ("rmse" in row)]).format(**row))
         spent = f"{_time(self.seconds)}/{_time(self.seconds / done * last)}"
         return ", ".join([*parts, f"{row['images_per_second']:.1f} images/s", spent])
 

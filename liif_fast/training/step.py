@@ -113,17 +113,17 @@ class Stepper:
     def step(self, batch: Item) -> Tensor:
         """One step on a batch {'inp' [B,C,h,w], 'coord' [B,Q,2], 'cell' [B,Q,2], 'gt' [B,Q,C]}, colors in [0, 1].
 
-        Returns the detached loss on the device, without waiting for the device.
+        A gt of NaN is a value that does not count. Returns the detached loss on the device, without waiting for it.
         """
         batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         self.optimizer.zero_grad(set_to_none=True)
-        count = batch["inp"].shape[0]
-        slices = _slices(count, self.options.accumulate)
+        slices = _slices(batch["inp"].shape[0], self.options.accumulate)
         chunks = [{key: value[each] for key, value in batch.items()} for each in slices]
+        values = (~batch["gt"].isnan()).sum().clamp(min=1)
         losses = []
         for number, chunk in enumerate(chunks, start=1):
             with self._without_sync(number < len(chunks)):
-                loss = self._loss(chunk) * (chunk["inp"].shape[0] / count)
+                loss = self._errors(chunk) / values
                 self.scaler.scale(loss).backward()
             losses.append(loss.detach())
         if self.options.clip_grad is not None:
@@ -136,7 +136,8 @@ class Stepper:
             self.average.update(self.model, self.steps)
         return torch.stack(losses).sum()
 
-    def _loss(self, batch: Item) -> Tensor:
+    def _errors(self, batch: Item) -> Tensor:
+        """The sum of the absolute errors."""
         inp = self._inp_norm.normalize(batch["inp"])
         if self.options.channels_last:
             inp = inp.contiguous(memory_format=torch.channels_last)
@@ -147,7 +148,9 @@ class Stepper:
             if self.options.cuda_graphs and not self._graphed:
                 self._graph_encoder(inp)
             pred = self._forward(inp, batch["coord"], batch["cell"])
-        return (pred.float() - self._gt_norm.normalize(batch["gt"], channel=-1)).abs().mean()
+        target = self._gt_norm.normalize(batch["gt"], channel=-1)
+        target = torch.where(target.isnan(), pred.detach().float(), target)  # an error of 0, with a gradient of 0
+        return (pred.float() - target).abs().sum()
 
     def _without_sync(self, enabled: bool) -> contextlib.AbstractContextManager[Any]:
         """Keep DDP from averaging gradients before the last chunk."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from liif_fast.utils.hardware import usable_device
 
 _Item = TypeVar("_Item")
 
@@ -23,7 +26,7 @@ def setup(device: str | torch.device | None = None) -> Iterator[torch.device]:
 
     device: 'cpu', 'cuda', 'cuda:1', ...; None means a GPU if there is one. Under torchrun, None and 'cuda' mean the GPU
         whose number is the local rank. NCCL connects GPUs, gloo processors.
-    Raises RuntimeError for a GPU that PyTorch does not find.
+    Raises RuntimeError for a GPU that PyTorch does not find, ValueError for another device that cannot be used.
     """
     chosen = _device(device)
     if not is_launched() or dist.is_initialized():
@@ -100,10 +103,10 @@ def _transfer_device() -> torch.device:
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    chosen = torch.device(own_device(None if device is None else str(device)))
-    if chosen.type != "cuda":
-        return chosen
-    number = chosen.index or 0
+    name = own_device(None if device is None else str(device))
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        return usable_device(name)
+    number = int(name[5:] or 0)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if number >= count:
         raise RuntimeError(f"the device cuda:{number} was requested, but PyTorch finds {count} GPUs: choose another")

@@ -21,7 +21,18 @@ def cpu_model() -> str:
 def usable_device(device: torch.device | str) -> torch.device:
     """The device with its index; raises ValueError with PyTorch's reason if it cannot be used on this machine."""
     try:
-        return torch.empty(1, device=torch.device(device)).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        place = torch.ones(1, device=torch.device(device))
+        place.item()  # fails on the device meta, which holds no numbers
+    except Exception as error:  # each device type has its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(f"device {str(device)!r} cannot be used here: {reason}.") from error
+    return place.device
+
+
+def emulates(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of a 16-bit dtype on a device are far slower than those of float32: on x86 without them."""
+    if device.type != "cpu" or dtype.itemsize != 2 or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    names = ("avx512_bf16", "amx_bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
+    capabilities = torch.cpu.get_capabilities()
+    return not any(capabilities.get(name) for name in names)

@@ -186,7 +186,7 @@ def test_pairs_cut_at_the_same_place(folder, augment):
 def test_pairs_of_wrong_sizes_or_numbers_are_refused(folder, tmp_path):
     roots = halves(folder)
     swapped = PairedImageFolders(roots["root_path_2"], roots["root_path_1"])
-    with pytest.raises(ValueError, match="differ by no whole factor"):
+    with pytest.raises(ValueError, match=r"a\.png: its 70x90 pixels and .* differ by no whole factor"):
         SRImplicitPaired(swapped)[0]
     (roots["root_path_1"] / "a.png").unlink()
     with pytest.raises(ValueError, match=r"holds 2 images and .* 3"):
@@ -313,13 +313,13 @@ def test_registry_builds_by_name_and_leaves_the_spec_alone(folder):
         (lambda folder: ImageFolder(folder, split_file=folder / "notes.txt"), "not JSON"),
         (lambda folder: uniform(folder, size_min=9, size_max=8), "9 to 8"),
         (lambda folder: pairs(folder, sample_q=0), "sample_q is 0"),
-        (lambda folder: pairs(folder, inp_size=60)[0], "'a.png' has 35x45 pixels, less than a crop of 60x60"),
+        (lambda folder: pairs(folder, inp_size=60)[0], r"a\.png: 35x45 pixels are less than a crop of 60x60"),
         (lambda folder: make_dataset({"name": "image-folder", "args": {"root": "."}}), "'image-folder'.*root"),
         (lambda folder: wrapper(folder, scale_min=3, scale_max=2), "3 to 2"),
         (lambda folder: wrapper(folder, inp_size=0), "inp_size is 0"),
         (lambda folder: wrapper(folder, inp_size=8, sample_q=65), "sample_q is 65"),
-        (lambda folder: wrapper(folder, inp_size=48, scale_min=2)[0], "'a.png' has 70x90"),
-        (lambda folder: wrapper(folder, scale_min=100)[0], "cannot be shrunk by 100"),
+        (lambda folder: wrapper(folder, inp_size=48, scale_min=2)[0], r"a\.png: 70x90"),
+        (lambda folder: wrapper(folder, scale_min=100)[0], r"a\.png: .*cannot be shrunk by 100"),
         (lambda folder: make_dataset({"name": "image-foler"}), "image-folder"),
     ],
 )
@@ -335,6 +335,31 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_filled(folder, monkey
     needed = (70 * 90 + 80 * 64 + 61 * 300) * 3
     monkeypatch.setattr(memory, "available", lambda: needed)
     assert sum(image.nbytes for image in ImageFolder(folder, cache="in_memory")._cache) == needed  # bytes, not floats
+
+
+def test_a_broken_copy_on_disk_is_made_again(folder):
+    ImageFolder(folder, cache="bin")
+    copy = folder.parent / f"_bin_{folder.name}" / "b.png.3.npy"
+    whole = copy.read_bytes()
+    for content in (b"", whole[:500], b"no array at all", whole[:8]):
+        copy.write_bytes(content)
+        images = ImageFolder(folder, cache="bin")
+        assert copy.read_bytes() == whole and images[1].shape == (3, 80, 64)
+    copy.write_bytes(b"damaged during a run")
+    with pytest.raises(ValueError, match=r"b\.png\.3\.npy' cannot be read as an array"):
+        images[1]
+
+
+def test_folders_and_hidden_files_are_no_images_and_the_rest_is_told_once(folder, caplog):
+    (folder / "more.png").mkdir()
+    for name in ("._a.png", ".b.png"):
+        (folder / name).write_bytes(b"a resource fork")
+    np.save(folder / "extra.npy", np.zeros((9, 9)))
+    caplog.set_level("INFO", logger="liif_fast")
+    for _ in range(2):
+        assert [path.name for path in ImageFolder(folder).paths] == ["a.png", "b.png", "c.png"]
+    told = [record.message for record in caplog.records]
+    assert told == [f"{folder} holds 3 images; left out: extra.npy, more.png, notes.txt"]
 
 
 def test_an_empty_folder_and_a_broken_image_are_named(tmp_path):

@@ -1,6 +1,8 @@
 """Loaders: batches depend only on the seed and on the items' numbers."""
 
+import gc
 import itertools
+import os
 import random
 
 import numpy as np
@@ -9,7 +11,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from liif_fast.data import make_loader, register
+from liif_fast.data import explaining_killed_workers, make_loader, register
+from liif_fast.data.errors import WorkerTraceback
 from liif_fast.data.numbering import Numbers
 
 KEYS = ("inp", "coord", "cell", "gt")
@@ -128,3 +131,110 @@ def test_users_own_datasets_are_reproducible_and_do_not_change_the_generators():
 def test_bad_sections_get_a_sentence(folder, change, options, message):
     with pytest.raises(ValueError, match=message):
         make_loader({**section(folder), **change}, **options)
+
+
+class Unsendable(Exception):
+    """An exception that does not survive the way from another process."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first}\n{second}")
+
+
+@register("test-own-failure")
+class OwnFailure(Dataset):
+    """A user's own class with one bad item."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 2:
+            OWN[self.act]()
+        return torch.zeros(3, 16, 16)
+
+
+def unsendable():
+    raise Unsendable("no sky", "in scene 7")
+
+
+OWN = {
+    "lookup": lambda: {}["sky"],
+    "unsendable": unsendable,
+    "numpy": lambda: np.zeros(3) + np.zeros(4),
+    "memory": lambda: (_ for _ in ()).throw(MemoryError()),
+    "kill": lambda: os.kill(os.getpid(), 9),
+}
+
+
+def vanish(path):
+    (path / "1.png").unlink()
+
+
+def damage(path):
+    (path / "1.png").write_bytes((path / "1.png").read_bytes()[:300])
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "act", "message"),
+    [
+        ({"inp_size": 20, "scale_min": 4}, None, r"0\.png: 70x90 pixels are less than a crop of 80x80"),
+        ({"inp_size": None, "sample_q": None, "scale_min": 30}, None, r"0\.png: .*70x90.*shrunk by \d\d"),
+        (
+            {"inp_size": None, "sample_q": None},
+            None,
+            r"inp is \[3, .*for 0\.png and \[3, .* for 1\.png; .* batch_size 1",
+        ),
+        ({}, vanish, r"'\S+1\.png' cannot be read as an image"),
+        ({}, damage, r"'\S+1\.png' cannot be read as an image"),
+    ],
+)
+def test_errors_have_the_same_sentence_with_and_without_workers(tmp_path, folder, wrapper, act, message):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    spec = section(tmp_path, **wrapper)
+    spec["dataset"]["args"]["cache"] = "none"
+    if wrapper.get("scale_min") == 30:
+        spec["wrapper"]["args"]["scale_max"] = 100
+    loaders, sentences = [make_loader({**spec, "num_workers": workers}) for workers in (0, 2)], []
+    if act is not None:
+        act(tmp_path)
+    for loader in loaders:
+        with pytest.raises(ValueError, match=message) as caught:
+            list(loader.epoch())
+        sentences.append(str(caught.value))
+    assert sentences[0] == sentences[1] and "\n" not in sentences[0]
+    assert isinstance(caught.value.__cause__, WorkerTraceback) and "Traceback" in str(caught.value.__cause__)
+    del caught, loader, loaders
+    gc.collect()  # ends the workers now
+
+
+@pytest.mark.parametrize(
+    ("act", "kind", "sentence"),
+    [
+        ("lookup", RuntimeError, "item 2: KeyError: 'sky'"),
+        ("unsendable", RuntimeError, "item 2: Unsendable: no sky"),
+        ("numpy", ValueError, "item 2: ValueError: operands could not be broadcast together with shapes (3,) (4,)"),
+        ("memory", MemoryError, "item 2: MemoryError"),
+        ("kill", RuntimeError, "a loader process ended (DataLoader worker (pid"),
+    ],
+)
+def test_failures_of_a_users_dataset_name_item_type_and_message(act, kind, sentence):
+    spec = {
+        "dataset": {"name": "test-own-failure", "args": {"act": act}},
+        "wrapper": {"name": "sr-implicit-downsampled", "args": {"inp_size": 4, "scale_max": 2, "sample_q": 5}},
+        "batch_size": 2,
+    }
+    for workers in (0, 2) if act != "kill" else (2,):
+        with pytest.raises(kind) as caught, explaining_killed_workers():
+            list(make_loader({**spec, "num_workers": workers}).epoch())
+        assert str(caught.value).startswith(sentence)
+        del caught
+        gc.collect()  # ends the workers now
+
+
+def test_names_follow_the_items_of_a_rank(folder):
+    loader = make_loader(section(folder), split="items", rank=1, world=2)
+    assert list(loader.names()) == [f"{number % 5}.png" for number in range(1, 15, 2)]

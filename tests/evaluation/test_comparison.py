@@ -313,3 +313,10 @@ def test_files_of_other_programs_are_not_overwritten(images, tmp_path, capsys):
     assert cli.main([*arguments, "--out", str(tmp_path)]) == 1
     assert "is not a table of scores" in capsys.readouterr().err
     assert (tmp_path / "scores.csv").read_text() == "name,score\nme,10\n"
+
+
+def test_errors_name_the_image_and_the_scale(images, tmp_path):
+    with pytest.raises(ValueError, match=r"0\.png at x90: an image of .* pixels cannot be shrunk by 90"):
+        comparison.run(images, config(tmp_path, ["bicubic"], scales=[90]), tmp_path / "out")
+    with pytest.raises(ValueError, match="rmse needs a test configuration"):
+        config(tmp_path, ["bicubic"], metrics=("psnr", "rmse"))

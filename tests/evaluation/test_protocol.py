@@ -207,3 +207,9 @@ def test_command_needs_one_model(folders, capsys):
     (folders / "test.yaml").write_text(yaml.safe_dump({"test_dataset": paired(folders)}))
     assert cli.main(["evaluate", "--config", str(folders / "test.yaml")]) == 1
     assert "give one --model FILE" in capsys.readouterr().err
+
+
+def test_scores_that_do_not_exist_name_the_image(folders, model):
+    for eval_type, message in (("div2k-30", "removes a border of 36 pixels"), ("benchmark-40", "a border of 40")):
+        with pytest.raises(ValueError, match=rf"^0x2\.png: the image has 48x56 pixels, .*{message}"):
+            eval_metrics_sum(data.make_loader(paired(folders)), model, NORM, eval_type)

@@ -10,7 +10,7 @@ import pytest
 
 from liif_fast.images import tiles
 from liif_fast.images.tiles import Window
-from liif_fast.images.upscaling import output_size, upscale
+from liif_fast.images.upscaling import output_size, upscale, upscale_rows
 from tests.helpers import needs_cpu
 from tests.images.upscaling import SMALL, WHOLE, encoder_spec, liif, metasr, nearest, photo, steps, untiled
 
@@ -63,6 +63,7 @@ def test_less_memory_means_more_steps():
     assert counts[0] == 1 < counts[1] < counts[2]
 
 
+@pytest.mark.parametrize("rows", [1, 20, 10**6])
 @pytest.mark.parametrize(
     ("size", "latents", "halo", "area"),
     [
@@ -72,23 +73,85 @@ def test_less_memory_means_more_steps():
         ((3, 2), (300, 200), 4, 900),
         ((641, 479), (64, 48), None, 1),
         ((64, 48), (64, 48), 10, 64 * 48),
+        ((900, 3000), (300, 1000), 20, 9000),
     ],
 )
-def test_windows_cover_the_output_once(size, latents, halo, area):
+def test_bands_cover_the_output_once(size, latents, halo, area, rows):
     covered = np.zeros(size, int)
-    windows = tiles.plan(size, latents, halo=halo, area=area)
-    for top, left, height, width in windows:
-        assert height > 0 and width > 0
-        covered[top : top + height, left : left + width] += 1
+    bands = tiles.plan(size, latents, halo=halo, area=area, rows=rows)
+    for band in bands:
+        assert len({(window.top, window.height) for window in band}) == 1
+        assert len(band) == 1 or band[0].height <= max(rows, -(-size[0] // latents[0]))
+        for top, left, height, width in band:
+            assert height > 0 and width > 0
+            covered[top : top + height, left : left + width] += 1
     assert (covered == 1).all()
+    assert [band[0].top for band in bands] == sorted(band[0].top for band in bands)
     if halo is None or latents[0] * latents[1] <= area:
-        assert windows == [Window(0, 0, *size)]
+        assert bands == [[Window(0, 0, *size)]]
 
 
 def test_tiles_are_whole_rows_if_memory_allows():
-    windows = tiles.plan((400, 400), (200, 200), halo=10, area=200 * 70)
-    assert windows == [Window(top, 0, 100, 400) for top in range(0, 400, 100)]
-    assert {window.width < 4000 for window in tiles.plan((400, 4000), (200, 2000), halo=10, area=200 * 70)} == {True}
+    bands = tiles.plan((400, 400), (200, 200), halo=10, area=200 * 70, rows=1)
+    assert bands == [[Window(top, 0, 100, 400)] for top in range(0, 400, 100)]
+    wide = tiles.plan((400, 4000), (200, 2000), halo=10, area=200 * 70, rows=400)
+    assert {len(band) > 1 for band in wide} == {True}
+
+
+class Recorder:
+    """A picture as Rows, that checks the order of the reads and remembers the most rows of one."""
+
+    def __init__(self, samples, has_alpha):
+        self._samples, self.has_alpha, self.dtype = samples, has_alpha, samples.dtype
+        self.height, self.width, self.channels = samples.shape
+        self._last, self.most = (0, 0), 0
+
+    def read(self, top, bottom):
+        assert self._last[0] <= top < bottom <= self.height and self._last[1] <= bottom
+        self._last, self.most = (top, bottom), max(self.most, bottom - top)
+        return self._samples[top:bottom]
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "width", "size", "ensemble"),
+    [(3, np.uint8, 9, (220, 12), True), (4, np.uint16, 25, (180, 33), False), (2, np.uint8, 90, (120, 80), False),
+     (1, np.float32, 9, (700, 40), False)],
+)  # fmt: skip
+def test_rows_are_read_and_written_in_order(channels, dtype, width, size, ensemble):
+    samples = np.random.default_rng(0).random((190, width, channels)).astype(np.float32)
+    samples[40:90, 4:8, -1] = 0
+    samples = samples if dtype == np.float32 else (samples * np.iinfo(dtype).max).astype(dtype)
+    source, model, written, done = Recorder(samples, channels in (2, 4)), liif(), [], []
+    progress = lambda *pixels: done.append(pixels)  # noqa: E731
+    options = {"model": model, "ensemble": ensemble, "working_memory": SMALL}
+    upscale_rows(source, written.append, size, progress=progress, **options)
+    assert source.most < 120 and max(map(len, written)) < size[0] / 3
+    assert done == sorted(done) and done[-1] == (size[0] * size[1],) * 2
+    result = np.concatenate(written)
+    assert result.dtype == dtype
+    np.testing.assert_array_equal(result, upscale(samples, size=size, **options))
+    whole = upscale(samples, size=size, model=model, ensemble=ensemble, working_memory=WHOLE)
+    visible = whole[..., -1:] > 0 if source.has_alpha else np.ones_like(whole, bool)
+    error = np.abs(result.astype(float) - whole)[np.broadcast_to(visible, whole.shape)].max()
+    assert error <= (1e-4 if dtype == np.float32 else 1 if dtype == np.uint8 else 8)
+
+
+@pytest.mark.parametrize("make", [liif, metasr, nearest])
+@pytest.mark.parametrize("working_memory", [SMALL, WHOLE])
+def test_an_ensemble_is_the_average_of_turned_images(make, working_memory):
+    model, images, size = make(), photo(2, 41, 34), (90, 57)
+    model.data_norm["gt"] = {"sub": [0.5], "div": [model.data_norm["gt"]["div"][0] / 6]}  # nothing is clipped
+    expected = 0
+    for flips in ((), (2,), (3,), (2, 3)):
+        expected += untiled(model, images.flip(flips), size).flip(flips) / 8
+        turned = untiled(model, images.transpose(2, 3).flip(flips), size[::-1])
+        expected += turned.flip(flips).transpose(2, 3) / 8
+    done = []
+    options = {"size": size, "model": model, "working_memory": working_memory}
+    result = upscale(images, ensemble=True, progress=lambda *at: done.append(at), **options)
+    assert (result - expected).abs().max() <= 1e-5
+    assert (upscale(images, **options) - expected).abs().max() > 0.01
+    assert len(done) >= 8 and done == sorted(done) and done[-1] == (2 * 90 * 57,) * 2
 
 
 def test_a_batch_is_its_images():

@@ -1,12 +1,15 @@
 """`upscale`: the result has the type of the input, options and wrong inputs get their reasons."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from liif_fast.cli import demo
-from liif_fast.images.picture import ImageError, Picture
+from liif_fast.images import upscaling
+from liif_fast.images.picture import Description, ImageError, Picture
 from liif_fast.images.upscaling import output_size, upscale
 from liif_fast.models import checkpoints
 from liif_fast.models import liif as liif_module
@@ -50,7 +53,7 @@ def test_strided_tensors():
 def test_arrays_keep_type_and_channels(channels, dtype):
     model = liif()
     floats = photo(1, 11, 14)[0].permute(1, 2, 0).numpy()
-    floats = np.concatenate([floats, floats[::-1, :, :1]], -1)
+    floats = np.concatenate([floats, 0.01 + 0.99 * floats[::-1, :, :1]], -1)  # alpha above 0
     values = floats[..., 0] if channels is None else floats[..., :channels]
     kind, largest = np.dtype(dtype).kind, 1 if "f" in dtype else np.iinfo(dtype).max
     values = (values * largest).round().astype(dtype) if kind == "u" else values.astype(dtype)
@@ -112,10 +115,33 @@ def test_other_pillow_modes_become_rgb_or_gray():
     assert result.mode == "RGBA" and "transparency" not in result.info
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_is_applied(orientation):
+    image, model = rgb_image(), liif()
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = orientation, "a description"
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    with Image.open(file) as opened:
+        upright = ImageOps.exif_transpose(opened)
+        result = upscale(opened, size=(20, 30), model=model)
+    assert result.size == (30, 20) and result.getexif() == {0x010E: "a description"} | (
+        {0x0112: 1} if orientation == 1 else {}
+    )
+    np.testing.assert_array_equal(np.asarray(result), upscale(np.asarray(upright), size=(20, 30), model=model))
+
+
+def test_broken_exif_is_passed_over():
+    image = rgb_image()
+    image.info["exif"] = b"no exif at all"
+    assert upscale(image, scale=2, model=liif()).size == (28, 22)
+
+
 def test_pictures_keep_profile_and_exif():
     color = np.zeros((4, 5, 3), np.uint8)
-    result = upscale(Picture(color, color[..., 0], b"profile", b"exif"), scale=3, model=liif())
-    assert (result.icc_profile, result.exif) == (b"profile", b"exif")
+    about = Description(b"profile", b"exif")
+    result = upscale(Picture(color, color[..., 0], about), scale=3, model=liif())
+    assert result.description == about
     assert (result.color.shape, result.alpha.shape) == ((12, 15, 3), (12, 15))
 
 
@@ -156,13 +182,28 @@ def test_results_are_clipped():
 
 
 @pytest.mark.parametrize(("dtype", "least"), [("bfloat16", 30), (torch.float16, 45)])
-def test_16_bit_computation_stays_close(dtype, least):
+def test_16_bit_computation_stays_close(dtype, least, monkeypatch):
+    monkeypatch.setattr(upscaling, "emulates", lambda *_: False)
     model, images = liif(hidden=(32, 32)), photo(1, 40, 30)
     exact = upscale(images, scale=2.7, model=model)
     result = upscale(images, scale=2.7, model=model, dtype=dtype, working_memory=400_000)
     assert result.dtype == torch.float32
     assert not torch.equal(result, exact)
     assert psnr(result, exact) > least
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_an_emulated_dtype_is_replaced_once_said(dtype, monkeypatch, caplog):
+    monkeypatch.setattr(upscaling, "emulates", lambda *_: True)
+    upscaling._report_emulation.cache_clear()
+    images = photo(1, 12, 9)
+    expected = upscale(images, scale=2, model=liif())
+    with caplog.at_level("INFO", "liif_fast"):
+        results = [upscale(images, scale=2, model=liif(), dtype=dtype) for _ in range(2)]
+    assert all(torch.equal(result, expected) for result in results)
+    name = str(dtype).removeprefix("torch.")
+    said = f"this processor has no {name} products and would emulate them slowly: float32 is used instead"
+    assert [record.getMessage() for record in caplog.records] == [said]
 
 
 def test_models_of_other_dtypes():
@@ -174,11 +215,24 @@ def test_models_of_other_dtypes():
         upscale(images, scale=2, model=liif().bfloat16(), dtype="float32")
 
 
-def test_a_model_is_restored(monkeypatch):
+def test_a_model_is_not_written_to(monkeypatch):
+    """Not while it runs either, whatever a callback does with it."""
     model = liif().train()
-    model.backend = "reference"
-    upscale(photo(1, 6, 5), scale=2, model=model, backend="reference")
-    assert model.training and model.backend == "reference" and model.feat is None
+    model.backend, model.feat = "reference", photo(1, 3, 3)
+    before = {**vars(model)}
+
+    def look(*_):
+        assert all(value is before[name] for name, value in vars(model).items())
+        assert all(module.training for module in model.modules()) and not torch.is_grad_enabled()
+        with torch.enable_grad():
+            model(photo(1, 3, 3), torch.zeros(1, 1, 2), torch.ones(1, 1, 2)).sum().backward()
+        model.feat = before["feat"]
+
+    images = photo(1, 20, 15)
+    expected = upscale(images, scale=2, model=model, backend="reference", working_memory=SMALL)
+    assert torch.equal(
+        upscale(images, scale=2, model=model, backend="reference", working_memory=SMALL, progress=look), expected
+    )
     assert all(parameter.requires_grad for parameter in model.imnet.parameters())
 
     def fail(*_, **__):
@@ -186,8 +240,8 @@ def test_a_model_is_restored(monkeypatch):
 
     monkeypatch.setattr(model, "render", fail)
     with pytest.raises(KeyboardInterrupt):
-        upscale(photo(1, 6, 5), scale=2, model=model)
-    assert model.training and model.feat is None
+        upscale(images, scale=2, model=model)
+    assert all(module.training for module in model.modules()) and model.feat is before["feat"]
     assert torch.is_grad_enabled()
 
 
@@ -276,17 +330,18 @@ def test_options_that_are_refused(options, message):
     ("image", "error", "message"),
     [
         ([[1, 2]], TypeError, "must be a Pillow image, a numpy array or a tensor, not list"),
-        (torch.zeros(3, 4, 4, dtype=torch.uint8), TypeError, r"floats in \[0, 1\], not torch.uint8"),
-        (torch.zeros(4, 4), ValueError, r"\[C, H, W\] or \[B, C, H, W\] with C = 1 or 3, not \(4, 4\)"),
-        (torch.zeros(2, 4, 4), ValueError, r"not \(2, 4, 4\)"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), TypeError, "must hold floats, not torch.uint8"),
+        (torch.zeros(4, 4), ValueError, r"\[C, H, W\] or \[B, C, H, W\], not \(4, 4\)"),
+        (torch.zeros(2, 4, 4), ValueError, "takes images of 3 channels, but this one has 2"),
         (torch.zeros(3, 0, 4), ValueError, r"not \(3, 0, 4\)"),
-        (torch.full((3, 4, 4), 255.0), ValueError, r"not 255\.\.255: rescale"),
-        (torch.full((3, 4, 4), float("nan")), ValueError, "nan"),
+        (torch.full((3, 4, 4), 255.0), ImageError, r"not 255\.\.255: rescale it, or give data_range=\(low, high\)"),
+        (torch.full((3, 4, 4), float("nan")), ImageError, "nan"),
         (np.zeros((4, 4, 3), np.int32), TypeError, "must be uint8, uint16 or float, not int32"),
-        (np.zeros((4, 4, 5), np.uint8), ValueError, r"C = 1, 2, 3 or 4, not \(4, 4, 5\)"),
+        (np.zeros((4, 4, 3), np.uint32), TypeError, "must be uint8, uint16 or float, not uint32"),
+        (np.zeros((4, 4, 5), np.uint8), ValueError, "takes images of 3 channels, but this one has 5"),
         (np.zeros((0, 4, 3), np.uint8), ValueError, r"not \(0, 4, 3\)"),
         (np.zeros(4, np.uint8), ValueError, r"not \(4,\)"),
-        (np.full((4, 4), -1.0), ImageError, r"holds -1\.\.-1"),
+        (np.full((4, 4), -1.0), ImageError, r"not -1\.\.-1: rescale it, or give data_range=\(low, high\)"),
         (np.full((4, 4), np.inf), ImageError, "inf"),
     ],
 )

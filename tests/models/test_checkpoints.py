@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from liif_fast.images.upscaling import upscale
 from liif_fast.models import LIIF, catalog, make_model, register
 from liif_fast.models.checkpoints import CheckpointError, load, save
 from liif_fast.models.coordinates import make_cell, make_coord
@@ -304,3 +305,38 @@ def test_models_that_save_refuses(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             save(model, tmp_path / f"model.{suffix}", metadata=metadata)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_torchs_defaults_have_no_influence(tmp_path: Path, suffix: str) -> None:
+    model = liif()
+    if suffix == "pth":
+        torch.save(original(model), tmp_path / "model.pth")
+    else:
+        save(model, tmp_path / "model.safetensors")
+    pixels = torch.rand(3, 6, 5)
+    expected = upscale(pixels, scale=2, model=model.eval())
+    for dtype, device in ((torch.float64, "cpu"), (torch.float16, "meta")):
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+        try:
+            loaded = load(tmp_path / f"model.{suffix}")
+            result = upscale(pixels, scale=2, model=loaded)
+            again = upscale(pixels, scale=2, model=tmp_path / f"model.{suffix}", device="cpu")
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+        assert torch.equal(result, expected) and torch.equal(again, expected)
+        assert_same(loaded, model)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e300])
+@pytest.mark.parametrize("key", ["encoder.body.0.body.0.weight", "imnet.layers.2.bias"])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, number: float, key: str) -> None:
+    content = original(liif())
+    weights = content["model"]["sd"]
+    weights[key] = weights[key].double()  # with the others in float32, the model is
+    weights[key].view(-1)[1] = number
+    torch.save(content, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=rf"model\.pth has NaN or infinite numbers in {key}: its training"):
+        load(tmp_path / "model.pth")

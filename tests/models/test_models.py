@@ -296,7 +296,12 @@ def test_render_is_query_on_a_grid(make: Any, monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
         window = model.render((13, 17), window=(4, 5, 6, 7), cell=cell)
         torch.testing.assert_close(window, expected[:, :, 4:10, 5:12], rtol=1e-10, atol=1e-10)
-    assert model.render((13, 17), window=(4, 5, 0, 7)).shape == (2, expected.shape[1], 0, 7)
+    outs = expected.shape[1]
+    assert model.render((13, 17), window=(4, 5, 0, 7)).shape == (2, outs, 0, 7)
+    assert model.render((13, 17), window=(13, 5, 0, 0)).shape == (2, outs, 0, 0)
+    assert model.render((13, 17), window=(4, 5, 3, 0)).shape == (2, outs, 3, 0)
+    model.feat = model.feat[:0]
+    assert model.render((13, 17), window=(4, 5, 3, 2)).shape == (0, outs, 3, 2)
 
 
 @pytest.mark.parametrize("make", MAKERS)

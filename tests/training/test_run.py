@@ -66,7 +66,7 @@ def test_checkpoints_have_the_originals_format(finished):
 
 def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     values = iter([20.0, 25.0, 23.0])
-    monkeypatch.setattr(evaluation, "eval_psnr_sum", lambda *args, **kwargs: (6 * next(values), 6))
+    monkeypatch.setattr(evaluation, "eval_metrics_sum", lambda *args, **kwargs: ({"psnr": 6 * next(values)}, 6))
     run(tmp_path / "run", "epoch_max=3", "epoch_save=null")
     assert read(tmp_path / "run", "epoch-best.pth")["epoch"] == 2 and read(tmp_path / "run")["best"] == 25
     values = iter([24.0, 26.0])
@@ -81,8 +81,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(tmp_path, m
 
     def step(self, batch):
         if len(bad) == 3:
-            batch = {**batch, "gt": batch["gt"].clone()}
-            batch["gt"][1, 2] = math.nan
+            batch = {**batch, "inp": batch["inp"].clone()}
+            batch["inp"][1, 2] = math.nan
         bad.append(batch)
         return plain(self, batch)
 
@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(tmp_path, m
     name = tmp_path / "run" / "bad-batch-rank0.pth"
     assert str(name) in str(stopped.value) and "\n" not in str(stopped.value)
     saved = torch.load(name, weights_only=True)
-    assert saved.keys() == bad[3].keys() and torch.equal(saved["inp"], bad[3]["inp"])
+    assert saved.keys() == bad[3].keys() and torch.equal(saved["gt"], bad[3]["gt"])
     assert read(tmp_path / "run")["epoch"] == 1
 
 

@@ -17,6 +17,7 @@ template <class T>
 struct Corners {
   int64_t row[2], col[2];
   T rel_row[2], rel_col[2], area_weight[4];
+  bool exists;  // NaN coordinates have no latent: as in grid_sample, its features and its center are 0
 };
 
 template <class T>
@@ -31,6 +32,12 @@ Corners<T> find_corners(const GatherProblem<T>& p, int64_t at) {
     found.col[side] = col.index;
     found.rel_row[side] = row.rel;
     found.rel_col[side] = col.rel;
+  }
+  const T row = p.coord[2 * at], col = p.coord[2 * at + 1];
+  found.exists = row == row && col == col;
+  if (!found.exists) {
+    std::fill_n(found.rel_row, 2, row * static_cast<T>(p.height));
+    std::fill_n(found.rel_col, 2, col * static_cast<T>(p.width));
   }
   if (sides == 2) {
     area_weights(found.rel_row, found.rel_col, found.area_weight);
@@ -68,15 +75,15 @@ void gather_forward(const GatherProblem<T>& p, const E* feat, E* x, T* area_weig
       for (int corner = 0; corner < p.corners; ++corner) {
         const int64_t row = found.row[corner >> 1], col = found.col[corner & 1];
         E* out = x + (at * p.corners + corner) * depth;
-        if (p.feat_unfold) {
-          std::fill(out, out + features, E(0));
+        if (p.feat_unfold || !found.exists) std::fill(out, out + features, E(0));
+        if (p.feat_unfold && found.exists) {
           for (int64_t channel = 0; channel < p.channels; ++channel) {
             const E* plane = entry + channel * p.height * p.width;
             for_neighbor_rows(row, col, p.height, p.width, [&](int64_t source, int64_t first, int64_t k, int64_t n) {
               std::copy_n(plane + source * p.width + first, n, out + channel * 9 + k);
             });
           }
-        } else {
+        } else if (found.exists) {
           for (int64_t channel = 0; channel < p.channels; ++channel)
             out[channel] = entry[(channel * p.height + row) * p.width + col];
         }
@@ -139,6 +146,7 @@ void gather_backward(const GatherProblem<T>& p, const GatherGrads<T>& grads) {
       for (int64_t q = 0; q < p.queries; ++q) {
         const int64_t at = batch * p.queries + q;
         const Corners<T> found = find_corners(p, at);
+        if (!found.exists) continue;
         for (int corner = 0; corner < p.corners; ++corner) {
           const int64_t row = found.row[corner >> 1], col = found.col[corner & 1];
           const T* grad = grad_x + (at * p.corners + corner) * depth;

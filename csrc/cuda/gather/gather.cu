@@ -88,6 +88,11 @@ __device__ __forceinline__ LocatedRow<T> locate_row(const GatherTask<T>& task, i
       (row.index > 0 ? cols : 0u) | cols << kWidth | (row.index + 1 < p.height ? cols << 2 * kWidth : 0u);
   found.rel_row = row.rel;
   found.rel_col = col.rel;
+  if (!is_place(p.coord + 2 * at)) {
+    found.source.inside = 0;
+    found.rel_row = mul_rounded(p.coord[2 * at], static_cast<T>(p.height));
+    found.rel_col = mul_rounded(p.coord[2 * at + 1], static_cast<T>(p.width));
+  }
   return found;
 }
 

@@ -50,7 +50,7 @@ struct DecodeGrads {
   T* weight_geometry;
   T* weights[kMaxLayers];
   T* biases[kMaxLayers + 1];
-  T* coord;  // null for a grid
+  T* coord;  // null for a grid, and where the gradients of coordinates and cells are not wanted
   T* cell;   // null without per-query cells
 };
 

@@ -116,6 +116,7 @@ def test_every_variant_learns_the_same(name: str, small: None) -> None:
     assert losses[0][2] < losses[0][0]
 
 
+@pytest.mark.prove
 def test_steps_and_loaders_are_measured_and_tabulated(tmp_path: Path, small: None) -> None:
     images = tmp_path / "images"
     images.mkdir()
@@ -130,6 +131,7 @@ def test_steps_and_loaders_are_measured_and_tabulated(tmp_path: Path, small: Non
     assert "cache in_memory, 0 workers" in text and "keeps up with the training step, bf16" in text
 
 
+@pytest.mark.prove
 def test_the_patched_loops_are_measured_and_tabulated(monkeypatch: pytest.MonkeyPatch, small: None) -> None:
     monkeypatch.setattr(patched, "SIZE", 8)
     with liif_fast.patched(patched._Patched):

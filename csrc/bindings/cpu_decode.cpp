@@ -2,6 +2,7 @@
 #include "bindings/problems.h"
 #include "cpu/dispatch.h"
 #include "cpu/entry_points.h"
+#include "cpu/slabs.h"
 
 namespace liif_fast {
 namespace {
@@ -14,9 +15,43 @@ void check_decode(const DecodeInputs& inputs, bool bf16) {
   STD_TORCH_CHECK(!bf16 || bf16_kernels(), "this processor has no AVX-512-BF16: multiply in float32");
 }
 
+// The slab that a tensor of bytes holds, or null if it is empty.
+char* checked_slab(const Tensor& saved) {
+  if (saved.numel() == 0) return nullptr;
+  check_contiguous(saved, "saved", kCpu, {saved.numel()});
+  STD_TORCH_CHECK(saved.scalar_type() == ScalarType::Byte, "saved has the wrong dtype");
+  STD_TORCH_CHECK(slab_bytes(data<char>(saved)) <= saved.numel(), "saved is too small for what its header says");
+  return data<char>(saved);
+}
+
+// [bytes of a tile, rows of a tile, bytes of the header, most bytes of a slab] for an imnet's widths: K, *hidden, O.
+Sizes cpu_saved_layout(const Sizes& widths, bool float64, bool bf16) {
+  const auto layout = [&](auto zero) {
+    DecodeProblem<decltype(zero)> p{};
+    p.layers = static_cast<int>(widths.size()) - 1;
+    std::copy(widths.begin(), widths.end(), p.widths);
+    p.width = widths[0];
+    return saved_layout(p, bf16);
+  };
+  STD_TORCH_CHECK(!widths.empty() && widths.size() <= kMaxLayers + 1, "an imnet of at most ", kMaxLayers + 1,
+                  " layers");
+  const SavedLayout found = float64 ? layout(double{}) : layout(float{});
+  return {found.tile_bytes, found.tile_rows, kSlabHeader, slab_limit()};
+}
+
+// A tensor of bytes with a slab, which the pool gets back when the last tensor on its memory is deleted.
+Tensor cpu_take_slab(int64_t bytes, int64_t tile_bytes) {
+  STD_TORCH_CHECK(tile_bytes > 0 && bytes >= kSlabHeader, "a slab has a header and tiles");
+  return torch::stable::from_blob(take_slab(bytes, tile_bytes), {bytes}, {1}, torch::headeronly::DeviceType::CPU,
+                                  ScalarType::Byte, &return_slab);
+}
+
+void cpu_set_slab_limit(int64_t bytes) { set_slab_limit(bytes); }
+
 Tensor decode(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTensor& cell,
               const Tensor& weight_geometry, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-              const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble, bool bf16) {
+              const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble, bool bf16,
+              const Tensor& saved) {
   const DecodeInputs inputs{latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble};
   check_decode(inputs, bf16);
   return with_geometry(latent_map, [&](auto zero) {
@@ -27,7 +62,7 @@ Tensor decode(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTen
     STD_TORCH_CHECK(bf16_map || dtype == kDtype<T>, "latent_map has the wrong dtype");
     Tensor out = empty<T>(latent_map, out_sizes(p));
     p.out = data<T>(out);
-    decode_forward(p, bf16, bf16_map);
+    decode_forward(p, bf16, bf16_map, checked_slab(saved));
     return out;
   });
 }
@@ -36,7 +71,7 @@ std::vector<Tensor> boxed_decode_backward(const Tensor& grad_out, const Tensor& 
                                           const MaybeTensor& cell, const Tensor& weight_geometry,
                                           const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                                           const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble,
-                                          bool bf16) {
+                                          bool bf16, const Tensor& saved, bool coord_grad) {
   const DecodeInputs inputs{latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble};
   check_decode(inputs, bf16);
   return with_geometry(latent_map, [&](auto zero) {
@@ -55,9 +90,9 @@ std::vector<Tensor> boxed_decode_backward(const Tensor& grad_out, const Tensor& 
     grads.weight_geometry = make({p.width, p.has_cell ? 4 : 2});
     for (int layer = 0; layer < p.layers; ++layer) grads.weights[layer] = make({p.widths[layer + 1], p.widths[layer]});
     for (int layer = 0; layer <= p.layers; ++layer) grads.biases[layer] = make({p.widths[layer]});
-    if (p.coord) grads.coord = make({p.batch, p.queries, 2});
-    if (p.cell) grads.cell = make({p.batch, p.queries, 2});
-    decode_backward(p, grads, bf16);
+    if (p.coord && coord_grad) grads.coord = make({p.batch, p.queries, 2});
+    if (p.cell && coord_grad) grads.cell = make({p.batch, p.queries, 2});
+    decode_backward(p, grads, bf16, checked_slab(saved));
     return out;
   });
 }
@@ -107,6 +142,12 @@ std::vector<Tensor> metasr_query_backward(const Tensor& grad_out, const Tensor& 
 void register_cpu_decode(Registry& ops) {
   ops.impl("CPU", "decode", TORCH_BOX(&decode));
   ops.impl("CPU", "decode_backward", TORCH_BOX(&boxed_decode_backward));
+  ops.def("cpu_saved_layout(int[] widths, bool float64, bool bf16) -> int[]");
+  ops.def("cpu_take_slab(int bytes, int tile_bytes) -> Tensor");
+  ops.def("cpu_set_slab_limit(int bytes) -> ()");
+  ops.impl("CompositeExplicitAutograd", "cpu_saved_layout", TORCH_BOX(&cpu_saved_layout));
+  ops.impl("CompositeExplicitAutograd", "cpu_take_slab", TORCH_BOX(&cpu_take_slab));
+  ops.impl("CompositeExplicitAutograd", "cpu_set_slab_limit", TORCH_BOX(&cpu_set_slab_limit));
   ops.impl("CPU", "metasr_query", TORCH_BOX(&metasr_query));
   ops.impl("CPU", "metasr_query_backward", TORCH_BOX(&metasr_query_backward));
 }

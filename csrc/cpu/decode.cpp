@@ -6,6 +6,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/entry_points.h"
 #include "cpu/parallel.h"
+#include "cpu/slabs.h"
 
 namespace liif_fast {
 namespace {
@@ -26,14 +27,15 @@ int64_t tile_count(const DecodeProblem<T>& p, int tile_rows) {
 
 // forward_tiles: one of the kernels' forwards.
 template <class T, class F>
-void run_forward(const DecodeProblem<T>& p, const DecodeKernels<T>& kernels, F forward_tiles, int tile_rows) {
+void run_forward(const DecodeProblem<T>& p, const DecodeKernels<T>& kernels, F forward_tiles, int tile_rows,
+                 const SavedActivations& saved) {
   const int64_t tiles = tile_count(p, tile_rows), shards = std::min(thread_count(), tiles);
   if (tiles == 0) return;
   const ThreadBuffers packed(1, kernels.packed_bytes(p, false));
   kernels.pack(p, false, packed[0]);
   const ThreadBuffers scratch(shards, kernels.forward_scratch_bytes(p));
   parallel_shards(tiles, shards, [&](int64_t shard, int64_t begin, int64_t end) {
-    forward_tiles(p, packed[0], begin, end, scratch[shard]);
+    forward_tiles(p, packed[0], begin, end, scratch[shard], saved);
   });
 }
 
@@ -44,7 +46,7 @@ constexpr int64_t kChunkTiles = 32;
 // common: the functions that do not depend on the operands' dtype.
 template <class T>
 void run_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, const DecodeKernels<T>& kernels,
-                  const MatrixKernels<T>& common) {
+                  const MatrixKernels<T>& common, const SavedActivations& saved) {
   const int64_t tiles = tile_count(p, common.tile_rows), shards = std::min(thread_count(), tiles);
   if (tiles == 0) return;
   const ThreadBuffers packed(1, kernels.packed_bytes(p, true));
@@ -64,7 +66,7 @@ void run_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, const 
     parallel_shards(count, shards, [&](int64_t shard, int64_t begin, int64_t end) {
       kernels.backward_tiles(
           p, grads,
-          {chunk + begin, chunk + end, chunk, packed[0], scratch[shard], sums[shard], latent_rows, row_latent});
+          {chunk + begin, chunk + end, chunk, packed[0], scratch[shard], sums[shard], latent_rows, row_latent}, saved);
     });
     parallel_shards(shards, shards, [&](int64_t shard, int64_t, int64_t) {
       common.scatter_rows(latent_rows, row_latent, count * common.tile_rows, p.width, shard, shards, grads.latent_map);
@@ -76,29 +78,42 @@ void run_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, const 
 }  // namespace
 
 template <class T>
-void decode_forward(const DecodeProblem<T>& p, bool bf16, bool bf16_map) {
+SavedLayout saved_layout(const DecodeProblem<T>& p, bool bf16) {
   const MatrixKernels<T>& kernels = matrix_kernels<T>();
+  size_t bytes = kernels.saved_tile_bytes(p);
+  if constexpr (std::is_same_v<T, float>)
+    if (bf16) bytes = bf16_kernels()->saved_tile_bytes(p);
+  return {static_cast<int64_t>(bytes), kernels.tile_rows};
+}
+template SavedLayout saved_layout(const DecodeProblem<float>&, bool);
+template SavedLayout saved_layout(const DecodeProblem<double>&, bool);
+
+template <class T>
+void decode_forward(const DecodeProblem<T>& p, bool bf16, bool bf16_map, char* saved) {
+  const MatrixKernels<T>& kernels = matrix_kernels<T>();
+  const SavedActivations keep = in_slab(saved, saved_layout(p, bf16).tile_bytes);
   if constexpr (std::is_same_v<T, float>) {
     if (bf16) {
       const Bf16Kernels& narrow = *bf16_kernels();
       return run_forward<float>(p, narrow, bf16_map ? narrow.forward_tiles_bf16_map : narrow.forward_tiles,
-                                kernels.tile_rows);
+                                kernels.tile_rows, keep);
     }
   }
-  run_forward<T>(p, kernels, kernels.forward_tiles, kernels.tile_rows);
+  run_forward<T>(p, kernels, kernels.forward_tiles, kernels.tile_rows, keep);
 }
-template void decode_forward(const DecodeProblem<float>&, bool, bool);
-template void decode_forward(const DecodeProblem<double>&, bool, bool);
+template void decode_forward(const DecodeProblem<float>&, bool, bool, char*);
+template void decode_forward(const DecodeProblem<double>&, bool, bool, char*);
 
 template <class T>
-void decode_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, bool bf16) {
+void decode_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, bool bf16, char* saved) {
   const MatrixKernels<T>& kernels = matrix_kernels<T>();
+  const SavedActivations kept = in_slab(saved, saved_layout(p, bf16).tile_bytes);
   if constexpr (std::is_same_v<T, float>)
-    if (bf16) return run_backward<float>(p, grads, *bf16_kernels(), kernels);
-  run_backward<T>(p, grads, kernels, kernels);
+    if (bf16) return run_backward<float>(p, grads, *bf16_kernels(), kernels, kept);
+  run_backward<T>(p, grads, kernels, kernels, kept);
 }
-template void decode_backward(const DecodeProblem<float>&, const DecodeGrads<float>&, bool);
-template void decode_backward(const DecodeProblem<double>&, const DecodeGrads<double>&, bool);
+template void decode_backward(const DecodeProblem<float>&, const DecodeGrads<float>&, bool, char*);
+template void decode_backward(const DecodeProblem<double>&, const DecodeGrads<double>&, bool, char*);
 
 template <class T>
 void metasr_forward(const MetasrProblem<T>& p) {

@@ -1,4 +1,4 @@
-// Backward tiles of the fused decode. Activations are computed again, tile by tile, so that the forward saves nothing.
+// Backward tiles of the fused decode. Activations that the forward did not save are computed again, tile by tile.
 // Weight gradients are added to the thread's own sums. Gradients of latents are stored row by row, and a second pass
 // adds them up latent by latent in a fixed order, so the result does not depend on how threads interleave.
 #pragma once
@@ -79,7 +79,7 @@ static void blend_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& grad
     for (int corner = 0; corner < p.corners; ++corner) {
       const int64_t at = q * p.corners + corner;
       const T* row = rows + corner * stride;
-      s.grad_weight[at] = dot(s.grad_blended, row, padded);
+      if (grads.coord) s.grad_weight[at] = dot(s.grad_blended, row, padded);
       const auto factor = V::broadcast(weight[corner]);
       for (int64_t i = 0; i < padded; i += V::kLanes) {
         const auto grad = V::mul(factor, V::load(s.grad_blended + i));
@@ -134,7 +134,7 @@ static void hidden_backward(const DecodeProblem<T>& p, const Packed<Op>& packed,
 // cell col).
 template <class Op, class T = typename Op::Acc>
 static void first_layer_backward(const DecodeProblem<T>& p, const Packed<Op>& packed, const TileSpan& span,
-                                 BackwardScratch<Op>& s, Sums<T>& sums, T* latent_rows) {
+                                 bool coord_grad, BackwardScratch<Op>& s, Sums<T>& sums, T* latent_rows) {
   using V = Vec<T>;
   const int64_t count = span.count * p.corners, width = round_up(p.width, V::kLanes);
   for (int64_t at = 0; at < count; ++at) {
@@ -148,7 +148,7 @@ static void first_layer_backward(const DecodeProblem<T>& p, const Packed<Op>& pa
     const int terms = p.has_cell ? 4 : 2;
     for (int j = 0; j < 4; ++j) s.grad_rel[4 * at + j] = T(0);
     for (int j = 0; j < terms; ++j) {
-      s.grad_rel[4 * at + j] = dot(grad, packed.geometry[j], width);
+      if (coord_grad) s.grad_rel[4 * at + j] = dot(grad, packed.geometry[j], width);
       add_scaled(sums.geometry[j], rel[j], grad, width);
     }
     add_scaled(sums.biases[0], T(1), grad, width);
@@ -175,10 +175,8 @@ static void geometry_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& g
       const T rel_col[2] = {s.geometry.rel_col[first], s.geometry.rel_col[first + 1]};
       area_weights_backward(rel_row, rel_col, s.grad_weight + first, grad_row, grad_col);
     }
-    if (grads.coord) {
-      grads.coord[at] = (grad_row[0] + grad_row[1]) * height;
-      grads.coord[at + 1] = (grad_col[0] + grad_col[1]) * width;
-    }
+    grads.coord[at] = (grad_row[0] + grad_row[1]) * height;
+    grads.coord[at + 1] = (grad_col[0] + grad_col[1]) * width;
     if (grads.cell) {
       grads.cell[at] = grad_cell[0] * height;
       grads.cell[at + 1] = grad_cell[1] * width;
@@ -186,10 +184,11 @@ static void geometry_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& g
   }
 }
 
-// Activations of a tile, computed as in the forward: with other roundings the ReLU masks would differ.
+// Activations of a tile: those that the forward saved, and the others computed as in the forward. With other roundings
+// the ReLU masks would differ.
 template <class Op, class Latent, class T = typename Op::Acc>
-static void recompute(const DecodeProblem<T>& p, const Packed<Op>& packed, const TileSpan& span,
-                      BackwardScratch<Op>& s) {
+static void find_activations(const DecodeProblem<T>& p, const Packed<Op>& packed, const TileSpan& span, char* saved,
+                             BackwardScratch<Op>& s) {
   const int64_t count = span.count * p.corners;
   const int hidden = hidden_layers(p);
   if (p.layers == 0)
@@ -198,6 +197,13 @@ static void recompute(const DecodeProblem<T>& p, const Packed<Op>& packed, const
     first_layer<true, Op, Latent>(p, packed, span, s.geometry, s.base, s.last_rows);
   else
     first_layer<true, Op, Latent>(p, packed, span, s.geometry, s.base, s.rows[0]);
+  if (saved && hidden > 0) {
+    Arena arena{saved};
+    const SavedTile<Op> kept(p, arena);
+    for (int layer = 1; layer < hidden; ++layer) s.rows[layer] = kept.rows[layer];
+    s.last_rows = kept.last_rows;
+    return;
+  }
   for (int layer = 0; layer + 1 < hidden; ++layer)
     hidden_layer(p, packed, layer, count, s.rows[layer], s.rows[layer + 1]);
   if (hidden > 0) hidden_layer(p, packed, hidden - 1, count, s.rows[hidden - 1], s.last_rows);
@@ -224,19 +230,21 @@ static void layers_backward(const DecodeProblem<T>& p, const DecodeGrads<T>& gra
 }
 
 template <class Op, class Latent, class T = typename Op::Acc>
-static void backward_tiles(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, const BackwardTiles<T>& tiles) {
+static void backward_tiles(const DecodeProblem<T>& p, const DecodeGrads<T>& grads, const BackwardTiles<T>& tiles,
+                           const SavedActivations& saved) {
   Arena packed_arena{tiles.packed}, scratch_arena{tiles.scratch}, sum_arena{tiles.sums};
   const Packed<Op> packed(p, true, packed_arena);
-  BackwardScratch<Op> s(p, scratch_arena);
+  const BackwardScratch<Op> scratch(p, scratch_arena);
   Sums<T> sums(p, sum_arena);
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
     const TileSpan span = tile_span(p, tile);
     const int64_t count = span.count * p.corners, first_row = (tile - tiles.chunk_begin) * kTileRows;
+    BackwardScratch<Op> s = scratch;  // its pointers move to saved activations, and are exchanged
     locate(p, span, s.geometry);
-    recompute<Op, Latent>(p, packed, span, s);
+    find_activations<Op, Latent>(p, packed, span, saved.tile(tile), s);
     layers_backward(p, grads, packed, span, s, sums);
-    first_layer_backward(p, packed, span, s, sums, tiles.latent_rows + first_row * p.width);
-    if (grads.coord || grads.cell) geometry_backward(p, grads, span, s);
+    first_layer_backward(p, packed, span, grads.coord != nullptr, s, sums, tiles.latent_rows + first_row * p.width);
+    if (grads.coord) geometry_backward(p, grads, span, s);
     for (int64_t row = 0; row < kTileRows; ++row)
       tiles.row_latent[first_row + row] = row < count ? s.geometry.latent[row] : -1;
   }

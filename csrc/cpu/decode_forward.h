@@ -1,6 +1,7 @@
 // Forward tiles of the fused decode: gather, geometry terms, ReLU, hidden layers, blend, last layer, in one pass.
 #pragma once
 
+#include "cpu/dispatch.h"
 #include "cpu/tile.h"
 
 namespace liif_fast {
@@ -24,31 +25,34 @@ struct ForwardScratch {
 
 template <class Op, class Latent>
 static void forward_tile(const DecodeProblem<typename Op::Acc>& p, const Packed<Op>& packed, int64_t tile,
-                         ForwardScratch<Op>& s) {
+                         ForwardScratch<Op>& s, char* saved) {
   using T = typename Op::Acc;
   const TileSpan span = tile_span(p, tile);
   const int64_t count = span.count * p.corners;
   const int hidden = hidden_layers(p);
+  Arena saved_arena{saved};
+  const SavedTile<Op> keep(p, saved_arena);
+  T* const last_rows = saved && hidden > 0 ? keep.last_rows : s.last_rows;
   locate(p, span, s.geometry);
   if (p.layers == 0) {
-    first_layer<false, Op, Latent>(p, packed, span, s.geometry, s.base, s.last_rows);
+    first_layer<false, Op, Latent>(p, packed, span, s.geometry, s.base, last_rows);
   } else if (hidden == 0) {
-    first_layer<true, Op, Latent>(p, packed, span, s.geometry, s.base, s.last_rows);
+    first_layer<true, Op, Latent>(p, packed, span, s.geometry, s.base, last_rows);
   } else {
     first_layer<true, Op, Latent>(p, packed, span, s.geometry, s.base, s.rows);
+    const auto* rows = s.rows;
     for (int layer = 0; layer + 1 < hidden; ++layer) {
-      hidden_layer(p, packed, layer, count, s.rows, s.next);
-      auto* swap = s.rows;
-      s.rows = s.next;
-      s.next = swap;
+      auto* const next = saved ? keep.rows[layer + 1] : rows == s.rows ? s.next : s.rows;
+      hidden_layer(p, packed, layer, count, rows, next);
+      rows = next;
     }
-    hidden_layer(p, packed, hidden - 1, count, s.rows, s.last_rows);
+    hidden_layer(p, packed, hidden - 1, count, rows, last_rows);
   }
   // The weights sum to 1 and the last layer is linear, so it is applied once, after the blend.
   const int64_t width = p.widths[hidden], outs = p.out_width();
   for (int64_t q = 0; q < span.count; ++q) {
-    blend(s.last_rows + q * p.corners * packed.stride, packed.stride, s.geometry.weight + q * p.corners, p.corners,
-          width, s.blended);
+    blend(last_rows + q * p.corners * packed.stride, packed.stride, s.geometry.weight + q * p.corners, p.corners, width,
+          s.blended);
     T* out = p.out + span.batch * p.out_batch + (span.first + q) * p.out_query;
     for (int64_t o = 0; o < outs; ++o)
       out[o * p.out_channel] =
@@ -71,11 +75,11 @@ static void pack(const DecodeProblem<typename Op::Acc>& p, bool gradients, char*
 
 template <class Op, class Latent>
 static void forward_tiles(const DecodeProblem<typename Op::Acc>& p, char* weights, int64_t begin, int64_t end,
-                          char* buffer) {
+                          char* buffer, const SavedActivations& saved) {
   Arena packed_arena{weights}, scratch_arena{buffer};
   const Packed<Op> packed(p, false, packed_arena);
   ForwardScratch<Op> scratch(p, scratch_arena);
-  for (int64_t tile = begin; tile < end; ++tile) forward_tile<Op, Latent>(p, packed, tile, scratch);
+  for (int64_t tile = begin; tile < end; ++tile) forward_tile<Op, Latent>(p, packed, tile, scratch, saved.tile(tile));
 }
 
 }  // namespace

@@ -6,6 +6,14 @@
 
 namespace liif_fast {
 
+// The activations that the forward keeps for the backward: those of the first `tiles` tiles, one after another. The
+// backward computes the others again.
+struct SavedActivations {
+  char* data;
+  int64_t tiles, tile_bytes;
+  char* tile(int64_t index) const { return index < tiles ? data + index * tile_bytes : nullptr; }
+};
+
 // One thread's tiles [begin, end) of a chunk of the decode's backward, and its buffers.
 template <class T>
 struct BackwardTiles {
@@ -15,15 +23,22 @@ struct BackwardTiles {
   int64_t* row_latent;  // the latent of each row, -1: no such row
 };
 
+// One thread's tiles [begin, end) of the decode's forward.
+template <class T>
+using ForwardTiles = void (*)(const DecodeProblem<T>&, char* packed, int64_t begin, int64_t end, char* scratch,
+                              const SavedActivations&);
+
 // The decode with operands of one dtype.
 template <class T>
 struct DecodeKernels {
   size_t (*packed_bytes)(const DecodeProblem<T>&, bool gradients);
   void (*pack)(const DecodeProblem<T>&, bool gradients, char* packed);
   size_t (*forward_scratch_bytes)(const DecodeProblem<T>&);
-  void (*forward_tiles)(const DecodeProblem<T>&, char* packed, int64_t begin, int64_t end, char* scratch);
+  ForwardTiles<T> forward_tiles;
+  size_t (*saved_tile_bytes)(const DecodeProblem<T>&);
   size_t (*backward_scratch_bytes)(const DecodeProblem<T>&);
-  void (*backward_tiles)(const DecodeProblem<T>&, const DecodeGrads<T>&, const BackwardTiles<T>&);
+  void (*backward_tiles)(const DecodeProblem<T>&, const DecodeGrads<T>&, const BackwardTiles<T>&,
+                         const SavedActivations&);
   double (*multiply_add_loop)(int64_t repetitions);  // registers only; returns the floating point operations done
 };
 
@@ -45,7 +60,7 @@ struct MatrixKernels : DecodeKernels<T> {
 
 // The decode with bfloat16 operands; everything else is float. MatrixKernels<float> has the functions that both share.
 struct Bf16Kernels : DecodeKernels<float> {
-  void (*forward_tiles_bf16_map)(const DecodeProblem<float>&, char* packed, int64_t begin, int64_t end, char* scratch);
+  ForwardTiles<float> forward_tiles_bf16_map;
 };
 
 struct Kernels {

@@ -17,7 +17,6 @@ template <class T>
 struct Corners {
   int64_t row[2], col[2];
   T rel_row[2], rel_col[2], area_weight[4];
-  bool exists;  // NaN coordinates have no latent: as in grid_sample, its features and its center are 0
 };
 
 template <class T>
@@ -34,10 +33,12 @@ Corners<T> find_corners(const GatherProblem<T>& p, int64_t at) {
     found.rel_col[side] = col.rel;
   }
   const T row = p.coord[2 * at], col = p.coord[2 * at + 1];
-  found.exists = row == row && col == col;
-  if (!found.exists) {
-    std::fill_n(found.rel_row, 2, row * static_cast<T>(p.height));
-    std::fill_n(found.rel_col, 2, col * static_cast<T>(p.width));
+  if (row != row || col != col) {  // NaN has no latent: as in grid_sample, its features and its center are 0
+    for (int side = 0; side < sides; ++side) {
+      found.row[side] = found.col[side] = -2;  // the 3x3 around it are outside of the map too
+      found.rel_row[side] = row * static_cast<T>(p.height);
+      found.rel_col[side] = col * static_cast<T>(p.width);
+    }
   }
   if (sides == 2) {
     area_weights(found.rel_row, found.rel_col, found.area_weight);
@@ -47,46 +48,82 @@ Corners<T> find_corners(const GatherProblem<T>& p, int64_t at) {
   return found;
 }
 
-// Calls f(source row, first source column, first neighbor of the 3x3's row, count) for every row of the neighborhood,
-// cut to the map.
-template <class F>
-void for_neighbor_rows(int64_t row, int64_t col, int64_t height, int64_t width, const F& f) {
-  const int64_t first = col > 0 ? col - 1 : 0, last = col + 1 < width ? col + 1 : width - 1;
-  for (int64_t ky = 0; ky < 3; ++ky) {
-    const int64_t source = row + ky - 1;
-    if (source >= 0 && source < height) f(source, first, ky * 3 + (first - (col - 1)), last - first + 1);
+// A feature map in memory: the value of channel c at pixel i is data[i * pixel + c * channel].
+template <class E>
+struct Map {
+  E* data;
+  int64_t pixel, channel;
+};
+
+// A latent's channels: channel c is at data[c * step].
+template <class E>
+struct Latent {
+  E* data;
+  int64_t step;
+};
+
+// The latents that a corner reads: its own, or the 3x3 around it. `outside` stands for those outside of the map.
+template <int kNeighbors, class E>
+void find_latents(const Map<E>& map, int64_t row, int64_t col, int64_t height, int64_t width, E* outside,
+                  Latent<E> (&found)[kNeighbors]) {
+  for (int k = 0; k < kNeighbors; ++k) {
+    const int64_t y = kNeighbors == 1 ? row : row + k / 3 - 1, x = kNeighbors == 1 ? col : col + k % 3 - 1;
+    const bool inside = y >= 0 && y < height && x >= 0 && x < width;
+    found[k] = inside ? Latent<E>{map.data + (y * width + x) * map.pixel, map.channel} : Latent<E>{outside, 0};
   }
 }
 
+// to[c, r] = from[r, c], in blocks that stay in the cache.
+template <class E>
+void transpose(const E* from, int64_t from_stride, int64_t rows, int64_t cols, int64_t to_stride, E* to) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t row = 0; row < rows; row += kBlock)
+    for (int64_t col = 0; col < cols; col += kBlock)
+      for (int64_t c = col; c < std::min(col + kBlock, cols); ++c)
+        for (int64_t r = row; r < std::min(row + kBlock, rows); ++r) to[c * to_stride + r] = from[r * from_stride + c];
+}
+
+// Whether a copy of the map with the channels of a pixel side by side pays: its latents are read often enough.
+template <class T>
+bool copies_map(const GatherProblem<T>& p) {
+  return 2 * p.queries * p.corners >= p.height * p.width;
+}
+
 constexpr int64_t kGrain = 64;         // fewest queries of a shard
-constexpr int64_t kChannelBlock = 16;  // channels whose gradient one shard owns
+constexpr int64_t kChannelBlock = 16;  // channels of a shard of feat's gradient are a multiple
 
 int64_t shards_for(int64_t count) { return std::max<int64_t>(1, std::min(thread_count(), count / kGrain)); }
 
-}  // namespace
-
-template <class T, class E>
-void gather_forward(const GatherProblem<T>& p, const E* feat, E* x, T* area_weight) {
-  const int64_t count = p.batch * p.queries, features = p.features(), depth = p.depth();
+template <int kNeighbors, class T, class E>
+void gather_rows(const GatherProblem<T>& p, const E* feat, E* x, T* area_weight) {
+  const int64_t count = p.batch * p.queries, features = p.features(), depth = p.depth(), pixels = p.height * p.width;
+  Map<const E> map{feat, 1, pixels};
+  const ThreadBuffers copy(1, copies_map(p) ? static_cast<size_t>(p.batch * pixels * p.channels) * sizeof(E) : 0);
+  if (copies_map(p)) {
+    E* const data = reinterpret_cast<E*>(copy[0]);
+    const int64_t strips = p.batch * p.height;
+    parallel_shards(strips, std::min(thread_count(), strips), [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t strip = begin; strip < end; ++strip)
+        transpose(feat + strip / p.height * p.channels * pixels + strip % p.height * p.width, pixels, p.channels,
+                  p.width, p.channels, data + strip * p.width * p.channels);
+    });
+    map = {data, p.channels, 1};
+  }
+  const E zero(0);
   parallel_shards(count, shards_for(count), [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const Corners<T> found = find_corners(p, at);
-      const E* entry = feat + at / p.queries * p.channels * p.height * p.width;
+      const Map<const E> entry{map.data + at / p.queries * p.channels * pixels, map.pixel, map.channel};
       for (int corner = 0; corner < p.corners; ++corner) {
-        const int64_t row = found.row[corner >> 1], col = found.col[corner & 1];
+        Latent<const E> latents[kNeighbors];
+        find_latents(entry, found.row[corner >> 1], found.col[corner & 1], p.height, p.width, &zero, latents);
         E* out = x + (at * p.corners + corner) * depth;
-        if (p.feat_unfold || !found.exists) std::fill(out, out + features, E(0));
-        if (p.feat_unfold && found.exists) {
-          for (int64_t channel = 0; channel < p.channels; ++channel) {
-            const E* plane = entry + channel * p.height * p.width;
-            for_neighbor_rows(row, col, p.height, p.width, [&](int64_t source, int64_t first, int64_t k, int64_t n) {
-              std::copy_n(plane + source * p.width + first, n, out + channel * 9 + k);
-            });
-          }
-        } else if (found.exists) {
+        if (kNeighbors == 1 && latents[0].step == 1)
+          std::copy_n(latents[0].data, p.channels, out);
+        else
           for (int64_t channel = 0; channel < p.channels; ++channel)
-            out[channel] = entry[(channel * p.height + row) * p.width + col];
-        }
+            for (int k = 0; k < kNeighbors; ++k)
+              out[channel * kNeighbors + k] = latents[k].data[channel * latents[k].step];
         out[features] = static_cast<E>(found.rel_row[corner >> 1]);
         out[features + 1] = static_cast<E>(found.rel_col[corner & 1]);
         if (p.cell) {
@@ -97,6 +134,52 @@ void gather_forward(const GatherProblem<T>& p, const E* feat, E* x, T* area_weig
       }
     }
   });
+}
+
+// A range of channels of a batch entry belongs to one thread, which walks the queries in order. That needs no atomics,
+// and the result does not depend on the threads.
+template <int kNeighbors, class T>
+void scatter_rows(const GatherProblem<T>& p, const T* grad_x, T* grad_feat) {
+  const int64_t depth = p.depth(), pixels = p.height * p.width;
+  const int64_t wanted = std::max<int64_t>(1, p.channels * p.batch / thread_count());
+  const int64_t part = std::min(p.channels, (wanted + kChannelBlock - 1) / kChannelBlock * kChannelBlock);
+  const int64_t parts = (p.channels + part - 1) / part;
+  torch::stable::parallel_for(0, p.batch * parts, 1, [&](int64_t begin, int64_t end) {
+    const size_t bytes = static_cast<size_t>(pixels * part) * sizeof(T);
+    const ThreadBuffers sums(1, copies_map(p) ? bytes : 0);
+    T outside(0);
+    for (int64_t shard = begin; shard < end; ++shard) {
+      const int64_t batch = shard / parts, first = shard % parts * part, count = std::min(part, p.channels - first);
+      T* const grad = grad_feat + (batch * p.channels + first) * pixels;
+      Map<T> map{grad, 1, pixels};
+      if (copies_map(p)) {
+        map = {reinterpret_cast<T*>(sums[0]), part, 1};
+        std::memset(map.data, 0, bytes);
+      }
+      for (int64_t at = batch * p.queries; at < (batch + 1) * p.queries; ++at) {
+        const Corners<T> found = find_corners(p, at);
+        for (int corner = 0; corner < p.corners; ++corner) {
+          Latent<T> latents[kNeighbors];
+          find_latents(map, found.row[corner >> 1], found.col[corner & 1], p.height, p.width, &outside, latents);
+          const T* const row = grad_x + (at * p.corners + corner) * depth + first * kNeighbors;
+          if (kNeighbors == 1 && latents[0].step == 1)
+            for (int64_t channel = 0; channel < count; ++channel) latents[0].data[channel] += row[channel];
+          else
+            for (int64_t channel = 0; channel < count; ++channel)
+              for (int k = 0; k < kNeighbors; ++k)
+                latents[k].data[channel * latents[k].step] += row[channel * kNeighbors + k];
+        }
+      }
+      if (copies_map(p)) transpose(map.data, part, pixels, count, pixels, grad);
+    }
+  });
+}
+
+}  // namespace
+
+template <class T, class E>
+void gather_forward(const GatherProblem<T>& p, const E* feat, E* x, T* area_weight) {
+  p.feat_unfold ? gather_rows<9>(p, feat, x, area_weight) : gather_rows<1>(p, feat, x, area_weight);
 }
 
 using torch::headeronly::BFloat16;
@@ -134,35 +217,7 @@ void gather_backward(const GatherProblem<T>& p, const GatherGrads<T>& grads) {
       }
     }
   });
-
-  // A block of channels belongs to one thread, which walks the queries in order. That needs no atomics, and the result
-  // does not depend on the threads.
-  const int64_t blocks = (p.channels + kChannelBlock - 1) / kChannelBlock, shards = p.batch * blocks;
-  torch::stable::parallel_for(0, shards, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t shard = begin; shard < end; ++shard) {
-      const int64_t batch = shard / blocks, first = shard % blocks * kChannelBlock;
-      const int64_t last = std::min(first + kChannelBlock, p.channels);
-      T* entry = grads.feat + batch * p.channels * p.height * p.width;
-      for (int64_t q = 0; q < p.queries; ++q) {
-        const int64_t at = batch * p.queries + q;
-        const Corners<T> found = find_corners(p, at);
-        if (!found.exists) continue;
-        for (int corner = 0; corner < p.corners; ++corner) {
-          const int64_t row = found.row[corner >> 1], col = found.col[corner & 1];
-          const T* grad = grad_x + (at * p.corners + corner) * depth;
-          for (int64_t channel = first; channel < last; ++channel) {
-            T* plane = entry + channel * p.height * p.width;
-            if (p.feat_unfold)
-              for_neighbor_rows(row, col, p.height, p.width, [&](int64_t source, int64_t column, int64_t k, int64_t n) {
-                for (int64_t i = 0; i < n; ++i) plane[source * p.width + column + i] += grad[channel * 9 + k + i];
-              });
-            else
-              plane[row * p.width + col] += grad[channel];
-          }
-        }
-      }
-    }
-  });
+  p.feat_unfold ? scatter_rows<9>(p, grad_x, grads.feat) : scatter_rows<1>(p, grad_x, grads.feat);
 }
 template void gather_backward(const GatherProblem<double>&, const GatherGrads<double>&);
 template void gather_backward(const GatherProblem<float>&, const GatherGrads<float>&);

@@ -36,7 +36,8 @@ const Bf16Kernels& avx512_bf16_kernels() {
   using Op = Bf16Op;
   static const Bf16Kernels table{
       {packed_bytes<Op>, pack<Op>, layout_bytes<ForwardScratch<Op>, DecodeProblem<float>>, forward_tiles<Op, float>,
-       layout_bytes<BackwardScratch<Op>, DecodeProblem<float>>, backward_tiles<Op, float>, bf16_multiply_add_loop},
+       layout_bytes<SavedTile<Op>, DecodeProblem<float>>, layout_bytes<BackwardScratch<Op>, DecodeProblem<float>>,
+       backward_tiles<Op, float>, bf16_multiply_add_loop},
       forward_tiles<Op, Bf16>};
   return table;
 }

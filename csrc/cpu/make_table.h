@@ -36,7 +36,8 @@ constexpr MatrixKernels<T> make_table() {
   using Op = FloatOp<T>;
   return {
       {packed_bytes<Op>, pack<Op>, layout_bytes<ForwardScratch<Op>, DecodeProblem<T>>, forward_tiles<Op, T>,
-       layout_bytes<BackwardScratch<Op>, DecodeProblem<T>>, backward_tiles<Op, T>, multiply_add_loop<T>},
+       layout_bytes<SavedTile<Op>, DecodeProblem<T>>, layout_bytes<BackwardScratch<Op>, DecodeProblem<T>>,
+       backward_tiles<Op, T>, multiply_add_loop<T>},
       kTileRows,
       layout_bytes<Sums<T>, DecodeProblem<T>>,
       scatter_rows<T>,

@@ -113,6 +113,19 @@ struct Geometry {
   }
 };
 
+// What the forward saves of a tile: activations after ReLU of all hidden layers, but not of the first layer, which
+// costs less to compute again than to read.
+template <class Op>
+struct SavedTile {
+  typename Op::Value* rows[kMaxLayers];  // [kTileRows, stride] each; rows[0] is not saved
+  typename Op::Acc* last_rows;           // of the last hidden layer
+  SavedTile(const DecodeProblem<typename Op::Acc>& p, Arena& arena) {
+    const int64_t count = kTileRows * row_stride(p);
+    for (int layer = 1; layer < hidden_layers(p); ++layer) rows[layer] = arena.take<typename Op::Value>(count);
+    last_rows = hidden_layers(p) > 0 ? arena.take<typename Op::Acc>(count) : nullptr;
+  }
+};
+
 // The queries of a tile.
 struct TileSpan {
   int64_t batch, first, count;

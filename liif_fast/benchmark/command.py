@@ -1,31 +1,35 @@
 """`liif-fast bench`: the speed of liif_fast on this machine compared with the original formulation, in two minutes.
 
 The original formulation runs in plain PyTorch, in float32 and under autocast, with the public code's chunks of 30,000
-queries. The methods of a row take turns, and ratios are taken between samples of the same round.
+queries. The methods of a row take turns, and ratios are taken between samples of the same round. A method whose first
+run shows that a second one would take too long is left out.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 import liif_fast
-from liif_fast.benchmark import runs
+from liif_fast.benchmark import runs, timing
 from liif_fast.benchmark.cuda_timing import CudaClock
 from liif_fast.benchmark.problem import random_problem
 from liif_fast.benchmark.runs import Run
-from liif_fast.benchmark.timing import Candidate, Clock, CpuClock, failure, in_words, interleave, pair_ratios, summary
 from liif_fast.models import checkpoints
 from liif_fast.ops import backends
 from liif_fast.utils import hardware, tables
 from liif_fast.utils.files import write_atomically
 
 SECONDS = 120.0
+_GRACE_S = 10.0  # added to twice the duration, so that a short one does not leave every method out
+_TOO_SLOW = "too slow"
 _ROUNDS = {"cpu": 9, "cuda": 50}
 _16_BITS = {"cpu": "bfloat16", "cuda": "float16"}
 _DECODE = {"cpu": ((64, 64), (256, 256)), "cuda": ((256, 256), (1024, 1024))}
@@ -55,10 +59,14 @@ Table = dict[str, dict[Method, Cell]]
 
 def main(device: torch.device, *, seconds: float = SECONDS, json_file: Path | None = None) -> int:
     """Measure for about `seconds`, print the table and write it to `json_file`; 1 where no method ran."""
-    clock: Clock = CpuClock() if device.type == "cpu" else CudaClock()
-    table = measure(make_rows(device), clock, seconds)
+    clock: timing.Clock = timing.CpuClock() if device.type == "cpu" else CudaClock()
+    form, hidden = "{desc} [{elapsed}]", not sys.stderr.isatty()
+    with tqdm(desc="preparing", bar_format=form, leave=False, disable=hidden) as bar:
+        table = measure(make_rows(device), clock, seconds, bar.set_description_str)
     print("\n".join(header(device)))
     print(render(table), end="")
+    if any(cell.reason == _TOO_SLOW for cells in table.values() for cell in cells.values()):
+        print(f"{_TOO_SLOW}: left out, because --seconds {seconds:g} are too few for it")
     if json_file is not None:
         write_atomically(json_file, (json.dumps(as_json(table, device), indent=1) + "\n").encode())
     return 0 if any(cell.seconds for cells in table.values() for cell in cells.values()) else 1
@@ -78,7 +86,7 @@ def make_rows(device: torch.device) -> list[BenchRow]:
         BenchRow(f"decoder's training step, {maps} maps", {}),
         BenchRow(f"photo {photo.shape[2]}x{photo.shape[1]} by 4, with encoder", {}),
     ]
-    dtypes = ("float32", _16_BITS[kind])
+    dtypes = ["float32"] if _emulates_16_bits(device) else ["float32", _16_BITS[kind]]
     for dtype in dtypes:
         rows[0].runs["original", dtype] = runs.original_decode(decode, dtype)
         rows[1].runs["original", dtype] = runs.original_training(train, dtype)
@@ -90,36 +98,55 @@ def make_rows(device: torch.device) -> list[BenchRow]:
     return rows
 
 
-def measure(rows: Sequence[BenchRow], clock: Clock, seconds: float) -> Table:
-    """The cells of every row; the rows share the time, and each gets at least one round."""
+def measure(
+    rows: Sequence[BenchRow], clock: timing.Clock, seconds: float, progress: Callable[[str], None] = lambda _: None
+) -> Table:
+    """The cells of every row. The rows share the time; each has a round of all methods that 2 * seconds + 10 s allow.
+
+    progress: called with a line of text before every step.
+    """
     table = {}
-    end = perf_counter() + seconds
+    begin = perf_counter()
     for place, row in enumerate(rows):
         now = perf_counter()
-        table[row.name] = _measure_row(row, clock, now + (end - now) / (len(rows) - place))
+        ends = (begin + seconds, begin + 2 * seconds + _GRACE_S)
+        deadline, last = (now + (end - now) / (len(rows) - place) for end in ends)
+        table[row.name] = _measure_row(row, clock, deadline, last, progress)
     return table
 
 
-def _measure_row(row: BenchRow, clock: Clock, deadline: float) -> dict[Method, Cell]:
-    candidates = {key: Candidate(" ".join(key), run) for key, run in row.runs.items()}
+def _measure_row(
+    row: BenchRow, clock: timing.Clock, deadline: float, last: float, progress: Callable[[str], None]
+) -> dict[Method, Cell]:
+    """No round but the first starts after `deadline`; methods without time for a round before `last` are left out."""
+    candidates = {key: timing.Candidate(" ".join(key), run) for key, run in row.runs.items()}
     peaks = {}
-    for key, candidate in candidates.items():
+    for key in sorted(candidates, key=lambda method: (method[0], method[1] != "float32")):  # liif_fast first
+        candidate = candidates[key]
+        progress(f"{row.name}: {', '.join(key)}")
+        begin = perf_counter()
+        sampling = sum(max(each.seconds, 2 * timing.MIN_SAMPLE_S) for each in candidates.values() if not each.error)
         try:
-            candidate.run()  # the first run also allocates buffers that later runs reuse; they are not part of the peak
-            peaks[key] = clock.peak(candidate.run)
+            with timing.LimitedTime((last - begin - sampling) / 2) as limit:
+                peaks[key] = clock.peak(candidate.run)
+                limit.check()
+            candidate.seconds = perf_counter() - begin
+            if candidate.seconds < timing.LONG_S:  # the first run also allocates buffers that later runs reuse
+                peaks[key] = clock.peak(candidate.run)
             clock.warm_up(candidate)
         except (RuntimeError, MemoryError) as error:
-            candidate.error = failure(error)
+            candidate.error = _TOO_SLOW if isinstance(error, timing.TooSlow) else timing.failure(error)
     rounds = _ROUNDS.get(clock.device.type, _ROUNDS["cuda"])
-    interleave(clock, list(candidates.values()), rounds, deadline=deadline)
+    progress(f"{row.name}: rounds")
+    timing.interleave(clock, list(candidates.values()), rounds, deadline=deadline)
     original = candidates.get(("original", "float32"))
     cells = {}
     for key, candidate in candidates.items():
         if candidate.error:
             cells[key] = Cell(None, None, None, candidate.error)
             continue
-        ratios = pair_ratios(original.samples, candidate.samples) if original and not original.error else {}
-        cells[key] = Cell(summary(candidate.samples), summary(ratios) if ratios else None, peaks[key])
+        ratios = timing.pair_ratios(original.samples, candidate.samples) if original and not original.error else {}
+        cells[key] = Cell(timing.summary(candidate.samples), timing.summary(ratios) if ratios else None, peaks[key])
     return cells
 
 
@@ -132,8 +159,13 @@ def header(device: torch.device) -> list[str]:
         f"liif_fast {liif_fast.__version__}, backend {backend}; torch {torch.__version__}; {where}{threads}",
         "original: the public code's formulation in plain PyTorch, chunks of 30,000 queries; 16 bits by autocast",
         "each cell: median time, speedup against the original in float32, peak memory in addition to the inputs",
+        *(["bfloat16 is left out: this processor would emulate it slowly"] if _emulates_16_bits(device) else []),
         "",
     ]
+
+
+def _emulates_16_bits(device: torch.device) -> bool:
+    return hardware.emulates(device, runs.DTYPES[_16_BITS["cpu"]])
 
 
 def render(table: Table) -> str:
@@ -158,4 +190,4 @@ def _text(cell: Cell) -> str:
         return cell.reason
     ratio = f" {cell.speedup['median']:5.2f}x" if cell.speedup else ""
     memory = f" {cell.peak_bytes / 1e6:5.0f} MB" if cell.peak_bytes is not None else ""
-    return in_words(cell.seconds["median"]) + ratio + memory
+    return timing.in_words(cell.seconds["median"]) + ratio + memory

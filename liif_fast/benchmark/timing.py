@@ -16,9 +16,11 @@ from time import perf_counter
 from typing import Any, Protocol
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils.benchmark import Timer
 
 MIN_SAMPLE_S = 0.05  # shorter runs are repeated within one sample
+LONG_S = 0.5  # runs that are known to be longer are timed without an untimed run before
 
 
 @dataclass
@@ -26,7 +28,8 @@ class Candidate:
     """One of several ways to do the same work, ready to be timed.
 
     run: the function that is timed; a clock's `warm_up` may replace it by a captured graph (`captured`).
-    calls: runs within one sample. samples: seconds per run, by round. warm_l2: the same with a warm L2 (GPU only).
+    calls: runs within one sample. seconds: of one run, if known.
+    samples: seconds per run, by round. warm_l2: the same with a warm L2 (GPU only).
     every_n_rounds: sampled once every n rounds.
     error: why the candidate was dropped; '' while it runs.
     """
@@ -34,6 +37,7 @@ class Candidate:
     name: str
     run: Callable[[], Any]
     calls: int = 1
+    seconds: float = 0.0
     every_n_rounds: int = 1
     captured: bool = False
     samples: dict[int, float] = field(default_factory=dict)
@@ -50,6 +54,28 @@ class PeakRate:
     candidate: Candidate
     samples_per_round: int = 3
     rates: dict[int, float] = field(default_factory=dict)
+
+
+class TooSlow(RuntimeError):
+    """A run that was given up because it takes longer than it may."""
+
+
+class LimitedTime(TorchFunctionMode):
+    """Raises TooSlow in a block that takes longer than `seconds`: at its next op of PyTorch on a tensor, or `check`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._end = perf_counter() + seconds
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(each, torch.Tensor) for each in args):  # not in what ends no_grad or autocast
+            self.check()
+        return func(*args, **(kwargs or {}))
+
+    def check(self) -> None:
+        """Raise TooSlow if the time is over."""
+        if perf_counter() > self._end:
+            raise TooSlow("too slow")
 
 
 class Clock(Protocol):
@@ -83,6 +109,9 @@ class CpuClock:
         """Nothing to do: every sample starts with an untimed run."""
 
     def sample(self, candidate: Candidate, turn: int) -> None:
+        if candidate.seconds > LONG_S:
+            candidate.samples[turn] = self.once(candidate.run)
+            return
         timer = Timer("run()", globals={"run": candidate.run}, num_threads=torch.get_num_threads())
         measured = timer.blocked_autorange(min_run_time=MIN_SAMPLE_S)
         candidate.samples[turn], candidate.calls = measured.median, measured.number_per_run

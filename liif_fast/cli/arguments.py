@@ -4,14 +4,40 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 
-def whole_number(text: str) -> int:
-    """Type of an option whose value is a whole number from 1, such as --threads."""
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
+def whole_number(text: str, most: int | None = None) -> int:
+    """Type of an option whose value is a whole number from 1, such as --memory; most: the largest one."""
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= (most or int(text))):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1{f' to {most}' if most else ''}")
     return int(text)
+
+
+def threads(text: str) -> int:
+    """Type of --threads. The system refuses to start far more threads than it has cores."""
+    return whole_number(text, max(1024, os.cpu_count() or 1))
+
+
+def path(text: str) -> Path:
+    """Type of an option that names a file or folder. An empty text would name the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty, so give a file or folder ('.' is the current folder)")
+    return Path(text)
+
+
+def add_imports(parser: argparse.ArgumentParser) -> None:
+    """Add --imports, whose values `liif_fast.training.config.import_code` takes."""
+    parser.add_argument(
+        "--imports",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python file (or module) that registers models and encoders of your own, as `imports` in a configuration "
+        "(repeatable)",
+    )
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

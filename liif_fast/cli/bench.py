@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--threads", type=whole_number, help="processor threads (default: as many as cores)")
-    duration = "duration; at least one round is measured (default: %(default)g)"
+    duration = "duration (default: %(default)g); methods that need more than twice as long are left out"
     parser.add_argument("--seconds", type=_seconds, default=120.0, help=duration)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to a file")
     parser.set_defaults(run=run)

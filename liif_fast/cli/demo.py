@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from liif_fast.cli.messages import EXPECTED_ERRORS, show_log
+from liif_fast.cli.messages import EXPECTED_ERRORS, escape_for_terminal, show_log
 from liif_fast.images import files
 from liif_fast.images.picture import from_pil, to_pil
 from liif_fast.images.sheet import side_by_side
@@ -27,13 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="a file, or a name that `liif-fast models` lists (default: the best of these)")
     parser.add_argument("--fetch", action="store_true", help="fetch the published model first, if that is possible")
     options = parser.parse_args(arguments)
+    escape_for_terminal()
     if options.fetch:
         _try_to_fetch()
     options.output.mkdir(parents=True, exist_ok=True)
     photo = to_pil(files.read(PHOTO))
     with show_log():
         model = checkpoints.load(options.model)
-    print(f"{PHOTO.name}, {photo.height}x{photo.width} pixels:")
+    print(f"{PHOTO.name}, {photo.width}x{photo.height} pixels:")
     for scale in SCALES:
         start = time.perf_counter()
         result = upscale(photo, scale=scale, model=model)
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bicubic = photo.resize(result.size, Image.Resampling.BICUBIC)
         comparison = side_by_side([(f"bicubic x{scale}", bicubic), (f"LIIF x{scale}", result)])
         files.write(from_pil(comparison), comparison_file)
-        print(f"  x{scale}: {result.height}x{result.width} pixels in {seconds:.2f} s: {enlarged} and {comparison_file}")
+        print(f"  x{scale}: {result.width}x{result.height} pixels in {seconds:.2f} s: {enlarged} and {comparison_file}")
     return 0
 
 

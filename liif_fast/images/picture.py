@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,20 +17,41 @@ class ImageError(ValueError):
 
 
 @dataclass
+class Description:
+    """Texts and numbers that a file has besides its pixels.
+
+    Attributes:
+        icc_profile: the profile of the color samples.
+        exif: tags in TIFF layout; the orientation, if there is one, is 1.
+        xmp: the XMP packet.
+        photoshop: Photoshop's image resources ("8BIM"...), which hold the IPTC texts.
+        comment: a JPEG's comment.
+        png_chunks: whole chunks of a PNG: texts, gamma, primaries.
+        density: pixels per millimeter, (horizontal, vertical).
+    """
+
+    icc_profile: bytes | None = None
+    exif: bytes | None = None
+    xmp: bytes | None = None
+    photoshop: bytes | None = None
+    comment: bytes | None = None
+    png_chunks: bytes = b""
+    density: tuple[float, float] | None = None
+
+
+@dataclass
 class Picture:
     """A decoded picture.
 
     Attributes:
         color: [H, W, 1] (gray) or [H, W, 3] (RGB); uint8, uint16, or float32 in [0, 1].
         alpha: [H, W] of the same dtype, not premultiplied, or None.
-        icc_profile: the profile of the color samples.
-        exif: descriptive tags in TIFF layout, without an orientation.
+        description: color profile, EXIF, texts, density.
     """
 
     color: np.ndarray
     alpha: np.ndarray | None = None
-    icc_profile: bytes | None = None
-    exif: bytes | None = None
+    description: Description = field(default_factory=Description)
 
     @property
     def height(self) -> int:
@@ -46,6 +67,16 @@ class Picture:
         return int(self.color.shape[2]) + (self.alpha is not None)
 
     @property
+    def has_alpha(self) -> bool:
+        """Whether there is an alpha channel."""
+        return self.alpha is not None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the samples."""
+        return self.color.dtype
+
+    @property
     def bit_depth(self) -> int:
         """8, 16 or 32."""
         return self.color.dtype.itemsize * 8
@@ -57,15 +88,19 @@ class Picture:
 
     def samples(self) -> np.ndarray:
         """[H, W, channels], alpha last."""
-        return self.color if self.alpha is None else np.concatenate([self.color, self.alpha[..., None]], -1)
+        return self.read(0, self.height)
+
+    def read(self, top: int, bottom: int) -> np.ndarray:
+        """Rows top..bottom - 1 as [bottom - top, W, channels], alpha last; a picture is `Rows` too."""
+        rows = slice(top, bottom)
+        return self.color[rows] if self.alpha is None else np.dstack([self.color[rows], self.alpha[rows]])
 
     @classmethod
-    def from_samples(cls, samples: np.ndarray, has_alpha: bool, icc_profile: bytes | None = None) -> Picture:
-        """Split [H, W, channels] into color and alpha; keep the profile only if it is one for gray or RGB as needed."""
+    def from_samples(cls, samples: np.ndarray, has_alpha: bool, description: Description | None = None) -> Picture:
+        """Split [H, W, channels] into color and alpha."""
         alpha = np.ascontiguousarray(samples[..., -1]) if has_alpha else None
         color = np.ascontiguousarray(samples[..., :-1] if has_alpha else samples)
-        space = b"GRAY" if color.shape[2] == 1 else b"RGB "
-        return cls(color, alpha, icc_profile if icc_profile and icc_profile[16:20] == space else None)
+        return cls(color, alpha, description or Description())
 
 
 def to_picture(image: Any) -> Picture:
@@ -99,7 +134,7 @@ def to_input_type(picture: Picture, image: Any) -> Any:
         result = to_pil(picture)
         # Transparency has become an alpha channel.
         result.info = {key: value for key, value in image.info.items() if key != "transparency"}
-        if picture.icc_profile is None:
+        if picture.description.icc_profile is None:
             result.info.pop("icc_profile", None)
         return result
     samples = picture.samples()
@@ -130,7 +165,9 @@ def from_pil(image: Image.Image) -> Picture:
         samples = np.asarray(image)
     if samples.ndim == 2:
         samples = samples[..., None]
-    return Picture.from_samples(samples, samples.shape[2] in (2, 4), profile)
+    has_alpha = samples.shape[2] in (2, 4)
+    fitting = fitting_profile(profile, samples.shape[2] - has_alpha)
+    return Picture.from_samples(samples, has_alpha, Description(icc_profile=fitting))
 
 
 def to_pil(picture: Picture) -> Image.Image:
@@ -172,6 +209,11 @@ def unit_range(samples: np.ndarray) -> np.ndarray:
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # also true for NaN
         raise ImageError(f"A float image must hold numbers in [0, 1], but holds {low:g}..{high:g}: rescale it first.")
     return np.clip(samples, 0, 1, dtype=np.float32, casting="same_kind")
+
+
+def fitting_profile(profile: bytes | None, colors: int) -> bytes | None:
+    """The profile if it is one for so many color channels, 1 (gray) or 3 (RGB), else None."""
+    return profile if profile and profile[16:20] == (b"GRAY" if colors == 1 else b"RGB ") else None
 
 
 def largest(dtype: np.dtype) -> float:

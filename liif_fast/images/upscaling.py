@@ -247,7 +247,7 @@ def _job(whole: Any, size: tuple[int, int], n_colors: int, values: Values) -> tu
     if isinstance(whole, Picture):
         color = np.empty((*size, whole.color.shape[2]), whole.color.dtype)
         alpha = None if whole.alpha is None else np.empty(size, whole.alpha.dtype)
-        result = Picture(color, alpha, whole.icc_profile, whole.exif)
+        result = Picture(color, alpha, whole.description)
         rows = ArrayRows(whole.color, whole.alpha, color.dtype)
     else:
         kind = whole.dtype.kind

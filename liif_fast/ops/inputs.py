@@ -85,11 +85,14 @@ class DecodeInputs(NamedTuple):
         return [self.latent_map.shape[-1], *(weight.shape[0] for weight in self.weights)]
 
     @property
+    def entry_queries(self) -> int:
+        """Queries of one batch entry."""
+        return self.grid[4] * self.grid[5] if self.coord is None else self.coord.shape[1]
+
+    @property
     def queries(self) -> int:
         """Of the whole batch."""
-        if self.coord is None:
-            return self.latent_map.shape[0] * self.grid[4] * self.grid[5]
-        return self.coord.shape[0] * self.coord.shape[1]
+        return self.latent_map.shape[0] * self.entry_queries
 
     @property
     def rows(self) -> int:
@@ -114,6 +117,10 @@ class DecodeInputs(NamedTuple):
             weights=[weight.to(dtype).contiguous() for weight in self.weights],
             biases=[bias.to(dtype).contiguous() for bias in self.biases],
         )
+
+    def empty_saved(self, size: int) -> Tensor:
+        """Memory for what the forward saves for the backward: a tensor of `size` bytes."""
+        return self.latent_map.new_empty(size, dtype=torch.uint8)
 
     def differentiable(self, coord_grad: bool) -> list[Tensor]:
         """The tensors that `decode_backward` returns a gradient for, in its order."""

@@ -145,8 +145,8 @@ def query(
         biases: imnet's biases, [out] each.
         local_ensemble, feat_unfold, cell_decode: the paper's switches.
         latent_map: `fold(feat, weights[0])` if precomputed, [B, H, W, K].
-        recompute: whether the backward computes activations again instead of keeping them: less memory, more time. The
-            cpu backend always does.
+        recompute: whether the backward computes activations again instead of keeping them: less memory, more time.
+            The cpu backend keeps at most 1 GiB, or an eighth of the machine's memory, and computes the rest again.
         backend: a name of `backends.BACKENDS`; None lets the table choose.
 
     Returns:
@@ -206,8 +206,8 @@ def render(
             must hold every latent that the window reaches, and one more on each side with feat_unfold. None: all of it.
         local_ensemble, feat_unfold, cell_decode: the paper's switches.
         latent_map: `fold(feat, weights[0])` if precomputed, [B, H, W, K].
-        recompute: whether the backward computes activations again instead of keeping them: less memory, more time. The
-            cpu backend always does.
+        recompute: whether the backward computes activations again instead of keeping them: less memory, more time.
+            The cpu backend keeps at most 1 GiB, or an eighth of the machine's memory, and computes the rest again.
         backend: a name of `backends.BACKENDS`; None lets the table choose.
 
     Returns:

@@ -142,11 +142,6 @@ _INPUTS = _arguments(DecodeInputs)
 _FIELDS = len(DecodeInputs._fields)
 
 
-def _empty_saved(inputs: DecodeInputs, save: bool, coord_grad: bool, backend: str) -> Tensor:
-    size = implementation(backend).saved_bytes(inputs, coord_grad) if save else 0
-    return inputs.latent_map.new_empty(size, dtype=torch.uint8)
-
-
 @torch.library.custom_op(
     f"{NAMESPACE}::decode",
     mutates_args=(),
@@ -154,15 +149,14 @@ def _empty_saved(inputs: DecodeInputs, save: bool, coord_grad: bool, backend: st
 )
 def decode(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, (save, coord_grad, backend) = DecodeInputs(*arguments[:_FIELDS]), arguments[_FIELDS:]
-    saved = _empty_saved(inputs, save, coord_grad, backend)
-    return implementation(backend).decode(inputs, saved, coord_grad), saved
+    return implementation(backend).decode(inputs, save, coord_grad)
 
 
 @decode.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    inputs = DecodeInputs(*arguments[:_FIELDS])
+    inputs, (save, coord_grad, backend) = DecodeInputs(*arguments[:_FIELDS]), arguments[_FIELDS:]
     out = inputs.latent_map.new_empty(inputs.out_shape, dtype=geometry_dtype(inputs.latent_map))
-    return out, _empty_saved(inputs, *arguments[_FIELDS:])
+    return out, inputs.empty_saved(implementation(backend).saved_bytes(inputs, coord_grad) if save else 0)
 
 
 @torch.library.custom_op(

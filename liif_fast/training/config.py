@@ -12,6 +12,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -256,7 +257,7 @@ def check(content: Config, kind: str = "train", source: str = "the configuration
         names = content.get("imports") or []
         _check(names, list[_Text], "imports")
         for name in names:
-            _import(name, folder or Path())
+            import_code(name, folder or Path())
         _check(content, KINDS[kind], "")
         if content.get("multi_step_lr") is not None and content.get("cosine_lr") is not None:
             raise ConfigError("cosine_lr and multi_step_lr are both set; leave one of them out")
@@ -292,14 +293,14 @@ def _override(content: Config, text: str) -> None:
     target[last] = _parse(value, f"--set {text}")
 
 
-def _import(name: str, folder: Path) -> None:
-    """Import a module, or a .py file once."""
+def import_code(name: str, folder: Path = Path()) -> None:
+    """Import a module, or once a .py file, whose path starts at `folder`; raises ConfigError for any error in it."""
+    file = (folder / name).resolve()
+    module_name = f"liif_fast_import_{file.stem}_{abs(hash(str(file))):x}"
     try:
         if not name.endswith(".py"):
             importlib.import_module(name)
             return
-        file = (folder / name).resolve()
-        module_name = f"liif_fast_import_{file.stem}_{abs(hash(str(file))):x}"
         if module_name in sys.modules:
             return
         if not file.is_file():
@@ -309,5 +310,10 @@ def _import(name: str, folder: Path) -> None:
         module = importlib.util.module_from_spec(found)
         sys.modules[module_name] = module  # DataLoader workers and pickles look classes up here
         found.loader.exec_module(module)
-    except ImportError as error:
-        raise ConfigError(f"imports names {name!r}, which cannot be imported ({error})") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # the code of users can raise anything
+        sys.modules.pop(module_name, None)
+        lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if each.filename == str(file)]
+        reason = f"{f'line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {error}"
+        raise ConfigError(f"imports names {name!r}, which cannot be imported ({reason})") from None

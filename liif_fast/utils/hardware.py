@@ -21,10 +21,12 @@ def cpu_model() -> str:
 def usable_device(device: torch.device | str) -> torch.device:
     """The device with its index; raises ValueError with PyTorch's reason if it cannot be used on this machine."""
     try:
-        return torch.empty(1, device=torch.device(device)).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        place = torch.ones(1, device=torch.device(device))
+        place.item()  # fails on the device meta, which holds no numbers
+    except Exception as error:  # each device type has its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(f"device {str(device)!r} cannot be used here: {reason}.") from error
+    return place.device
 
 
 def emulates(device: torch.device, dtype: torch.dtype) -> bool:

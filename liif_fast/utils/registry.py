@@ -33,5 +33,8 @@ class Registry(Generic[_Made]):
         """The factory of a name; raises ValueError with all known names if there is none."""
         if not isinstance(name, str) or name not in self._factories:
             known = ", ".join(sorted(self._factories))
-            raise ValueError(f"no {self._kind} is registered as {name!r}: choose one of {known}")
+            raise ValueError(
+                f"no {self._kind} is registered as {name!r}: choose one of {known}, or import the Python file that "
+                "registers it (--imports FILE, `imports` in a configuration)"
+            )
         return self._factories[name]

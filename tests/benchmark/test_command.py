@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,18 @@ import torch
 from liif_fast.benchmark import command, runs
 from liif_fast.benchmark.timing import CpuClock
 from liif_fast.cli import main as cli
+from liif_fast.utils import hardware
 from tests.helpers import norm_error
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of a few milliseconds."""
+    """Rows of a few milliseconds, with 16 bits on every processor."""
+    monkeypatch.setattr(hardware, "emulates", lambda device, dtype: False)
     monkeypatch.setitem(command._DECODE, "cpu", ((6, 5), (17, 13)))
     monkeypatch.setitem(command._TRAIN, "cpu", (1, 60))
     monkeypatch.setitem(command._ROUNDS, "cpu", 2)
+    monkeypatch.setattr(command, "_GRACE_S", 600.0)  # emulated dtypes are slow
     photo = runs.photo(torch.device("cpu"))[:, :12, :10].contiguous()
     monkeypatch.setattr(runs, "photo", lambda device: photo)
 
@@ -70,6 +74,43 @@ def test_every_row_gets_a_round_without_time() -> None:
     rows = [command.BenchRow(name, {("liif_fast", "float32"): lambda: None}) for name in "ab"]
     table = command.measure(rows, CpuClock(), 1e-9)
     assert all(table[name]["liif_fast", "float32"].seconds["rounds"] == 1 for name in "ab")  # type: ignore[index]
+
+
+def test_slow_methods_are_left_out_within_twice_the_time() -> None:
+    def slow() -> None:
+        while True:  # without the limit it would never end
+            time.sleep(0.01)
+            with torch.no_grad():
+                torch.zeros(1) + 1
+
+    def one_slow_call() -> None:
+        time.sleep(0.2)
+
+    methods = {("original", "float32"): slow, ("liif_fast", "bfloat16"): one_slow_call, ("liif_fast", "float32"): int}
+    rows = [command.BenchRow(name, methods) for name in "ab"]
+    steps: list[str] = []
+    begin = time.perf_counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "_GRACE_S", 0.0)
+        table = command.measure(rows, CpuClock(), 0.5, steps.append)
+    assert time.perf_counter() - begin < 2 * 0.5 + 2.0, "with time for a busy machine"
+    for cells in table.values():
+        assert [cell.reason for cell in cells.values()] == ["too slow", "too slow", ""]
+        assert cells["liif_fast", "float32"].seconds is not None
+    assert torch.is_grad_enabled()
+    assert steps[0] == "a: liif_fast, float32" and "b: rounds" in steps
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_emulated_dtypes_are_left_out_with_one_line(
+    small: None, emulated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "emulates", lambda device, dtype: emulated)
+    cpu = torch.device("cpu")
+    assert {dtype for row in command.make_rows(cpu) for _, dtype in row.runs} == (
+        {"float32"} if emulated else {"float32", "bfloat16"}
+    )
+    assert ("bfloat16 is left out: this processor would emulate it slowly" in command.header(cpu)) is emulated
 
 
 @pytest.mark.parametrize(

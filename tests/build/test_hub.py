@@ -62,6 +62,7 @@ def use(load, variant, first=""):
 WHEEL = f"sys.path.insert(0, {str(ROOT)!r}); import liif_fast; run_first = liif_fast.ops.gather"
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("first", ["", WHEEL], ids=["alone", "after-the-wheel"])
 @pytest.mark.parametrize("name", ["torch-cpu", pytest.param("stable", marks=needs_library)])
 def test_a_variant_runs_forward_backward_and_compiled(name, first, hub, tmp_path):

@@ -15,69 +15,37 @@ from PIL import Image
 
 import liif_fast
 from liif_fast.cli import demo, main
-from liif_fast.images import files, png16, upscaling
+from liif_fast.cli import upscale as upscale_command
+from liif_fast.images import files, upscaling, writing
 from liif_fast.images.picture import Picture
 from liif_fast.images.upscaling import upscale
-from liif_fast.models import checkpoints
+from liif_fast.models import make_model, registry
+from liif_fast.training import config
 from liif_fast.utils import memory
-from tests.models import small_models
-
-H, W = 6, 9
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    checkpoints.save(small_models.liif().float(), path)
-    return str(path)
-
-
-@pytest.fixture
-def photo(tmp_path):
-    values = np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)
-    path = tmp_path / "photo.png"
-    Image.fromarray(values).save(path)
-    return path
-
-
-@pytest.fixture
-def run(weights, capsys, monkeypatch):
-    """Runs `liif-fast upscale` on arguments -> (exit code, stdout, stderr)."""
-    threads, largest = torch.get_num_threads(), Image.MAX_IMAGE_PIXELS
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", largest)
-
-    def run(*arguments, model=weights, command="upscale"):
-        chosen = ["--model", model] if command == "upscale" and "--model" not in arguments else []
-        try:
-            code = main.main([command, *map(str, arguments), *chosen])
-        except SystemExit as end:
-            code = end.code
-        finally:
-            torch.set_num_threads(threads)
-        return (code, *capsys.readouterr())
-
-    return run
-
-
-def sentence(error):
-    """stderr, after a check that it is one sentence and no traceback."""
-    assert error.startswith("liif-fast") and error.endswith(".\n"), error
-    assert error.count("\n") == 1 and "Traceback" not in error, error
-    return error
+from tests.cli.conftest import H, W, sentence
 
 
 @pytest.mark.parametrize(
     ("options", "size"),
-    [(["--scale", "2"], (12, 18)), (["--scale", "2x3"], (12, 27)), (["--scale", "3.7"], (22, 33)),
-     (["--scale", "0.5"], (3, 4)), (["--size", "10x7"], (10, 7))],
+    [(["--scale", "2"], (12, 18)), (["--scale", "3x2"], (12, 27)), (["--scale", "3.7"], (22, 33)),
+     (["--scale", "0.5"], (3, 4)), (["--size", "15X10"], (10, 15)), (["--size", "15x"], (10, 15)),
+     (["--size", "15"], (10, 15)), (["--size", "x10"], (10, 15)), (["--size", "1x"], (1, 1))],
 )  # fmt: skip
 def test_one_file(run, photo, weights, tmp_path, options, size):
     out = tmp_path / "out.png"
     code, printed, error = run(photo, "-o", out, *options)
     assert (code, error) == (0, "")
-    assert re.fullmatch(rf"{photo} \(6x9\) -> {out} \({size[0]}x{size[1]}\) in \d+\.\d s\n", printed)
+    assert re.fullmatch(rf"{photo} \(9x6\) -> {out} \({size[1]}x{size[0]}\) in \d+\.\d s\n", printed)
     expected = upscale(np.asarray(Image.open(photo)), size=size, model=weights)
     np.testing.assert_array_equal(np.asarray(Image.open(out)), expected)
+
+
+@pytest.mark.parametrize(("size", "changes"), [("18x11", False), ("18x14", True), ("6x9", True)])
+def test_a_size_that_changes_the_shape_says_so(run, photo, tmp_path, size, changes):
+    code, _, error = run(photo, "-o", tmp_path / "out.png", "--size", size)
+    assert (code, "changes its shape" in error) == (0, changes)
+    width = size.split("x")[0]
+    assert not changes or f"photo.png (9x6) becomes {size}, which changes its shape: --size {width}x keeps it" in error
 
 
 def test_without_a_model_the_shipped_one_is_used(photo, tmp_path):
@@ -106,29 +74,7 @@ def test_depth_alpha_and_orientation_arrive(run, tmp_path):
     assert run(tmp_path / "turned.jpg", "-o", tmp_path / "out.jpg", "--scale", "2")[0] == 0
     with Image.open(tmp_path / "out.jpg") as out:
         assert (out.mode, out.size) == ("L", (2 * H, 2 * W))
-        assert 0x0112 not in out.getexif()
-
-
-def test_folders(run, photo, tmp_path):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    shutil.copy(photo, folder / "b.PNG")
-    Image.open(photo).save(folder / "a.bmp")
-    Image.open(photo).save(folder / ".hidden.png")
-    (folder / "notes.txt").write_text("no image")
-    (folder / "sub.png").mkdir()
-    code, printed, error = run(folder, "-o", tmp_path / "out" / "deep", "--scale", "2")
-    assert (code, error) == (0, "")
-    assert printed.count("\n") == 2
-    assert sorted(os.listdir(tmp_path / "out" / "deep")) == ["a.png", "b.PNG"]
-
-
-def test_a_file_into_a_folder(run, photo, tmp_path):
-    assert run(photo, "-o", f"{tmp_path}/new/", "--scale", "2")[0] == 0
-    assert os.listdir(tmp_path / "new") == ["photo.png"]
-    (tmp_path / "there").mkdir()
-    assert run(photo, "-o", tmp_path / "there", "--scale", "2")[0] == 0
-    assert os.listdir(tmp_path / "there") == ["photo.png"]
+        assert out.getexif().get(0x0112, 1) == 1
 
 
 def test_files_that_cannot_be_read_do_not_stop_the_others(run, photo, tmp_path):
@@ -148,14 +94,14 @@ def test_files_that_cannot_be_read_do_not_stop_the_others(run, photo, tmp_path):
 
 
 NO_SCALE = "is not a positive number such as 3.7, nor two such as 2x3"
-NO_SIZE = "is not rows x columns such as 1080x1920"
+NO_SIZE = "is not WIDTHxHEIGHT such as 1920x1080, 1920x or x1080"
 
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
         *(("scale", v, NO_SCALE) for v in ("0", "-1", "nan", "inf", "two", "", "2x", "2x3x4", "2x0", "1e999")),
-        *(("size", v, NO_SIZE) for v in ("0x5", "5", "-5x5", "5x5x5", "5.5x5", "axb")),
+        *(("size", v, NO_SIZE) for v in ("0x5", "", "x", "-5x5", "5x5x5", "5.5x5", "axb")),
     ],
 )
 def test_scales_and_sizes_that_are_refused(run, photo, tmp_path, option, value, message):
@@ -172,8 +118,20 @@ def test_scales_and_sizes_that_are_refused(run, photo, tmp_path, option, value, 
         (["--scale", "2", "--backend", "abacus"], 2, "invalid choice: 'abacus' (choose from"),
         (["--scale", "2", "--dtype", "int3"], 2, "invalid choice: 'int3' (choose from"),
         (["--scale", "2", "--threads", "0"], 2, "'0' is not a whole number from 1"),
+        (["--scale", "2", "--threads", "9999999999"], 2, "'9999999999' is not a whole number from 1 to"),
+        (["--scale", "2", "-o", ""], 2, "the name is empty, so give a file or folder"),
+        (["--scale", "2", "--suffix", "a/b"], 2, "'a/b' cannot be part of a file's name"),
+        (["--scale", "2", "--suffix", "_x2"], 1, "--suffix is for files in a folder"),
+        (["--scale", "2", "--format", "webp"], 1, "is a PNG by its name, but --format is webp"),
+        (["--scale", "2", "--max-pixels", "53"], 1, "pixels"),
+        (["--scale", "2", "--imports", "nothere.py"], 1, "nothere.py', which does not exist"),
+        (["--ensembel"], 2, "unrecognized arguments: --ensembel; see liif-fast upscale --help"),
+        *(
+            (["--scale", "2", "--device", name], 1, f"device '{name}' cannot be used here: ")
+            for name in ("hpu", "privateuseone", "meta")
+        ),
         (["--scale", "2", "--memory", "lots"], 2, "'lots' is not a whole number from 1"),
-        (["--scale", "2", "--quality", "101"], 1, "The quality is 101, but must be between 1 and 100"),
+        (["--scale", "2", "--quality", "101"], 2, "'101' is not a whole number from 1 to 100"),
         (["--scale", "2", "--device", "abacus"], 1, "device 'abacus' cannot be used here"),
         (["--scale", "2", "--device", "cuda:99"], 1, "device 'cuda:99' cannot be used here"),
         (["--scale", "2", "--model", "nothere.pth"], 1, "nothere.pth does not exist"),
@@ -193,7 +151,7 @@ def test_results_beyond_memory_are_refused(run, photo, tmp_path):
     code, _, error = run(photo, "-o", tmp_path / "out.png", "--scale", "1e6")
     assert code == 1
     assert re.search(
-        r"The 6000000x9000000 result of .*photo\.png needs about 540 TB of memory, but [\d.]+ .B are available: choose",
+        r"6000000x9000000 .* needs? [a-z ]+ \d+ .B of (memory|the disk), but [\d.]+ .B are (available|free)",
         sentence(error),
     )
 
@@ -224,7 +182,7 @@ def test_existing_files_are_replaced_only_on_request(run, photo, tmp_path):
     out.write_bytes(b"precious")
     code, _, error = run(photo, "-o", out, "--scale", "2")
     assert code == 1
-    assert "out.png exists already: name another output or add --overwrite" in sentence(error)
+    assert "out.png exists already: name another output or add --overwrite or --skip-existing" in sentence(error)
     assert out.read_bytes() == b"precious"
     assert run(photo, "-o", out, "--scale", "2", "--overwrite")[0] == 0
     assert Image.open(out).size == (2 * W, 2 * H)
@@ -239,10 +197,51 @@ def test_unwritable_folder(run, photo, tmp_path, monkeypatch):
 
 def test_jpeg_with_alpha_is_refused_before_the_work(run, tmp_path, monkeypatch):
     Image.new("RGBA", (W, H), (1, 2, 3, 4)).save(tmp_path / "a.png")
-    monkeypatch.setattr(upscaling, "upscale", None)
+    for name in ("upscale", "upscale_rows"):
+        monkeypatch.setattr(upscaling, name, None, raising=False)
     code, _, error = run(tmp_path / "a.png", "-o", tmp_path / "a.jpg", "--scale", "2")
     assert code == 1
     assert "JPEG has no alpha channel; use PNG, WebP or TIFF" in sentence(error)
+
+
+def test_quality_of_a_lossless_format(run, photo, tmp_path):
+    code, _, error = run(photo, "-o", tmp_path / "out.tif", "--scale", "2", "--quality", "90")
+    assert code == 0
+    assert sentence(error) == "liif-fast: warning: --quality has no effect on TIFF: nothing is lost there.\n"
+    assert run(photo, "-o", tmp_path / "out.webp", "--scale", "2", "--quality", "90")[2] == ""
+
+
+OWN_ENCODER = """
+import torch, liif_fast
+@liif_fast.register("own-encoder")
+class Own(torch.nn.Conv2d):
+    out_dim = 4
+    def __init__(self): super().__init__(3, 4, 3, padding=1)
+"""
+
+
+def test_encoders_of_ones_own(run, photo, tmp_path, monkeypatch):
+    imnet = {"name": "mlp", "args": {"out_dim": 3, "hidden_list": [8]}}
+    spec = {"name": "liif", "args": {"encoder_spec": {"name": "own-encoder"}, "imnet_spec": imnet}}
+    monkeypatch.setattr(registry._models, "_factories", registry.registered())
+    with monkeypatch.context() as patch:
+        patch.setattr(registry._models, "_factories", registry.registered())
+        (tmp_path / "own.py").write_text(OWN_ENCODER)
+        config.import_code(str(tmp_path / "own.py"))
+        torch.save({"model": {**spec, "sd": make_model(spec).state_dict()}}, tmp_path / "own.pth")
+    arguments = [photo, "-o", tmp_path / "out.png", "--scale", "2", "--model", tmp_path / "own.pth"]
+    code, _, error = run(*arguments)
+    assert code == 1
+    how = "or import the Python file that registers it (--imports FILE, `imports` in a configuration)"
+    assert "no model is registered as 'own-encoder': choose one of" in error and how in sentence(error)
+    (tmp_path / "broken.py").write_text("import torch\n\ntorch.nothing\n")
+    code, _, error = run(*arguments, "--imports", tmp_path / "broken.py")
+    assert (
+        code == 1
+        and "cannot be imported (line 3: AttributeError: module 'torch' has no attribute 'nothing'" in sentence(error)
+    )
+    (tmp_path / "own2.py").write_text(OWN_ENCODER)
+    assert run(*arguments, "--imports", tmp_path / "own2.py")[0] == 0
 
 
 def test_warnings_are_sentences(run, photo, tmp_path):
@@ -256,14 +255,17 @@ def test_warnings_are_sentences(run, photo, tmp_path):
 def test_options_reach_the_upscaling(run, photo, tmp_path, monkeypatch):
     seen = {}
 
-    def spy(picture, **options):
+    def spy(source, target, **options):
         seen.update(options, threads=torch.get_num_threads())
-        return upscale(picture, **options)
+        return upscale_file(source, target, **{**options, "ensemble": False})
 
-    monkeypatch.setattr(upscaling, "upscale", spy)
+    upscale_file = upscale_command.upscale_file
+    monkeypatch.setattr(upscale_command, "upscale_file", spy)
     options = ["--backend", "reference", "--dtype", "bfloat16", "--threads", "1", "--memory", "3", "--device", "cpu"]
-    assert run(photo, "-o", tmp_path / "out.png", "--scale", "2", *options)[0] == 0
-    expected = {"backend": "reference", "dtype": "bfloat16", "threads": 1, "working_memory": 3 << 20}
+    options += ["--ensemble", "--max-pixels", "54", "--quality", "90", "--overwrite"]
+    assert run(photo, "-o", tmp_path / "out.jpg", "--scale", "2x3", *options)[0] == 0
+    expected = {"backend": "reference", "dtype": "bfloat16", "threads": 1, "working_memory": 3 << 20, "ensemble": True}
+    expected |= {"max_pixels": 54, "quality": 90, "overwrite": True, "kind": "JPEG", "scale": (3.0, 2.0), "size": None}
     assert {name: seen[name] for name in expected} == expected
 
 
@@ -280,13 +282,19 @@ def test_progress_only_on_a_terminal(run, photo, tmp_path, monkeypatch):
     assert run(photo, "-o", tmp_path / "a.png", "--scale", "2")[2] == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert "photo.png" in run(photo, "-o", tmp_path / "b.png", "--scale", "2")[2]
+    shutil.copy(photo, tmp_path / "c.png")
+    shown = run(tmp_path / "c.png", photo, "-o", tmp_path / "out", "--scale", "2")[2]
+    assert "1 of 2: c.png" in shown and "2 of 2: photo.png" in shown
 
 
-def test_version_help_and_doctor(run):
+def test_version_help_and_doctor(run, capsys):
     assert run(command="--version") == (0, f"liif-fast {liif_fast.__version__}\n", "")
     code, printed, _ = run("--help")
     assert code == 0
     assert all(option in printed for option in ("--scale", "--size", "--model", "--threads", "INPUT"))
+    assert " -o OUTPUT (--scale SCALE | --size SIZE)" in " ".join(printed.split()), "shown as required"
+    assert "--ensemble" in printed and "100 makes WebP lossless" in " ".join(printed.split())
+    assert (main.main([]), capsys.readouterr().out) == (2, run(command="--help")[1]), "alone it lists its commands"
     code, printed, error = run(command="doctor")
     assert (code, error) == (0, "")
     assert "torch" in printed
@@ -299,15 +307,15 @@ def test_version_help_and_doctor(run):
     ("number", "code", "message"), [(signal.SIGINT, 130, "liif-fast: interrupted.\n"), (signal.SIGTERM, 143, "")]
 )
 def test_a_signal_while_writing_leaves_nothing(run, tmp_path, monkeypatch, number, code, message):
-    encode, present = png16.encode, []
+    complete, present = writing._complete, []
 
     def interrupted(*arguments, **options):
-        encode(*arguments, **options)
+        complete(*arguments, **options)
         present.extend(os.listdir(tmp_path))
         os.kill(os.getpid(), number)
 
     files.write(Picture(np.zeros((H, W, 3), np.uint16)), tmp_path / "deep.tif")
-    monkeypatch.setattr(png16, "encode", interrupted)
+    monkeypatch.setattr(writing, "_complete", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background may ignore it
     try:
         assert run(tmp_path / "deep.tif", "-o", tmp_path / "out.png", "--scale", "1") == (code, "", message)
@@ -337,7 +345,7 @@ def test_demo(tmp_path, capsys):
         shown = np.asarray(Image.open(sheet))
         np.testing.assert_array_equal(shown[20:, : size[0]], np.asarray(bicubic))
         np.testing.assert_array_equal(shown[20:, size[0] + 8 :], np.asarray(Image.open(photo)))
-    assert re.search(r"x2\.7: 324x432 pixels in \d+\.\d\d s", printed)
+    assert re.search(r"x2\.7: 432x324 pixels in \d+\.\d\d s", printed)
 
 
 def test_the_photo_has_its_provenance():

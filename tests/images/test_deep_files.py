@@ -7,33 +7,13 @@ import pytest
 import tifffile
 from PIL import Image
 
-from liif_fast.images import files, png16
+from liif_fast.images import files
 from liif_fast.images.picture import ImageError
 from tests.images.test_image import SRGB, H, W, picture, png_of, samples
 
 
-@pytest.mark.parametrize("kind", range(5))
-def test_png16_undoes_every_row_filter(kind):
-    """Rows filtered one by one as the specification words it, mixed with each other, against `decode`."""
-    values = np.random.default_rng(kind).integers(0, 65536, (11, 6, 3), dtype=np.uint16)
-    rows = values.astype(">u2").view(np.uint8).reshape(11, -1).astype(int)
-    raw = b""
-    for r, row in enumerate(rows):
-        used = (kind + r // 2) % 5
-        line = [used]
-        for i, value in enumerate(row):
-            a = row[i - 6] if i >= 6 else 0
-            b = rows[r - 1][i] if r else 0
-            c = rows[r - 1][i - 6] if r and i >= 6 else 0
-            p = a + b - c
-            paeth = min((abs(p - a), 0, a), (abs(p - b), 1, b), (abs(p - c), 2, c))[2]
-            line.append((value - (0, a, b, (a + b) // 2, paeth)[used]) % 256)
-        raw += bytes(line)
-    np.testing.assert_array_equal(png16.decode(io.BytesIO(png_of(raw, 6, 11, 2))), values)
-
-
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (8, 8), (13, 21)])
-def test_png16_interlaced(size):
+def test_png16_interlaced(tmp_path, size):
     height, width = size
     values = np.random.default_rng(1).integers(0, 65536, (height, width), dtype=np.uint16)
     raw = b""
@@ -43,20 +23,21 @@ def test_png16_interlaced(size):
         if part.size:
             raw += b"".join(b"\0" + row.astype(">u2").tobytes() for row in part)
     data = png_of(raw, width, height, 0, interlaced=1)
-    np.testing.assert_array_equal(png16.decode(io.BytesIO(data))[..., 0], values)
+    (tmp_path / "a.png").write_bytes(data)
+    np.testing.assert_array_equal(files.read(tmp_path / "a.png").color[..., 0], values)
     with Image.open(io.BytesIO(data)) as pil:  # Pillow reads gray: it agrees that this is a valid interlaced file
         np.testing.assert_array_equal(np.asarray(pil), values)
 
 
-def test_png16_transparent_color():
+def test_png16_transparent_color(tmp_path):
     values = samples(1, np.uint16)
     raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     key = int(values[2, 3, 0])
-    read = png16.decode(io.BytesIO(png_of(raw, W, H, 0, extra=[(b"tRNS", key.to_bytes(2, "big"))])))
-    np.testing.assert_array_equal(read[..., 1], np.where(values[..., 0] == key, 0, 65535))
+    (tmp_path / "a.png").write_bytes(png_of(raw, W, H, 0, extra=[(b"tRNS", key.to_bytes(2, "big"))]))
+    np.testing.assert_array_equal(files.read(tmp_path / "a.png").alpha, np.where(values[..., 0] == key, 0, 65535))
 
 
-def test_pillow_reads_what_png16_writes(tmp_path):
+def test_pillow_reads_16_bit_png(tmp_path):
     for channels in (3, 4):
         files.write(picture(channels, np.uint16, icc_profile=SRGB), tmp_path / "a.png")
         with Image.open(tmp_path / "a.png") as pil:
@@ -75,19 +56,27 @@ def test_tiff_variants(tmp_path):
     np.testing.assert_array_equal(files.read(path).color[..., 0], 65535 - rgb[..., 0])
     tifffile.imwrite(path, samples(3, np.float16), photometric="rgb")
     np.testing.assert_array_equal(files.read(path).color, samples(3, np.float16).astype(np.float32))
+    tifffile.imwrite(path, samples(1, np.float32)[..., 0], photometric="miniswhite")
+    np.testing.assert_array_equal(files.read(path).color, 1 - samples(1, np.float32))
+    tifffile.imwrite(path, samples(4, np.uint16), photometric="rgb", extrasamples=["unspecified"])
+    np.testing.assert_array_equal(files.read(path).samples(), samples(4, np.uint16)[..., :3])
+    tifffile.imwrite(path, samples(2, np.uint16), photometric="minisblack", extrasamples=["unassalpha"])
+    np.testing.assert_array_equal(files.read(path).samples(), samples(2, np.uint16))
+    tifffile.imwrite(path, np.full((4, 4, 4), 0, np.uint16), photometric="separated")
+    np.testing.assert_allclose(files.read(path).color, np.full((4, 4, 3), 65535), atol=8)
     four = samples(4, np.float32)
     premultiplied = np.concatenate([four[..., :3] * four[..., 3:], four[..., 3:]], -1)
     tifffile.imwrite(path, premultiplied, photometric="rgb", extrasamples=["assocalpha"])
-    np.testing.assert_allclose(files.read(path).color, four[..., :3], atol=1e-6)
+    visible = four[..., 3] >= 0.01  # libvips makes the color of fainter pixels black
+    np.testing.assert_allclose(files.read(path).color[visible], four[..., :3][visible], atol=1e-6)
 
 
 def test_tiff_kinds_that_are_refused(tmp_path):
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, np.zeros((4, 4), np.int32))
-    with pytest.raises(ImageError, match="32-bit int32 MINISBLACK samples, but only grey and RGB of 8 bits"):
-        files.read(path)
-    tifffile.imwrite(path, np.zeros((4, 4, 4), np.uint16), photometric="separated")
-    with pytest.raises(ImageError, match="SEPARATED"):
+    with pytest.raises(
+        ImageError, match=r"a\.tif: its samples are of the kind int, but must have 8 bits, 16 bits or be"
+    ):
         files.read(path)
     tifffile.imwrite(path, np.full((4, 4), 3, np.float32))
     with pytest.raises(ImageError, match=r"holds 3\.\.3: rescale it first"):

@@ -1,6 +1,5 @@
 """Picture files: read as a viewer shows them, written so that they can be read back, refused with a reason."""
 
-import io
 import os
 import zlib
 from pathlib import Path
@@ -10,8 +9,9 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin
 
-from liif_fast.images import files, png16
-from liif_fast.images.picture import ImageError, Picture, from_pil, to_depth, to_pil
+from liif_fast.images import files, writing
+from liif_fast.images.headers import PNG_SIGNATURE, png_chunk
+from liif_fast.images.picture import Description, ImageError, Picture, from_pil, to_depth, to_pil
 from liif_fast.utils import memory
 
 H, W = 23, 37
@@ -31,7 +31,7 @@ def samples(channels, dtype, seed=0):
 def picture(channels, dtype, **kept):
     values = samples(channels, dtype)
     alpha = np.ascontiguousarray(values[..., -1]) if channels in (2, 4) else None
-    return Picture(np.ascontiguousarray(values[..., : 3 if channels > 2 else 1]), alpha, **kept)
+    return Picture(np.ascontiguousarray(values[..., : 3 if channels > 2 else 1]), alpha, Description(**kept))
 
 
 def exif_of(tags):
@@ -42,12 +42,9 @@ def exif_of(tags):
 
 
 def png_of(raw, width, height, color_type, interlaced=0, extra=()):
-    file = io.BytesIO()
-    file.write(png16.SIGNATURE)
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, color_type, 0, 0, interlaced])
-    for name, data in ((b"IHDR", header), *extra, (b"IDAT", zlib.compress(raw)), (b"IEND", b"")):
-        file.write(len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big"))
-    return file.getvalue()
+    chunks = ((b"IHDR", header), *extra, (b"IDAT", zlib.compress(raw)), (b"IEND", b""))
+    return PNG_SIGNATURE + b"".join(png_chunk(name, data) for name, data in chunks)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
@@ -64,7 +61,7 @@ def test_lossless_formats_return_what_was_written(tmp_path, suffix, channels, dt
         np.testing.assert_array_equal(back.alpha, to_depth(original.alpha, stored))
     else:
         assert back.alpha is None
-    assert back.icc_profile == original.icc_profile
+    assert back.description == original.description
     assert (back.height, back.width, back.channels) == (H, W, channels)
     assert os.listdir(tmp_path) == [path.name]
 
@@ -84,7 +81,7 @@ def test_lossy_formats_stay_close(tmp_path, suffix, channels, quality, dtype):
     assert np.abs(back.color.astype(int) - expected).max() <= (0 if quality == 100 else 12)
     if channels in (2, 4):
         np.testing.assert_array_equal(back.alpha, to_depth(original.alpha, np.uint8))
-    assert back.icc_profile == original.icc_profile
+    assert back.description == original.description
 
 
 def test_quality_makes_larger_files(tmp_path):
@@ -116,18 +113,17 @@ def test_exif_orientation_is_applied_and_dropped(tmp_path, suffix, orientation):
         files.write(read, tmp_path / target)
         with Image.open(tmp_path / target) as written:
             kept = written.getexif()
-        assert kept.get(0x0112, 1) == 1
-        assert kept[0x010F] == "Camera"
-        if target == "b.tif":
-            continue  # holds the texts only
-        assert kept.get_ifd(0x8769)[0x9003] == "2024:01:02 03:04:05"
-        assert 0xA002 not in kept.get_ifd(0x8769)
+            assert kept.get(0x0112, 1) == 1
+            assert kept[0x010F] == "Camera"
+            assert kept.get_ifd(0x8769)[0x9003] == "2024:01:02 03:04:05"
+            assert kept.get_ifd(0x8769)[0xA002] == read.width
 
 
 def test_orientation_of_deep_files(tmp_path):
     values = samples(3, np.uint16)
-    with open(tmp_path / "a.png", "wb") as file:
-        png16.encode(file, values, exif=exif_of({0x0112: 6}))
+    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    turned = (b"eXIf", exif_of({0x0112: 6}).removeprefix(b"Exif\0\0"))
+    (tmp_path / "a.png").write_bytes(png_of(raw, W, H, 2, extra=[turned]))
     tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", extratags=[(274, 3, 1, 6, True)])
     for name in ("a.png", "a.tif"):
         np.testing.assert_array_equal(files.read(tmp_path / name).color, np.rot90(values, -1))
@@ -163,13 +159,16 @@ def test_one_bit_and_transparent_colors(tmp_path):
 
 
 def test_cmyk_uses_its_profile_and_drops_it(tmp_path):
-    cmyk = Image.fromarray(samples(3, np.uint8)).convert("CMYK")
-    read = saved(tmp_path, cmyk, ".tif")
-    np.testing.assert_array_equal(read.color, np.asarray(cmyk.convert("RGB")))
+    inks = [(0, 0, 0, 0), (255, 0, 0, 0), (0, 255, 0, 0), (0, 0, 255, 0), (0, 0, 0, 255)]
+    seen = [(255, 255, 255), (0, 160, 225), (225, 0, 120), (255, 240, 0), (35, 30, 30)]  # coated paper
+    cmyk = Image.frombytes("CMYK", (5, 1), bytes(sum(inks, ())))
+    for suffix in (".tif", ".jpg"):
+        read = saved(tmp_path, cmyk.resize((40, 8), Image.Resampling.NEAREST), suffix, quality=95)
+        assert np.abs(read.color[4, 4::8].astype(int) - seen).max() < 30, read.color[4, 4::8]
     unusable = SRGB[:16] + b"CMYK" + SRGB[20:]
     read = saved(tmp_path, cmyk, ".tif", icc_profile=unusable)
-    assert read.color.shape == (H, W, 3)
-    assert read.icc_profile is None
+    assert read.color.shape == (1, 5, 3)
+    assert read.description.icc_profile is None
 
 
 def test_lab_profile_is_converted(tmp_path):
@@ -178,12 +177,17 @@ def test_lab_profile_is_converted(tmp_path):
     lab = ImageCms.profileToProfile(rgb, ImageCms.createProfile("sRGB"), lab_profile, outputMode="LAB")
     read = saved(tmp_path, lab, ".tif", icc_profile=ImageCms.ImageCmsProfile(lab_profile).tobytes())
     assert np.abs(read.color.astype(int) - np.asarray(rgb)).max() <= 8
-    assert read.icc_profile is None
+    assert read.description.icc_profile is None
 
 
 def test_profile_of_another_color_space_is_dropped(tmp_path):
-    assert saved(tmp_path, Image.fromarray(samples(1, np.uint8)[..., 0]), ".jpg", icc_profile=SRGB).icc_profile is None
-    assert saved(tmp_path, Image.fromarray(samples(3, np.uint8)), ".jpg", icc_profile=SRGB).icc_profile == SRGB
+    assert (
+        saved(tmp_path, Image.fromarray(samples(1, np.uint8)[..., 0]), ".jpg", icc_profile=SRGB).description.icc_profile
+        is None
+    )
+    assert (
+        saved(tmp_path, Image.fromarray(samples(3, np.uint8)), ".jpg", icc_profile=SRGB).description.icc_profile == SRGB
+    )
 
 
 def test_pillow_modes_round_trip():
@@ -246,8 +250,6 @@ def test_broken_files_get_one_sentence(tmp_path):
             files.read(path)
         message = str(caught.value)
         assert str(path) in message and "\n" not in message and message.endswith("."), message
-    with pytest.raises(ImageError, match="checksum of its IDAT chunk is wrong"):
-        files.read(tmp_path / "flipped16.png")
 
 
 def test_missing_files_and_folders(tmp_path):
@@ -259,7 +261,7 @@ def test_missing_files_and_folders(tmp_path):
 
 def test_a_huge_announced_picture_is_refused_before_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 1_000_000)
-    (tmp_path / "huge.png").write_bytes(png_of(b"", 400, 300, 2))
+    (tmp_path / "huge.png").write_bytes(png_of(bytes(300 * 2401), 400, 300, 2))
     Image.new("RGB", (400, 300)).save(tmp_path / "huge.jpg")
     tifffile.imwrite(tmp_path / "huge.tif", np.zeros((300, 400, 3), np.uint16), photometric="rgb")
     needs = r"300x400 pixels\) needs about {} MB of memory, but 1 MB are"
@@ -310,11 +312,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     path = tmp_path / "a.png"
     path.write_bytes(b"old")
 
-    def fail(_, file, quality):
-        file.write(b"half")
+    def fail(saver, data):
+        saver._file.write(b"half")
         raise interruption("no space left")
 
-    monkeypatch.setitem(files._WRITERS, "PNG", fail)
+    monkeypatch.setattr(writing._Saver, "_edited", fail)
     with pytest.raises(ImageError if interruption is OSError else interruption, match="no space left"):
         files.write(picture(3, np.uint8), path)
     assert os.listdir(tmp_path) == ["a.png"]
@@ -323,7 +325,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 def test_exif_that_cannot_be_stored_is_left_out(tmp_path):
     read = saved(tmp_path, Image.fromarray(samples(3, np.uint8)), exif=exif_of({0x010E: "x" * 70000}))
-    assert read.exif is None
+    with pytest.warns(UserWarning, match="JPEG has no place for EXIF tags of the input"):
+        files.write(read, tmp_path / "b.jpg")
+    assert files.read(tmp_path / "b.jpg").description.exif is None
+    files.write(read, tmp_path / "b.png")
+    assert files.read(tmp_path / "b.png").description.exif == read.description.exif
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
@@ -339,5 +345,5 @@ def test_structural_tags_of_a_tiff_are_not_kept_as_exif(tmp_path):
     tags[305] = "painter"
     Image.fromarray(samples(3, np.uint8)).save(tmp_path / "a.tif", tiffinfo=tags)
     kept = Image.Exif()
-    kept.load(files.read(tmp_path / "a.tif").exif)
+    kept.load(files.read(tmp_path / "a.tif").description.exif)
     assert dict(kept) == {305: "painter"}

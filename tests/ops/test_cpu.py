@@ -1,6 +1,8 @@
-"""Guarantees of the CPU kernels alone: any number of threads, and bfloat16 products where the processor has them."""
+"""Guarantees of the CPU kernels alone: threads, saved activations, bfloat16 products where the processor has them."""
 
 from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -45,6 +47,78 @@ def test_results_do_not_depend_on_the_number_of_threads(kind):
     # Runs with equally many threads repeat bit for bit, except for MetaSR's map, which PyTorch convolves.
     decodes = len(problem.leaves) + 1
     assert all(torch.equal(a, b) for a, b in zip(results[1][:decodes], results[3][:decodes], strict=True))
+
+
+@pytest.fixture
+def slab_limit():
+    """Sets the most memory that saved activations take together."""
+    before = extension.OPS.cpu_saved_layout([1], False, False)[3]
+    yield extension.OPS.cpu_set_slab_limit
+    extension.OPS.cpu_set_slab_limit(before)
+
+
+def saved_tiles(slab):
+    return slab[:8].view(torch.int64).item()
+
+
+def test_slabs_are_used_again_up_to_their_limit(slab_limit):
+    take = extension.OPS.cpu_take_slab
+    slab_limit(1 << 20)
+    first, beyond = take(600_064, 1000), take(600_064, 1000)
+    assert saved_tiles(first) == 600 and saved_tiles(beyond) == 0
+    address = first.data_ptr()
+    del first
+    assert saved_tiles(take(1_000_064, 1000)) == 1000  # the free slab is too small and had to go
+    address = (again := take(600_064, 1000)).data_ptr()
+    view = again[64:]
+    del again
+    assert saved_tiles(take(600_064, 1000)) == 0  # a view still holds it
+    del view
+    assert (last := take(500_064, 1000)).data_ptr() == address and saved_tiles(last) == 500
+
+
+@pytest.mark.parametrize("tiles", [0, 1, 30, 1000])
+@pytest.mark.parametrize("kind", ["float64", "float32", "autocast-bfloat16"])
+def test_saved_activations_change_no_bit(kind, tiles, slab_limit):
+    problem = make_problem(Case(3, 6, 9, 11, 701, (41, 24, 57)), KIND[kind])
+    expected = gradients(decode(problem, "cpu", recompute=True), problem.leaves)
+    bf16 = kind == "autocast-bfloat16" and extension.OPS.cpu_has_bf16()
+    slab_limit(64 + tiles * extension.OPS.cpu_saved_layout([41, 24, 57, 3], kind == "float64", bf16)[0])
+    out = decode(problem, "cpu")
+    torch.autograd.grad(out.sum(), problem.leaves, retain_graph=True)  # a second backward reads the same slab
+    assert all(torch.equal(a, b) for a, b in zip(gradients(out, problem.leaves), expected, strict=True))
+
+
+def test_saved_activations_of_other_kernels_are_computed_again():
+    problem = make_problem(SHAPES["paper-width"], KIND["float32"])
+    out = decode(problem, "cpu")
+    with TABLE["cpu-portable"].activate():
+        results = gradients(out, problem.leaves)
+    assert all(norm_error(a, b) <= 1e-5 for a, b in zip(results, train(problem), strict=True))
+
+
+def test_threads_save_activations_of_their_own(slab_limit):
+    problems = [make_problem(Case(2, 6, 9, 11, 301, (41, 24)), KIND["float32"], seed=seed) for seed in range(8)]
+    expected = [train(problem) for problem in problems]
+    slab_limit(3 * 8 * 96 * 64 * 4)  # for some of the threads
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            for results, wanted in zip(pool.map(train, problems), expected, strict=True):
+                assert all(norm_error(a, b) <= 1e-5 for a, b in zip(results, wanted, strict=True))
+
+
+def test_training_steps_do_not_take_more_and_more_memory():
+    problem = make_problem(Case(1, 3, 5, 7, 301, (64, 64)), KIND["float32"])
+
+    def resident_pages() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1])
+
+    for step in range(300):
+        train(problem)
+        if step == 20:
+            before = resident_pages()
+    assert resident_pages() - before < 500  # ten steps save 900 pages
 
 
 @pytest.mark.parametrize("name", MULTIPLYING)

@@ -66,6 +66,7 @@ def test_two_processes_train_as_one(tmp_path, folders, monkeypatch):
             assert torch.allclose(two[key], value, rtol=1e-4, atol=1e-6), key
 
 
+@pytest.mark.prove
 def test_two_processes_share_a_folder_of_images(tmp_path, capsys):
     checkpoints.save(small_models.liif().float(), tmp_path / "small.safetensors")
     (tmp_path / "in").mkdir()

@@ -55,23 +55,35 @@ def _multiplies_bf16(inputs: DecodeInputs) -> bool:
     return _C.cpu_has_bf16()
 
 
+def _tile_bytes(inputs: DecodeInputs) -> tuple[int, int]:
+    """Bytes that the forward saves of a tile, 0 for an imnet without hidden layers to save, and of a whole slab."""
+    float64 = inputs.latent_map.dtype == torch.float64
+    tile_bytes, tile_rows, header, limit = _C.cpu_saved_layout(inputs.widths, float64, _multiplies_bf16(inputs))
+    if tile_bytes == 0:
+        return 0, 0
+    batch, queries = inputs.latent_map.shape[0], tile_rows // (4 if inputs.local_ensemble else 1)
+    tiles = batch * ((inputs.entry_queries + queries - 1) // queries)
+    return tile_bytes, header + min(tiles * tile_bytes, limit)
+
+
 def saved_bytes(inputs: DecodeInputs, coord_grad: bool) -> int:
-    """Zero: the backward computes activations again, tile by tile, which is faster than reading them from memory."""
-    return 0
+    """The size of what the forward saves for the backward, up to a limit; sizes may be symbolic."""
+    return _tile_bytes(inputs)[1]
 
 
-def decode(inputs: DecodeInputs, saved: Tensor, coord_grad: bool) -> Tensor:
+def decode(inputs: DecodeInputs, save: bool, coord_grad: bool) -> tuple[Tensor, Tensor]:
+    tile_bytes, slab_bytes = _tile_bytes(inputs) if save else (0, 0)
+    saved = _C.cpu_take_slab(slab_bytes, tile_bytes) if slab_bytes else inputs.empty_saved(0)
     dtype, bf16 = geometry_dtype(inputs.latent_map), _multiplies_bf16(inputs)
     keeps_dtype = bf16 and inputs.latent_map.dtype == torch.bfloat16
     latent_map = inputs.latent_map if keeps_dtype else inputs.latent_map.to(dtype)
-    return _C.decode(*inputs.for_kernels(latent_map, dtype)[:-1], bf16)
+    return _C.decode(*inputs.for_kernels(latent_map, dtype)[:-1], bf16, saved), saved
 
 
 def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord_grad: bool) -> list[Tensor]:
     dtype, bf16 = geometry_dtype(inputs.latent_map), _multiplies_bf16(inputs)
     arguments = inputs.for_kernels(inputs.latent_map.to(dtype), dtype)[:-1]  # without matmul_dtype
-    grads = _C.decode_backward(_widen(grad_out, dtype), *arguments, bf16)
-    return grads[: len(inputs.differentiable(coord_grad))]
+    return _C.decode_backward(_widen(grad_out, dtype), *arguments, bf16, saved, coord_grad)
 
 
 def metasr_query(inputs: MetasrInputs) -> Tensor:

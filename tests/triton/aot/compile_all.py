@@ -116,9 +116,7 @@ def decode(dtype: torch.dtype, width: int, *, grid: bool, save: bool, coord_grad
         local_ensemble=ensemble,
         matmul_dtype=dtype,
     )
-    size = triton_backend.saved_bytes(inputs, coord_grad) if save else 0
-    saved = torch.empty(size, dtype=torch.uint8)
-    out = triton_backend.decode(inputs, saved, coord_grad)
+    out, saved = triton_backend.decode(inputs, save, coord_grad)
     if save:
         triton_backend.decode_backward(out, saved, inputs, coord_grad)
 

@@ -65,9 +65,10 @@ def _arguments(inputs: DecodeInputs) -> tuple[object, ...]:
     return *inputs[:-1], {torch.float16: 0, torch.bfloat16: 1}.get(inputs.matmul_dtype, float_policy)
 
 
-def decode(inputs: DecodeInputs, saved: Tensor, coord_grad: bool) -> Tensor:
+def decode(inputs: DecodeInputs, save: bool, coord_grad: bool) -> tuple[Tensor, Tensor]:
+    saved = inputs.empty_saved(saved_bytes(inputs, coord_grad) if save else 0)
     rows = _padded_rows(inputs.rows) if saved.numel() else -1
-    return _C.cuda_decode(*_arguments(_kernel_inputs(inputs)), saved, coord_grad, 0, rows, True)
+    return _C.cuda_decode(*_arguments(_kernel_inputs(inputs)), saved, coord_grad, 0, rows, True), saved
 
 
 def _product(grad_rows: Tensor, rows: Tensor) -> Tensor:

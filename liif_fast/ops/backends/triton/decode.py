@@ -47,12 +47,13 @@ def _views(saved: Tensor, inputs: DecodeInputs, coord_grad: bool) -> list[Tensor
     return views
 
 
-def decode(inputs: DecodeInputs, saved: Tensor, coord_grad: bool) -> Tensor:
+def decode(inputs: DecodeInputs, save: bool, coord_grad: bool) -> tuple[Tensor, Tensor]:
+    saved = inputs.empty_saved(saved_bytes(inputs, coord_grad) if save else 0)
     out = inputs.latent_map.new_empty(inputs.out_shape, dtype=geometry_dtype(inputs.latent_map))
     if out.numel() > 0:
         with on_device_of(out):
             _kernels(inputs).forward(DecodeChunk.whole(inputs), out, _views(saved, inputs, coord_grad))
-    return out
+    return out, saved
 
 
 def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord_grad: bool) -> list[Tensor]:

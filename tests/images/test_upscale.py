@@ -209,8 +209,8 @@ def test_an_emulated_dtype_is_replaced_once_said(dtype, monkeypatch, caplog):
 
 @pytest.mark.parametrize(
     ("has", "dtype", "expected"),
-    [({"avx2": True}, "bfloat16", True), ({"avx512_bf16": True}, "bfloat16", False), ({"amx_bf16": True}, "float16", True),
-     ({"avx512_fp16": True}, "float16", False), ({}, "float32", False)],
+    [({"avx2": True}, "bfloat16", True), ({"avx512_bf16": True}, "bfloat16", False), ({}, "float32", False),
+     ({"amx_bf16": True}, "float16", True), ({"avx512_fp16": True}, "float16", False)],
 )  # fmt: skip
 def test_a_processor_without_products_emulates(has, dtype, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)

@@ -32,6 +32,14 @@ Corners<T> find_corners(const GatherProblem<T>& p, int64_t at) {
     found.rel_row[side] = row.rel;
     found.rel_col[side] = col.rel;
   }
+  const T row = p.coord[2 * at], col = p.coord[2 * at + 1];
+  if (row != row || col != col) {  // NaN has no latent: as in grid_sample, its features and its center are 0
+    for (int side = 0; side < sides; ++side) {
+      found.row[side] = found.col[side] = -2;  // the 3x3 around it are outside of the map too
+      found.rel_row[side] = row * static_cast<T>(p.height);
+      found.rel_col[side] = col * static_cast<T>(p.width);
+    }
+  }
   if (sides == 2) {
     area_weights(found.rel_row, found.rel_col, found.area_weight);
   } else {
@@ -110,7 +118,7 @@ void gather_rows(const GatherProblem<T>& p, const E* feat, E* x, T* area_weight)
         Latent<const E> latents[kNeighbors];
         find_latents(entry, found.row[corner >> 1], found.col[corner & 1], p.height, p.width, &zero, latents);
         E* out = x + (at * p.corners + corner) * depth;
-        if (kNeighbors == 1 && map.channel == 1)
+        if (kNeighbors == 1 && latents[0].step == 1)
           std::copy_n(latents[0].data, p.channels, out);
         else
           for (int64_t channel = 0; channel < p.channels; ++channel)
@@ -154,7 +162,7 @@ void scatter_rows(const GatherProblem<T>& p, const T* grad_x, T* grad_feat) {
           Latent<T> latents[kNeighbors];
           find_latents(map, found.row[corner >> 1], found.col[corner & 1], p.height, p.width, &outside, latents);
           const T* const row = grad_x + (at * p.corners + corner) * depth + first * kNeighbors;
-          if (kNeighbors == 1 && map.channel == 1)
+          if (kNeighbors == 1 && latents[0].step == 1)
             for (int64_t channel = 0; channel < count; ++channel) latents[0].data[channel] += row[channel];
           else
             for (int64_t channel = 0; channel < count; ++channel)

@@ -294,9 +294,7 @@ def predict(model: Any, low: np.ndarray, size: tuple[int, int], cell: tuple[floa
     """
     parameter = next(model.parameters())
     inp_norm, gt_norm = normalizations(model.data_norm, parameter.device, parameter.dtype)
-    model.gen_feat(inp_norm.normalize(to_tensor(low).to(parameter)[None]))
-    out = model.render(size, cell=cell)
-    model.feat = None  # frees a large map that no other image needs
+    out = model.encode(inp_norm.normalize(to_tensor(low).to(parameter)[None])).render(size, cell=cell)
     return gt_norm.restore(out)[0].clamp(0, 1).float().cpu()
 
 

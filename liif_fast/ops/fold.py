@@ -7,6 +7,7 @@ products. A folded layer was a matrix product, so its convolution follows the sw
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,16 +20,19 @@ from .dtypes import allows_tf32, autocast_dtype, latent_dtype, needs_grad
 from .namespace import NAMESPACE
 from .validation import check_no_tangent
 
+_switching = threading.Lock()  # the switch belongs to all threads
+
 
 @contextmanager
 def _precision(tf32: bool) -> Iterator[None]:
     switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # made at run time
-    before = switch.fp32_precision
-    switch.fp32_precision = "tf32" if tf32 or allows_tf32() else "ieee"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
+    with _switching:
+        before = switch.fp32_precision
+        switch.fp32_precision = "tf32" if tf32 or allows_tf32() else "ieee"
+        try:
+            yield
+        finally:
+            switch.fp32_precision = before
 
 
 # These are registered ops, because plain code would change the switch during tracing and not when the trace runs.

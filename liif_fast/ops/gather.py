@@ -23,7 +23,8 @@ def gather(
 
     Args:
         feat: encoder output, [B, C, H, W].
-        coord: query centers, [B, Q, 2], (row, col) in [-1, 1]; outside is legal, NaN gives NaN.
+        coord: query centers, [B, Q, 2], (row, col) in [-1, 1]; outside is legal. NaN in one of them gives latents of 0,
+            a relative coordinate and area weights of NaN, and no gradient of feat, as in the original on a CPU.
         cell: query pixel sizes in the same units, [B, Q, 2]; None leaves them out (no cell decoding).
         feat_unfold: concatenate each latent with its eight neighbors (9C channels, c*9 + ky*3 + kx, zero padded).
         local_ensemble: four corners around each query instead of the one nearest latent.

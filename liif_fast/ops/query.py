@@ -139,7 +139,7 @@ def query(
 
     Args:
         feat: encoder output, [B, C, H, W].
-        coord: query centers, [B, Q, 2], (row, col) in [-1, 1]; outside is legal, NaN gives NaN.
+        coord: query centers, [B, Q, 2], (row, col) in [-1, 1]; outside is legal, NaN gives NaN and no gradient of feat.
         cell: query pixel sizes in the same units, [B, Q, 2]; unused, and may be None, without cell_decode.
         weights: imnet's weights, [out, in] each, at least one; ReLU stands between the layers.
         biases: imnet's biases, [out] each.

@@ -37,9 +37,10 @@ def unfold3x3(feat: Tensor) -> Tensor:
 
 
 def _nearest(values: Tensor, coord: Tensor) -> Tensor:
-    """values [B,C,H,W] at the nearest latent of coord [B,Q,2] -> [B,Q,C]."""
+    """values [B,C,H,W] at the nearest latent of coord [B,Q,2] -> [B,Q,C]; 0 at NaN, also on a GPU."""
     grid = coord.flip(-1).unsqueeze(1)
-    return F.grid_sample(values, grid, mode="nearest", align_corners=False)[:, :, 0, :].permute(0, 2, 1)
+    found = F.grid_sample(values, grid, mode="nearest", align_corners=False)[:, :, 0, :].permute(0, 2, 1)
+    return torch.where(coord.isnan().any(-1, keepdim=True), 0, found)
 
 
 def _center_map(feat: Tensor, dtype: torch.dtype, shift: tuple[float, float] = (0.0, 0.0)) -> Tensor:

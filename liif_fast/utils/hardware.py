@@ -34,5 +34,5 @@ def emulates(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cpu" or dtype.itemsize != 2 or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     names = ("avx512_bf16", "amx_bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
-    capabilities = torch.cpu.get_capabilities()
-    return not any(capabilities.get(name) for name in names)
+    find = getattr(torch.cpu, "get_capabilities", None)  # an older torch cannot tell
+    return find is not None and not any(find().get(name) for name in names)

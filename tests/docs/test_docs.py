@@ -95,6 +95,8 @@ def names():
     torch.manual_seed(0)
     yield {
         "image": Image.new("RGB", (12, 10), "red"),
+        "field": np.random.default_rng(0).random((12, 10, 3)) * 80 - 40,
+        "model": liif_fast.load(),
         "inp": torch.rand(1, 3, 8, 9) * 2 - 1,
         "coord": torch.rand(1, 7, 2) * 2 - 1,
         "cell": torch.full((1, 7, 2), 0.1),

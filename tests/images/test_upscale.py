@@ -1,6 +1,7 @@
 """`upscale`: the result has the type of the input, options and wrong inputs get their reasons."""
 
 import io
+import platform
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from liif_fast.images.picture import Description, ImageError, Picture
 from liif_fast.images.upscaling import output_size, upscale
 from liif_fast.models import checkpoints
 from liif_fast.models import liif as liif_module
-from liif_fast.utils import memory
+from liif_fast.utils import hardware, memory
 from tests.helpers import needs_cpu, psnr
 from tests.images.upscaling import SMALL, liif, photo, steps, untiled
 
@@ -204,6 +205,18 @@ def test_an_emulated_dtype_is_replaced_once_said(dtype, monkeypatch, caplog):
     name = str(dtype).removeprefix("torch.")
     said = f"this processor has no {name} products and would emulate them slowly: float32 is used instead"
     assert [record.getMessage() for record in caplog.records] == [said]
+
+
+@pytest.mark.parametrize(
+    ("has", "dtype", "expected"),
+    [({"avx2": True}, "bfloat16", True), ({"avx512_bf16": True}, "bfloat16", False), ({}, "float32", False),
+     ({"amx_bf16": True}, "float16", True), ({"avx512_fp16": True}, "float16", False)],
+)  # fmt: skip
+def test_a_processor_without_products_emulates(has, dtype, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert hardware.emulates(torch.device("cpu"), upscaling.DTYPES[dtype]) == expected
+    assert not hardware.emulates(torch.device("meta"), upscaling.DTYPES[dtype])
 
 
 def test_models_of_other_dtypes():

@@ -179,6 +179,38 @@ def test_render_a_window_from_a_part_of_the_map(backend, kind):
     assert range_error(own_cell, whole_map) > 1e-3  # the cell matters
 
 
+@pytest.mark.with_reference
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("hidden", [(32, 16), (20,), ()], ids=str)
+@pytest.mark.kinds("float32", "bfloat16", "autocast-bfloat16")
+def test_an_empty_window_or_batch(backend, kind, hidden, recompute):
+    """A result of the right shape, and gradients of 0."""
+    case = Case(batch=2, height=4, width=3, hidden=hidden, queries=6)
+    feat, coord, cell, weights, biases = (
+        [t.to(backend.device) for t in each] if isinstance(each, list) else each.to(backend.device)
+        for each in random_problem(case, kind.dtype)
+    )
+    layers = [t.requires_grad_() for t in (*weights, *biases)]
+    arguments = (layers[: len(weights)], layers[len(weights) :])
+    options = {"backend": backend.op_backend, "recompute": recompute}
+    for batch, window in ((2, (3, 1, 0, 4)), (2, (3, 1, 2, 0)), (2, (9, 7, 0, 0)), (0, (3, 1, 2, 4))):
+        leaf = feat[:batch].detach().requires_grad_()
+        with torch.autocast(backend.device, kind.narrow or torch.bfloat16, enabled=kind.autocast):
+            try:
+                outs = [ops.render(leaf, (9, 7), *arguments, window=window, **options)]
+            except RuntimeError as error:
+                assert str(error).startswith("backend ")  # it cannot decode with this imnet
+                return
+            points = [t[:batch, : 6 if batch == 0 else 0].detach().requires_grad_() for t in (coord, cell)]
+            outs.append(ops.query(leaf, *points, *arguments, **options))
+            x, area_weight = ops.gather(leaf, *points, backend=backend.op_backend)
+            outs += [x, ops.ensemble(x, area_weight, backend=backend.op_backend)]
+        assert outs[0].shape == (batch, 3, *window[2:]) and outs[1].shape == (*points[0].shape[:2], 3)
+        assert x.shape[2:] == (4, 9 * 3 + 4) and outs[3].shape == (*points[0].shape[:2], 9 * 3 + 4)
+        grads = torch.autograd.grad(sum(out.float().sum() for out in outs), [leaf, *points, *layers])
+        assert all((grad == 0).all() for grad in grads)
+
+
 @pytest.mark.parametrize("ensemble", [True, False], ids=["ensemble", "nearest"])
 @two_kinds
 def test_render_is_query_at_the_centers(backend, kind, ensemble):

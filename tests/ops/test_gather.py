@@ -147,18 +147,26 @@ def test_inputs_of_any_layout(backend, dtype):
 
 
 @pytest.mark.parametrize("ensemble", [True, False], ids=["ensemble", "nearest"])
-def test_nan_and_far_coordinates(backend, ensemble):
-    feat, coord, cell, *_ = random_problem(CASES["plain"], torch.float32)
-    coord[0, 0, 0] = cell[1, 2, 1] = float("nan")
+@both_orders
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["planes", "channels-last"])
+def test_nan_and_far_coordinates(backend, ensemble, layout, deterministic):
+    """NaN has no latent: features and center are 0, as in grid_sample on a CPU."""
+    feat, coord, cell, *_ = random_problem(CASES["half-a-step"], torch.float32)
+    coord[0, 0, 0] = coord[1, 5, 1] = coord[1, 6] = cell[1, 2, 1] = float("nan")
     coord[0, 1] = torch.tensor([1e30, -1e30])
     coord[1, 3] = torch.tensor([float("inf"), 0.3])
-    here = [t.to(backend.device) for t in (feat, coord, cell)]
-    x, area_weight = (t.cpu() for t in ops.gather(*here, local_ensemble=ensemble, backend=backend.op_backend))
-    expected_x, expected_weight = ops.gather(feat, coord, cell, local_ensemble=ensemble, backend="reference")
-    known = coord.isfinite().all(-1)  # at others grid_sample may choose any latent
-    torch.testing.assert_close(x[known], expected_x[known], rtol=0, atol=0, equal_nan=True)
+    results = []
+    for device, name in ((backend.device, backend.op_backend), ("cpu", "reference")):
+        leaf = feat.to(device).contiguous(memory_format=layout).requires_grad_()
+        x, area_weight = ops.gather(leaf, coord.to(device), cell.to(device), local_ensemble=ensemble, backend=name)
+        probe = torch.arange(x.numel(), device=device).view(x.shape).remainder(17).to(x)  # sums need no rounding
+        results.append([t.detach().cpu() for t in (x, area_weight, *torch.autograd.grad(x, leaf, probe))])
+    (x, area_weight, grad), (expected_x, expected_weight, expected_grad) = results
+    torch.testing.assert_close(x, expected_x, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(area_weight, expected_weight, rtol=1e-6, atol=1e-7, equal_nan=True)
-    assert torch.equal(x[..., 45:].isnan(), expected_x[..., 45:].isnan())
+    assert torch.equal(grad, expected_grad)
+    unknown = coord.isnan().any(-1)
+    assert (x[unknown][..., : 9 * feat.shape[1]] == 0).all() and area_weight[unknown].isnan().all()
 
 
 @dtypes

@@ -79,15 +79,16 @@ __device__ __forceinline__ LocatedRow<T> locate_row(const GatherTask<T>& task, i
   const bool ensemble = p.corners == 4;
   const int64_t at = ensemble ? index / 4 : index;
   const int corner = static_cast<int>(index & 3);
-  const Neighbor<T> row = find_neighbor(p.coord[2 * at], ensemble ? (corner & 2) - 1 : 0, p.height);
-  const Neighbor<T> col = find_neighbor(p.coord[2 * at + 1], ensemble ? 2 * (corner & 1) - 1 : 0, p.width);
+  const T coord[2] = {p.coord[2 * at], p.coord[2 * at + 1]};
+  const Neighbor<T> row = find_neighbor(coord[0], ensemble ? (corner & 2) - 1 : 0, p.height);
+  const Neighbor<T> col = find_neighbor(coord[1], ensemble ? 2 * (corner & 1) - 1 : 0, p.width);
   LocatedRow<T> found;
   found.source.offset = at / p.queries * strides.batch + row.index * strides.row + col.index * strides.col;
-  const unsigned cols = (col.index > 0 ? 1u : 0u) | 2u | (col.index + 1 < p.width ? 4u : 0u);
+  const unsigned cols = is_place(coord) ? (col.index > 0 ? 1u : 0u) | 2u | (col.index + 1 < p.width ? 4u : 0u) : 0u;
   found.source.inside =
       (row.index > 0 ? cols : 0u) | cols << kWidth | (row.index + 1 < p.height ? cols << 2 * kWidth : 0u);
-  found.rel_row = row.rel;
-  found.rel_col = col.rel;
+  found.rel_row = is_place(coord) ? row.rel : mul_rounded(coord[0], static_cast<T>(p.height));
+  found.rel_col = is_place(coord) ? col.rel : mul_rounded(coord[1], static_cast<T>(p.width));
   return found;
 }
 

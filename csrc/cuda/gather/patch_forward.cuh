@@ -32,6 +32,13 @@ bool fits_patches(const GatherProblem<float>& p, const FeatStrides& strides, con
          reinterpret_cast<uintptr_t>(feat) % 16 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
 }
 
+// Whether a query is somewhere. NaN coordinates have no latent: as in torch's CPU grid_sample, its features and its
+// center are 0.
+template <class T>
+__device__ __forceinline__ bool is_place(const T* coord) {
+  return coord[0] == coord[0] && coord[1] == coord[1];
+}
+
 // A query's neighbors along both axes, on every lane. Each lane finds one, then the lanes exchange them.
 struct Corners {
   int row[2], col[2];
@@ -58,6 +65,15 @@ __device__ __forceinline__ Corners find_corners(const PatchTask& task, int64_t q
     found.rel_row[i] = row == 0 ? rel[0] : (row == 1 ? rel[1] : (row == 2 ? rel[2] : rel[3]));
     found.col[i] = col == 0 ? index[0] : (col == 1 ? index[1] : (col == 2 ? index[2] : index[3]));
     found.rel_col[i] = col == 0 ? rel[0] : (col == 1 ? rel[1] : (col == 2 ? rel[2] : rel[3]));
+  }
+  const float* const coord = task.p.coord + 2 * query;
+  if (!is_place(coord)) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      found.row[i] = found.col[i] = -kPatch;  // a patch outside of the map
+      found.rel_row[i] = mul_rounded(coord[0], static_cast<float>(task.p.height));
+      found.rel_col[i] = mul_rounded(coord[1], static_cast<float>(task.p.width));
+    }
   }
   return found;
 }

@@ -52,15 +52,21 @@ def gather_forward_kernel(
     height = tl.cast(grid.rows.size, tl.int32)
     width = tl.cast(grid.cols.size, tl.int32)
     stored = found.valid[:, None] & exists[None, :]
-    inside = stored & (row >= 0) & (row < height) & (col >= 0) & (col < width)
+    # NaN coordinates have no latent: as in torch's grid_sample, its features and its center are 0.
+    coord_row = tl.load(grid.coord + 2 * found.flat, mask=found.valid, other=0.0)
+    coord_col = tl.load(grid.coord + 2 * found.flat + 1, mask=found.valid, other=0.0)
+    exists_there = (coord_row == coord_row) & (coord_col == coord_col)
+    inside = stored & exists_there[:, None] & (row >= 0) & (row < height) & (col >= 0) & (col < width)
     value = tl.load(feat + (latent[:, None] + offset[None, :]), mask=inside, other=0.0)
     index = at // blocks * ROWS + tl.arange(0, ROWS)  # first_row + distance would spill on sm_100
     tl.store(x + index[:, None] * depth + feature[None, :], value, mask=stored)
     if at % blocks == 0:
         tl.store(area_weight + index, found.area_weight, mask=found.valid)
         geometry = x + index * depth + features
-        tl.store(geometry, found.rel[0].to(x.dtype.element_ty), mask=found.valid)
-        tl.store(geometry + 1, found.rel[1].to(x.dtype.element_ty), mask=found.valid)
+        rel_row = tl.where(exists_there, found.rel[0], coord_row * tl.cast(grid.rows.size, T))
+        rel_col = tl.where(exists_there, found.rel[1], coord_col * tl.cast(grid.cols.size, T))
+        tl.store(geometry, rel_row.to(x.dtype.element_ty), mask=found.valid)
+        tl.store(geometry + 1, rel_col.to(x.dtype.element_ty), mask=found.valid)
         if HAS_CELL:
             cell = grid.cell + 2 * found.flat
             cell_row = tl.load(cell, mask=found.valid, other=0.0) * tl.cast(grid.rows.size, T)
@@ -88,6 +94,7 @@ def gather_backward_feat_kernel(
     valid = query < count
     row = tl.load(coord + 2 * query, mask=valid, other=0.0)
     col = tl.load(coord + 2 * query + 1, mask=valid, other=0.0)
+    valid &= (row == row) & (col == col)
     top, _ = find_neighbor(row, False, rows, ENSEMBLE, T)
     left, _ = find_neighbor(col, False, cols, ENSEMBLE, T)
     if ENSEMBLE:  # the next latent, the same one at a border
@@ -119,9 +126,10 @@ def gather_backward_feat_kernel(
 
 @triton.jit
 def latent_kernel(grid, numbers, GRID: tl.constexpr, ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr):
-    """The number of every row's latent in memory, batch entry after batch entry."""
+    """The number of every row's latent in memory, batch entry after batch entry; -1 for none."""
     found = find_rows(tl.program_id(0).to(tl.int64), grid, 2, GRID, ENSEMBLE, T, ROWS)
-    tl.store(numbers + (found.first_row + found.distance), found.latent, mask=found.valid)
+    exists = (found.rel[0] == found.rel[0]) & (found.rel[1] == found.rel[1])  # not so for NaN coordinates
+    tl.store(numbers + (found.first_row + found.distance), tl.where(exists, found.latent, -1), mask=found.valid)
 
 
 @triton.jit(do_not_specialize=_SIZES)

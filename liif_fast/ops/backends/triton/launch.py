@@ -57,7 +57,7 @@ def segments(keys: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """A fixed order for sums: items sorted by key, and where each key's items begin.
 
     Args:
-        keys: [n], int64, in [0, count).
+        keys: [n], int64, below count; items with a negative key are in no sum.
         count: number of keys.
 
     Returns:

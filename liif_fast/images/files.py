@@ -121,15 +121,15 @@ def check_target(
         raise ImageError(f"{path} cannot be written: no permission to write in the folder {path.parent}.")
     limit = _LARGEST_SIDE[kind]
     if max(height, width) > limit:
-        raise ImageError(f"{path} cannot be written: {kind} holds at most {limit} pixels a side, not {height}x{width}.")
+        raise ImageError(f"{path} cannot be written: {kind} holds at most {limit} pixels a side, not {width}x{height}.")
     row_bytes = width * picture.channels * picture.dtype.itemsize
     least = height * row_bytes // _BEST_RATIO
     if row_bytes > LARGEST_ROW or least > (free := shutil.disk_usage(path.parent).free):
         needs = f"rows of {memory.readable(row_bytes)}; the most are {memory.readable(LARGEST_ROW)}"
         if row_bytes <= LARGEST_ROW:
             needs = f"at least {memory.readable(least)} of the disk, but {memory.readable(free)} are free"
-        raise ImageError(f"{path} cannot be written: {height}x{width} pixels need {needs}.")
+        raise ImageError(f"{path} cannot be written: {width}x{height} pixels need {needs}.")
     if kind == "WebP":  # its encoder holds the whole picture
-        memory.require(12 * height * width, f"{path} ({height}x{width} pixels)", "write PNG or TIFF instead")
+        memory.require(12 * height * width, f"{path} ({width}x{height} pixels)", "write PNG or TIFF instead")
     if kind == "JPEG" and not picture.is_opaque:
         raise ImageError(f"{path} cannot be written: JPEG has no alpha channel; use PNG, WebP or TIFF.")

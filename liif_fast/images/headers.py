@@ -158,14 +158,14 @@ def _png_chunks(path: Path, file: BinaryIO) -> bytes:
     announced = height * (1 + width * depth * _COLOR_SAMPLES.get(color_type, 4) // 8 + 1)
     # Incompressible data grow by five bytes a block of at least 1 kB; seven passes have up to eight times the rows.
     if packed > announced * 1.01 + 8 * height + (1 << 16):
-        raise ImageError(f"{path} holds more data than its {height}x{width} pixels can need: it is refused.")
+        raise ImageError(f"{path} holds more data than its {width}x{height} pixels can need: it is refused.")
     return b"".join(kept)
 
 
 def _require_data(path: Path, height: int, width: int, needed: int, most: int) -> None:
     """Refuse a header that announces more than the file can unpack to: buffers for it could exceed the memory."""
     if needed > most:
-        raise ImageError(f"{path} is broken: its header announces {height}x{width} pixels, but its data end too early.")
+        raise ImageError(f"{path} is broken: its header announces {width}x{height} pixels, but its data end too early.")
 
 
 def _jpeg_comment(path: Path, file: BinaryIO) -> bytes | None:

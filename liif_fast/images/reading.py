@@ -214,9 +214,9 @@ def _warn_about_frames(name: str, frames: int) -> None:
 def _require_size(name: str, height: int, width: int, itemsize: int, max_pixels: int | None, whole: bool) -> None:
     """Check the size in a file's header. Decoding needs about three copies of up to four samples per pixel."""
     if max_pixels is not None and height * width > max_pixels:
-        raise ImageError(f"{name} has {height}x{width} pixels, more than the limit of {max_pixels}: raise the limit.")
+        raise ImageError(f"{name} has {width}x{height} pixels, more than the limit of {max_pixels}: raise the limit.")
     if whole:
-        memory.require(3 * 4 * height * width * itemsize, f"{name} ({height}x{width} pixels)", "use a smaller image")
+        memory.require(3 * 4 * height * width * itemsize, f"{name} ({width}x{height} pixels)", "use a smaller image")
 
 
 def _field(image: Any, name: str) -> Any:

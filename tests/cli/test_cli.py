@@ -151,7 +151,7 @@ def test_results_beyond_memory_are_refused(run, photo, tmp_path):
     code, _, error = run(photo, "-o", tmp_path / "out.png", "--scale", "1e6")
     assert code == 1
     assert re.search(
-        r"6000000x9000000 .* needs? [a-z ]+ \d+ .B of (memory|the disk), but [\d.]+ .B are (available|free)",
+        r"9000000x6000000 .* needs? [a-z ]+ \d+ .B of (memory|the disk), but [\d.]+ .B are (available|free)",
         sentence(error),
     )
 

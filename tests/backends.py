@@ -158,6 +158,7 @@ _TRITON["chunks"] = tuple(
 )
 _ROWS = [
     Backend("reference", "reference", _reference),
+    Backend("torch", "torch", _reference),
     *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ("avx512", "avx2", "portable")),
     Backend("cuda-emulated", activate=emulated, every=3, every_proof=2, most_queries=40, **_CUDA),
     Backend("triton-interpreted", activate=interpreted, every=60, every_proof=24, most_queries=9, **_TRITON),
@@ -165,7 +166,7 @@ _ROWS = [
     Backend("triton", activate=_on_device("triton"), device="cuda", **_TRITON),
 ]
 TABLE = {row.name: row for row in _ROWS}
-DEFAULT = ["reference", "cpu", "cuda-emulated"]
+DEFAULT = ["reference", "torch", "cpu", "cuda-emulated"]
 
 
 def selected(option: str | None) -> list[Backend]:

@@ -24,7 +24,7 @@ from liif_fast import ops
 from liif_fast.integrations.self_check import SWITCHES, Setup, difference
 from liif_fast.models.base import ImplicitModel, linear_chain, linear_layers
 from liif_fast.models.latent_map import LatentMapHolder
-from liif_fast.ops.backends import OpRequest, choose_fused
+from liif_fast.ops.backends import OpRequest, choose
 from liif_fast.ops.query import latent_map_for
 
 _QUERIES = ("coord", "cell")  # the last parameters of query_rgb; MMagic's has the features before them
@@ -251,7 +251,7 @@ def _refusal(feat: Tensor, layers: list[nn.Linear]) -> str:
     if not torch.is_autocast_enabled(kind) and any(tensor.dtype != feat.dtype for tensor in tensors):
         return f"its features are {feat.dtype} and its imnet is not"
     widths = tuple([layer.weight.shape[0] for layer in layers])
-    if choose_fused(OpRequest("decode", kind, feat.dtype, widths))[0] == "reference":
+    if choose(OpRequest("decode", kind, feat.dtype, widths)) == "reference":
         return f"only the slow reference can run on '{kind}', see `liif-fast doctor`"
     return ""
 

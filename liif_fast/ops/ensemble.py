@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference, registration
-from .backends import OpRequest, choose
+from .backends import OpRequest, calls, choose
 from .dtypes import autocast_dtype, geometry_dtype
-from .validation import check_no_tangent
+from .transforms import is_transformed
 
 
 def ensemble(pred: Tensor, area_weight: Tensor, *, backend: str | None = None) -> Tensor:
@@ -34,7 +34,8 @@ def ensemble(pred: Tensor, area_weight: Tensor, *, backend: str | None = None) -
         raise TypeError(f"pred and area_weight must be floating point, got {pred.dtype} and {area_weight.dtype}")
     if area_weight.device != pred.device:
         raise ValueError(f"area_weight is on {area_weight.device} but pred is on {pred.device}: move it there")
-    name = choose(OpRequest("ensemble", pred.device.type, pred.dtype), backend)
+    transformed = is_transformed(pred, area_weight)
+    name = choose(OpRequest("ensemble", pred.device.type, pred.dtype, transformed=transformed), backend)
     out = ensemble_on(name, pred, area_weight)
     return out if autocast_dtype(pred) is not None else out.to(pred.dtype)
 
@@ -44,5 +45,6 @@ def ensemble_on(backend: str, pred: Tensor, area_weight: Tensor) -> Tensor:
     area_weight = area_weight.to(geometry_dtype(pred))
     if backend == "reference":
         return reference.ensemble(pred, area_weight)
-    check_no_tangent(pred, area_weight)
+    if backend == "torch":
+        return calls.ensemble(pred, area_weight)
     return registration.ensemble(pred, area_weight, backend)

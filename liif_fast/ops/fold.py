@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .dtypes import allows_tf32, autocast_dtype, latent_dtype, needs_grad
 from .namespace import NAMESPACE
-from .validation import check_no_tangent
+from .transforms import is_transformed
 
 _switching = threading.Lock()  # the switch belongs to all threads
 
@@ -81,9 +81,14 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> Non
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    check_no_tangent(grad_out)
     feat, kernels = ctx.saved_tensors
     with_feat, with_kernels = ctx.needs_input_grad[:2]
+    if torch.is_grad_enabled():  # a backward that is differentiated itself
+        with torch.autocast(feat.device.type, enabled=False):
+            out = F.conv2d(feat, kernels, padding=kernels.shape[-1] // 2)
+            wanted = [tensor for tensor, wants in ((feat, with_feat), (kernels, with_kernels)) if wants]
+            found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
+        return next(found) if with_feat else None, next(found) if with_kernels else None, None
     grad_feat, grad_kernels = _convolution_backward(grad_out, feat, kernels, ctx.tf32, with_feat, with_kernels)
     return grad_feat if with_feat else None, grad_kernels if with_kernels else None, None
 
@@ -97,8 +102,8 @@ def _convolve(feat: Tensor, kernels: Tensor, tf32: bool) -> Tensor:
     tf32: whether float32 may round to TF32 on a GPU even where matrix products may not.
     """
     feat = feat.contiguous(memory_format=torch.channels_last)
-    if feat.device.type == "cuda" and feat.dtype == torch.float32 and not torch.is_autocast_enabled("cuda"):
-        check_no_tangent(feat, kernels)
+    on_gpu = feat.device.type == "cuda" and feat.dtype == torch.float32 and not torch.is_autocast_enabled("cuda")
+    if on_gpu and not is_transformed(feat, kernels):
         out = _convolution(feat, kernels, tf32)
     else:
         out = F.conv2d(feat, kernels, padding=kernels.shape[-1] // 2)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference, registration
-from .backends import OpRequest, choose
+from .backends import OpRequest, calls, choose
 from .dtypes import geometry_dtype
-from .validation import check_cell, check_feat, check_no_tangent, check_points
+from .inputs import GatherInputs
+from .transforms import is_transformed
+from .validation import check_cell, check_feat, check_points
 
 
 def gather(
@@ -43,7 +45,8 @@ def gather(
     check_points("coord", coord, feat)
     if cell is not None:
         check_cell(cell, coord, feat)
-    name = choose(OpRequest("gather", feat.device.type, feat.dtype), backend)
+    transformed = is_transformed(feat, coord, cell)
+    name = choose(OpRequest("gather", feat.device.type, feat.dtype, transformed=transformed), backend)
     return gather_on(name, feat, coord, cell, feat_unfold=feat_unfold, local_ensemble=local_ensemble)
 
 
@@ -53,7 +56,7 @@ def gather_on(
     """`gather` of validated tensors on a chosen backend."""
     if backend == "reference":
         return reference.gather(feat, coord, cell, feat_unfold=feat_unfold, local_ensemble=local_ensemble)
-    check_no_tangent(feat, coord, cell)
     dtype = geometry_dtype(feat)
     cell = None if cell is None else cell.to(dtype)
-    return registration.gather(feat, coord.to(dtype), cell, feat_unfold, local_ensemble, backend)
+    inputs = GatherInputs(feat, coord.to(dtype), cell, feat_unfold, local_ensemble)
+    return calls.gather(inputs) if backend == "torch" else registration.gather(*inputs, backend)

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import reference, registration
-from .backends import OpRequest, choose
+from .backends import OpRequest, calls, choose
 from .dtypes import autocast_dtype, geometry_dtype
 from .fold import metasr_fold
-from .validation import check_cell, check_feat, check_layers, check_no_tangent, check_points, check_region
+from .inputs import MetasrInputs
+from .transforms import is_transformed
+from .validation import check_cell, check_feat, check_layers, check_points, check_region
 
 
 def metasr_query(
@@ -54,15 +56,14 @@ def metasr_query(
     if weights[1].shape[0] % (9 * feat.shape[1]):
         raise ValueError(f"weights[1] must have a multiple of 9*{feat.shape[1]} rows, got {weights[1].shape[0]}")
 
-    name = choose(OpRequest("metasr_query", feat.device.type, feat.dtype), backend)
+    transformed = is_transformed(feat, coord, cell, latent_map, *weights, *biases)
+    name = choose(OpRequest("metasr_query", feat.device.type, feat.dtype, transformed=transformed), backend)
     if name == "reference":
         out = reference.metasr_query(feat, coord, cell, weights, biases, feat_region=region)
     else:
-        check_no_tangent(feat, coord, cell, latent_map, *weights, *biases)
         if latent_map is None:
             latent_map = metasr_fold(feat, weights, biases)
         dtype = geometry_dtype(latent_map)
-        out = registration.metasr_query(
-            latent_map, coord.to(dtype), cell.to(dtype), weights[0], biases[0], list(region), name
-        )
+        inputs = MetasrInputs(latent_map, coord.to(dtype), cell.to(dtype), weights[0], biases[0], list(region))
+        out = calls.metasr_query(inputs) if name == "torch" else registration.metasr_query(*inputs, name)
     return out.float() if autocast is not None else out.to(feat.dtype)

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference, registration
-from .backends import OpRequest, choose_fused
+from .backends import OpRequest, calls, choose
 from .dtypes import autocast_dtype, geometry_dtype, needs_grad
 from .ensemble import ensemble_on
 from .fold import fold, fold_for
 from .gather import gather_on
 from .inputs import DecodeInputs
+from .transforms import is_transformed
 from .validation import (
     check_cell,
     check_feat,
     check_latent_map,
     check_layers,
-    check_no_tangent,
     check_points,
     check_reach,
     check_region,
@@ -66,9 +65,15 @@ def _checked_imnet(
     return _Imnet(weights, biases, *switches, matmul_dtype, out_dtype)
 
 
-def _choose(feat: Tensor, weights: Sequence[Tensor], backend: str | None) -> tuple[str, bool]:
+def _choose(feat: Tensor, weights: Sequence[Tensor], backend: str | None, *others: Tensor | None) -> str:
     widths = tuple(weight.shape[0] for weight in weights)
-    return choose_fused(OpRequest("decode", feat.device.type, feat.dtype, widths), backend)
+    transformed = is_transformed(feat, *weights, *others)
+    return choose(OpRequest("decode", feat.device.type, feat.dtype, widths, transformed), backend)
+
+
+def _gather_is_cheaper(feat: Tensor, coord: Tensor) -> bool:
+    """Whether few queries gather their latents faster than feat is folded; an exported program serves any number."""
+    return not torch.compiler.is_exporting() and 4 * coord.shape[1] < feat.shape[2] * feat.shape[3]
 
 
 def _query_by_layers(
@@ -101,7 +106,6 @@ def _decode(
     keep: whether the forward keeps activations for its backward.
     """
     weights, biases = imnet.weights, imnet.biases
-    check_no_tangent(feat, latent_map, *points, *weights, *biases)
     recorded = needs_grad(feat, *points, *weights, *biases)
     if latent_map is None:
         latent_map = fold_for(feat, weights[0], imnet.feat_unfold, imnet.matmul_dtype, recorded)
@@ -118,6 +122,8 @@ def _decode(
         imnet.local_ensemble,
         imnet.matmul_dtype,
     )
+    if backend == "torch":
+        return calls.decode(inputs)
     return registration.decode(*inputs, recorded and keep, needs_grad(*points), backend)[0]
 
 
@@ -167,11 +173,10 @@ def query(
         cell = None
     imnet = _checked_imnet(feat, weights, biases, latent_map, (local_ensemble, feat_unfold, cell_decode))
 
-    name, fused = _choose(feat, weights, backend)
-    gather_is_cheaper = latent_map is None and 4 * coord.shape[1] < feat.shape[2] * feat.shape[3]  # than folding feat
+    name = _choose(feat, weights, backend, coord, cell, latent_map, *biases)
     if name == "reference":
         out = reference.query(feat, coord, cell, weights, biases, **imnet.flags)
-    elif gather_is_cheaper or not fused:
+    elif latent_map is None and _gather_is_cheaper(feat, coord):
         out = _query_by_layers(feat, coord, cell, weights, biases, backend=name, **imnet.flags)
     else:
         out = _decode(feat, imnet, latent_map, (coord, cell), ([], []), not recompute, name)
@@ -228,23 +233,13 @@ def render(
     cells = (2 / image[0], 2 / image[1]) if cell is None else (float(cell[0]), float(cell[1]))
     imnet = _checked_imnet(feat, weights, biases, latent_map, (local_ensemble, feat_unfold, cell_decode))
 
-    name, fused = _choose(feat, weights, backend)
-    if fused:
+    name = _choose(feat, weights, backend, latent_map, *biases)
+    if name == "reference":
+        place = {"window": area, "cell": cells, "feat_region": region}
+        out = reference.render(feat, image, weights, biases, **place, **imnet.flags)
+    else:
         grid = ([*image, *area, *region], list(cells))
         out = _decode(feat, imnet, latent_map, (None, None), grid, not recompute, name)
-    else:
-        decode = reference.query if name == "reference" else partial(_query_by_layers, backend=name)
-        out = reference.render(
-            feat,
-            image,
-            weights,
-            biases,
-            window=area,
-            cell=cells,
-            feat_region=region,
-            decode=decode,
-            **imnet.flags,
-        )
     return out.to(imnet.out_dtype)
 
 
@@ -257,7 +252,7 @@ def latent_map_for(
         feat: encoder output, [B, C, H, W].
         weights: imnet's weights, as for `query`.
         feat_unfold: the paper's switch.
-        backend: as for `query`. No latent map is made on a backend that decodes layer by layer.
+        backend: as for `query`. The reference has no latent map.
 
     Returns:
         [B, H, W, K], the argument `latent_map` of `query` and `render` as long as feat and weights[0] stay the same.
@@ -265,6 +260,6 @@ def latent_map_for(
     Raises:
         RuntimeError: the named backend cannot run this.
     """
-    if not _choose(feat, weights, backend)[1]:
+    if _choose(feat, weights, backend) == "reference":
         return None
     return fold(feat, weights[0], feat_unfold=feat_unfold)

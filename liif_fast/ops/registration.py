@@ -7,17 +7,17 @@ geometry dtype (float64 for float64 inputs, otherwise float32); the public funct
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import implementation
+from .backends import calls, implementation
 from .dtypes import geometry_dtype
 from .inputs import DecodeInputs, GatherInputs, MetasrInputs
 from .namespace import NAMESPACE
-from .validation import check_no_tangent
+from .transforms import is_transformed
 
 
 def _match(grads: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -26,6 +26,22 @@ def _match(grads: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> list[Te
         None if tensor is None or not tensor.requires_grad else grad.to(tensor.dtype)
         for grad, tensor in zip(grads, tensors, strict=True)
     ]
+
+
+def _is_differentiated(*grads: Tensor) -> bool:
+    """Whether a backward is differentiated itself: with create_graph=True, or in forward mode."""
+    return torch.is_grad_enabled() or is_transformed(*grads)
+
+
+def _grads_by_calls(
+    run: Callable[[], Sequence[Tensor]], tensors: Sequence[Tensor | None], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients with a graph of their own, for a backward that is differentiated: those of the `torch` backend."""
+    with torch.enable_grad():
+        outs = run()
+        wanted = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+        found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
+    return [next(found) if tensor is not None and tensor.requires_grad else None for tensor in tensors]
 
 
 def _empty_grads(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -89,8 +105,10 @@ def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gather_backward(ctx: Any, grad_x: Tensor, grad_area_weight: Tensor) -> tuple[Any, ...]:
-    check_no_tangent(grad_x, grad_area_weight)
     tensors = ctx.saved_tensors
+    if _is_differentiated(grad_x, grad_area_weight):
+        inputs = GatherInputs(*tensors, *ctx.options[:-1])
+        return *_grads_by_calls(lambda: calls.gather(inputs), tensors, [grad_x, grad_area_weight]), None, None, None
     return *_match(gather_backward(grad_x, grad_area_weight, *tensors, *ctx.options), tensors), None, None, None
 
 
@@ -126,8 +144,9 @@ def _ensemble_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _ensemble_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-    check_no_tangent(grad_out)
     tensors = ctx.saved_tensors
+    if _is_differentiated(grad_out):
+        return *_grads_by_calls(lambda: [calls.ensemble(*tensors)], tensors, [grad_out]), None
     return *_match(ensemble_backward(grad_out, *tensors, ctx.backend), tensors), None
 
 
@@ -186,7 +205,6 @@ def _decode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _decode_backward(ctx: Any, grad_out: Tensor, _grad_saved: Tensor) -> tuple[Any, ...]:
-    check_no_tangent(grad_out)
     saved, latent_map, coord, cell, weight_geometry, *layers = ctx.saved_tensors
     fields = ctx.fields._replace(
         latent_map=latent_map,
@@ -196,8 +214,12 @@ def _decode_backward(ctx: Any, grad_out: Tensor, _grad_saved: Tensor) -> tuple[A
         weights=layers[: ctx.layers],
         biases=layers[ctx.layers :],
     )
-    grads = decode_backward(grad_out, saved, *fields, ctx.coord_grad, ctx.backend)
-    first, geometry, *rest = _match(grads, fields.differentiable(ctx.coord_grad))
+    tensors = fields.differentiable(ctx.coord_grad)
+    if _is_differentiated(grad_out):
+        grads = _grads_by_calls(lambda: [calls.decode(fields)], tensors, [grad_out])
+    else:
+        grads = _match(decode_backward(grad_out, saved, *fields, ctx.coord_grad, ctx.backend), tensors)
+    first, geometry, *rest = grads
     points = 2 * ctx.layers + 1
     grad_coord, grad_cell = [*rest[points:], None, None][:2]
     # PyTorch takes an empty list for a list of tensors, so an empty `grid` needs a list of gradients, not None.
@@ -247,8 +269,10 @@ def _metasr_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _metasr_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-    check_no_tangent(grad_out)
     tensors = ctx.saved_tensors
+    if _is_differentiated(grad_out):
+        inputs = MetasrInputs(*tensors, ctx.region)
+        return *_grads_by_calls(lambda: [calls.metasr_query(inputs)], tensors, [grad_out]), None, None
     return *_match(metasr_query_backward(grad_out, *tensors, ctx.region, ctx.backend), tensors), None, None
 
 

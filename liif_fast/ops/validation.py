@@ -5,30 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-
-
-def check_no_tangent(*tensors: Tensor | None) -> None:
-    """Refuses forward-mode AD. Registered ops have no rule for it, and PyTorch would take their tangents for zeros.
-
-    A tensor that torch.func has wrapped counts as one with a tangent: inside nested transforms it cannot be asked.
-    """
-    if forward_ad._current_level < 0:
-        return
-    if torch.compiler.is_compiling() or any(map(_has_tangent, tensors)):
-        raise NotImplementedError(
-            "forward-mode AD (torch.func.jvp, jacfwd, dual tensors) does not go through the ops of liif_fast: "
-            "use reverse mode (torch.autograd.grad, torch.autograd.functional.jacobian)"
-        )
-
-
-def _has_tangent(tensor: Tensor | None) -> bool:
-    if tensor is None:
-        return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return wrapped or forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def check_feat(feat: Tensor) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import cpu, cuda, extension
+from . import calls, cpu, cuda, extension
 
 
 class OpRequest(NamedTuple):
@@ -26,6 +26,7 @@ class OpRequest(NamedTuple):
     device: str  # torch device type
     dtype: torch.dtype  # of the features
     widths: tuple[int, ...] = ()  # decode: the imnet's layers, (K, *hidden, O)
+    transformed: bool = False  # see transforms.is_transformed
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -60,6 +61,11 @@ def _result(reason: str, raise_error: bool) -> bool:
 
 def can_run_reference(request: OpRequest, raise_error: bool = False) -> bool:
     """The reference runs everything PyTorch runs."""
+    return _result("", raise_error)
+
+
+def can_run_torch(request: OpRequest, raise_error: bool = False) -> bool:
+    """PyTorch's own calls run everywhere."""
     return _result("", raise_error)
 
 
@@ -143,6 +149,7 @@ BACKENDS: dict[str, Callable[..., bool]] = {
     "cuda": can_run_cuda,
     "triton": can_run_triton,
     "cpu": can_run_cpu,
+    "torch": can_run_torch,
     "reference": can_run_reference,
 }
 
@@ -165,24 +172,16 @@ def choose(request: OpRequest, backend: str | None = None) -> str:
     """
     name = backend or _forced
     if name is not None:
-        BACKENDS[_checked(name, "backend")](request, raise_error=True)
+        _can_run(_checked(name, "backend"), request, raise_error=True)
         return name
-    for candidate, can_run in BACKENDS.items():
-        if can_run(request):
-            return candidate
-    raise RuntimeError(f"no backend can run {request}")  # unreachable while the reference is in the table
+    return next(candidate for candidate in BACKENDS if _can_run(candidate, request))  # `torch` runs everything
 
 
-def choose_fused(request: OpRequest, backend: str | None = None) -> tuple[str, bool]:
-    """(backend, whether it runs the decode `request` in one op).
-
-    Where only the reference could decode, a faster backend may still gather. Its gather and ensemble around PyTorch's
-    layers then replace the reference. Raises as `choose` does.
-    """
-    name = choose(request, backend)
-    if name != "reference":
-        return name, True
-    return choose(request._replace(op="gather"), backend), False
+def _can_run(name: str, request: OpRequest, raise_error: bool = False) -> bool:
+    if request.transformed and name not in ("torch", "reference"):
+        reason = f"backend '{name}' has no rules for forward-mode AD, torch.func and torch.jit.trace: use 'torch'"
+        return _result(reason, raise_error)
+    return BACKENDS[name](request, raise_error)
 
 
 def implementation(name: str) -> ModuleType:

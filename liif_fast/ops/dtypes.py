@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,9 +17,18 @@ def geometry_dtype(values: Tensor) -> torch.dtype:
 def autocast_dtype(feat: Tensor) -> torch.dtype | None:
     """The dtype that autocast uses on feat's device; None outside autocast and for float64."""
     kind = feat.device.type
-    if feat.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if feat.dtype == torch.float64 or not _autocasts(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def _autocasts(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off on a device, which may have none, such as `meta`."""
+    return torch.autocast(device.type, enabled=False) if _autocasts(device.type) else nullcontext()
 
 
 def latent_dtype(device: torch.device, matmul_dtype: torch.dtype, needs_grad: bool) -> torch.dtype:

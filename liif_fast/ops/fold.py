@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dtypes import allows_tf32, autocast_dtype, latent_dtype, needs_grad
+from .dtypes import allows_tf32, autocast_dtype, latent_dtype, needs_grad, no_autocast
 from .namespace import NAMESPACE
 from .transforms import is_transformed
 
@@ -40,7 +40,7 @@ def _precision(tf32: bool) -> Iterator[None]:
 
 @torch.library.custom_op(f"{NAMESPACE}::convolution", mutates_args=())
 def _convolution(feat: Tensor, kernels: Tensor, tf32: bool) -> Tensor:
-    with _precision(tf32), torch.autocast(feat.device.type, enabled=False):
+    with _precision(tf32), no_autocast(feat.device):
         return F.conv2d(feat, kernels, padding=kernels.shape[-1] // 2)
 
 
@@ -54,7 +54,7 @@ def _convolution_backward(
     grad_out: Tensor, feat: Tensor, kernels: Tensor, tf32: bool, with_feat: bool, with_kernels: bool
 ) -> tuple[Tensor, Tensor]:
     padding = [kernels.shape[-1] // 2] * 2
-    with _precision(tf32), torch.autocast(feat.device.type, enabled=False):
+    with _precision(tf32), no_autocast(feat.device):
         grad_feat, grad_kernels, _ = torch.ops.aten.convolution_backward(
             grad_out, feat, kernels, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [with_feat, with_kernels, False]
         )
@@ -84,7 +84,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None,
     feat, kernels = ctx.saved_tensors
     with_feat, with_kernels = ctx.needs_input_grad[:2]
     if torch.is_grad_enabled():  # a backward that is differentiated itself
-        with torch.autocast(feat.device.type, enabled=False):
+        with no_autocast(feat.device):
             out = F.conv2d(feat, kernels, padding=kernels.shape[-1] // 2)
             wanted = [tensor for tensor, wants in ((feat, with_feat), (kernels, with_kernels)) if wants]
             found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
@@ -101,9 +101,11 @@ def _convolve(feat: Tensor, kernels: Tensor, tf32: bool) -> Tensor:
 
     tf32: whether float32 may round to TF32 on a GPU even where matrix products may not.
     """
-    feat = feat.contiguous(memory_format=torch.channels_last)
+    transformed = is_transformed(feat, kernels)
+    if not transformed:  # vmap has no rule for it
+        feat = feat.contiguous(memory_format=torch.channels_last)
     on_gpu = feat.device.type == "cuda" and feat.dtype == torch.float32 and not torch.is_autocast_enabled("cuda")
-    if on_gpu and not is_transformed(feat, kernels):
+    if on_gpu and not transformed:
         out = _convolution(feat, kernels, tf32)
     else:
         out = F.conv2d(feat, kernels, padding=kernels.shape[-1] // 2)
@@ -114,7 +116,7 @@ def fold_for(feat: Tensor, weight: Tensor, feat_unfold: bool, matmul_dtype: torc
     """`fold` for a decode that multiplies in `matmul_dtype`, and that autograd records or not."""
     dtype = latent_dtype(feat.device, matmul_dtype, needs_grad)
     channels, kernel = feat.shape[1], 3 if feat_unfold else 1
-    with torch.autocast(feat.device.type, enabled=False):
+    with no_autocast(feat.device):
         kernels = weight.to(dtype)[:, : channels * kernel * kernel].reshape(-1, channels, kernel, kernel)
         return _convolve(feat.to(dtype), kernels, matmul_dtype.itemsize == 2)
 

@@ -38,9 +38,10 @@ def _grads_by_calls(
 ) -> list[Tensor | None]:
     """Gradients with a graph of their own, for a backward that is differentiated: those of the `torch` backend."""
     with torch.enable_grad():
-        outs = run()
+        pairs = [(out, grad) for out, grad in zip(run(), grads) if out.requires_grad]
         wanted = [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
-        found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True))
+        outs, known = zip(*pairs)
+        found = iter(torch.autograd.grad(outs, wanted, known, create_graph=True, allow_unused=True))
     return [next(found) if tensor is not None and tensor.requires_grad else None for tensor in tensors]
 
 

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import calls, cpu, cuda, extension
+from . import calls as calls  # for the modules of the ops
+from . import cpu, cuda, extension
 
 
 class OpRequest(NamedTuple):

@@ -9,14 +9,13 @@ queries, so that its memory beside the latent map and the result is bounded.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dtypes import geometry_dtype, needs_grad
+from ..dtypes import geometry_dtype, needs_grad, no_autocast
 from ..inputs import DecodeInputs, GatherInputs, MetasrInputs
 from ..transforms import is_transformed
 
@@ -30,7 +29,15 @@ class _Axis(NamedTuple):
     rel: list[Tensor]  # (coord - center) * size
 
 
-def _axis(coord: Tensor, size: int, sides: Sequence[int]) -> _Axis:
+def _axes(coord: Sequence[Tensor], size: Sequence[int], local_ensemble: bool) -> tuple[_Axis, _Axis, Tensor]:
+    """Of rows and columns, and where one of the coordinates is NaN: there the latent and its center are 0."""
+    unknown = (coord[0].isnan() | coord[1].isnan()).detach()
+    sides = (-1, 1) if local_ensemble else (0,)
+    rows, cols = (_axis(each, pixels, sides, unknown) for each, pixels in zip(coord, size))
+    return rows, cols, unknown
+
+
+def _axis(coord: Tensor, size: int, sides: Sequence[int], unknown: Tensor) -> _Axis:
     found = _Axis([], [])
     for side in sides:
         shifted = coord.detach()
@@ -38,7 +45,7 @@ def _axis(coord: Tensor, size: int, sides: Sequence[int]) -> _Axis:
             shifted = shifted + (side * (2 / size / 2) + 1e-6)
         nearest = _nearest(shifted, size)
         found.index.append(nearest.long())
-        found.rel.append((coord - _center(nearest, size)) * size)
+        found.rel.append((coord - torch.where(unknown, 0, _center(nearest, size))) * size)
     return found
 
 
@@ -65,20 +72,10 @@ def _rel(rows: _Axis, cols: _Axis, rel_cell: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.stack([row, col, *rel_cell], dim=-1) for row in rows.rel for col in cols.rel], dim=-2)
 
 
-def _sides(local_ensemble: bool) -> tuple[int, ...]:
-    return (-1, 1) if local_ensemble else (0,)
-
-
-def _no_autocast(device: torch.device) -> Any:
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
-
-
 def gather(inputs: GatherInputs) -> tuple[Tensor, Tensor]:
     feat, coord = inputs.feat, inputs.coord
     batch, channels, height, width = feat.shape
-    sides = _sides(inputs.local_ensemble)
-    rows, cols = (_axis(coord[..., axis], feat.shape[2 + axis], sides) for axis in (0, 1))
+    rows, cols, unknown = _axes(coord.unbind(-1), (height, width), inputs.local_ensemble)
     # Padded, so that a neighbor beyond the border is a latent of zeros.
     margin, neighbors = (1, (0, 1, 2)) if inputs.feat_unfold else (0, (0,))
     padded = F.pad(feat, (margin,) * 4).permute(0, 2, 3, 1).reshape(-1, channels)
@@ -88,23 +85,19 @@ def gather(inputs: GatherInputs) -> tuple[Tensor, Tensor]:
     first = torch.stack([entry + row * full[1] + col for row in rows.index for col in cols.index], dim=-1)
     found = padded.index_select(0, (first.unsqueeze(-1) + steps).reshape(-1))
     latents = found.view(*first.shape, len(steps), channels).transpose(-1, -2).flatten(-2)
-    latents = torch.where(_is_nan(coord), 0, latents)
+    latents = torch.where(unknown[..., None, None], 0, latents)
     cell = [] if inputs.cell is None else [inputs.cell[..., 0] * height, inputs.cell[..., 1] * width]
     return torch.cat([latents, _rel(rows, cols, cell).to(feat.dtype)], dim=-1), _area_weight(rows, cols)
 
 
-def _is_nan(coord: Tensor) -> Tensor:
-    """[..., 1, 1] of coord [..., 2]."""
-    return coord.isnan().any(-1, keepdim=True).unsqueeze(-1)
-
-
 def ensemble(pred: Tensor, area_weight: Tensor) -> Tensor:
-    return _blend(pred, area_weight)
+    with no_autocast(pred.device):
+        return _blend(pred, area_weight)
 
 
 def decode(inputs: DecodeInputs) -> Tensor:
     latents = inputs.latent_map.reshape(-1, inputs.latent_map.shape[-1])
-    with _no_autocast(latents.device):
+    with no_autocast(latents.device):
         out = _in_tiles(
             lambda first, last: _decode_tile(inputs, latents, first, last), inputs.queries, inputs.differentiable(True)
         )
@@ -155,28 +148,23 @@ def _decode_tile(inputs: DecodeInputs, latents: Tensor, first: int, last: int) -
             [] if points is None else list(points.reshape(-1, 2)[first:last].unbind(-1))
             for points in (inputs.coord, inputs.cell)
         )
-    sides = _sides(inputs.local_ensemble)
-    rows, cols = (_axis(coord[axis], region[2 + axis], sides) for axis in (0, 1))
+    rows, cols, unknown = _axes(coord, region[2:], inputs.local_ensemble)
     cell = [size * latent for size, latent in zip(cell[: inputs.weight_geometry.shape[1] - 2], region[2:])]
     place = entry * (height * width)
     local = [(index - region[0]).clamp(0, height - 1) * width + place for index in rows.index]
     index = torch.stack([row + (col - region[1]).clamp(0, width - 1) for row in local for col in cols.index], dim=-1)
     found = latents.index_select(0, index.view(-1)).view(*index.shape, latents.shape[1])
     if inputs.coord is not None:  # no gradient for the latent that NaN happens to select
-        found = torch.where((coord[0] + coord[1]).isnan().view(-1, 1, 1), 0, found)
-    rel = _rel(rows, cols, cell).to(latents.dtype)
-    x = F.linear(rel, inputs.weight_geometry.to(latents.dtype), inputs.biases[0].to(latents.dtype)) + found
-    area_weight = _area_weight(rows, cols)
-    layers = [
-        (weight.to(matmul_dtype), bias.to(matmul_dtype)) for weight, bias in zip(inputs.weights, inputs.biases[1:])
-    ]
-    for weight, bias in layers[:-1]:
-        x = F.linear(F.relu(x).to(matmul_dtype), weight, bias)
-    x = F.relu(x).to(matmul_dtype) if layers else x
-    if x.dtype != dtype:  # in 16 bits the weights of the blend would be rounded too
-        return _blend(F.linear(x, *layers[-1]) if layers else x, area_weight)
-    blended = _blend(x, area_weight)
-    return F.linear(blended, *layers[-1]) if layers else blended
+        found = torch.where(unknown[:, None, None], 0, found)
+    # In 16 bits a coordinate would lose its place.
+    x = F.linear(_rel(rows, cols, cell), inputs.weight_geometry.to(dtype), inputs.biases[0].to(dtype)) + found
+    for weight, bias in zip(inputs.weights[:-1], inputs.biases[1:-1]):
+        x = F.linear(F.relu(x).to(matmul_dtype), weight.to(matmul_dtype), bias.to(matmul_dtype))
+    # The blend and the last layer, which is small, round nothing to 16 bits.
+    blended = _blend(F.relu(x) if inputs.weights else x, _area_weight(rows, cols))
+    if not inputs.weights:
+        return blended
+    return F.linear(blended, inputs.weights[-1].to(dtype), inputs.biases[-1].to(dtype))
 
 
 def _blend(pred: Tensor, area_weight: Tensor) -> Tensor:
@@ -190,7 +178,8 @@ def metasr_query(inputs: MetasrInputs) -> Tensor:
     queries, hidden = inputs.coord.shape[1], inputs.weight.shape[0]
     top, left, *size = inputs.region
     flat = inputs._replace(coord=inputs.coord.reshape(-1, 2), cell=inputs.cell.reshape(-1, 2))
-    weight, bias = inputs.weight.to(latents.dtype), inputs.bias.to(latents.dtype)
+    dtype = geometry_dtype(latents)
+    weight, bias = inputs.weight.to(dtype), inputs.bias.to(dtype)
 
     def part(first: int, last: int) -> Tensor:
         coord, cell = flat.coord[first:last], flat.cell[first:last]
@@ -198,16 +187,16 @@ def metasr_query(inputs: MetasrInputs) -> Tensor:
         nearest = [_nearest(corner[:, axis].detach() + 1e-6, size[axis]) for axis in (0, 1)]
         origins = torch.stack([_center(each, size[axis]) - 1 / size[axis] for axis, each in enumerate(nearest)], dim=-1)
         rel = (corner - origins) * corner.new_tensor([size[0] / 2, size[1] / 2])
-        x = torch.cat([rel, cell[:, :1] * (size[0] / 2)], dim=-1).to(latents.dtype)
+        x = torch.cat([rel, cell[:, :1] * (size[0] / 2)], dim=-1)
         filters = F.pad(F.relu(F.linear(x, weight, bias)), (0, 1), value=1.0).unsqueeze(-1)
         row, col = (each.long() for each in nearest)
         entry = torch.arange(first, last, device=latents.device) // queries
         index = (entry * height + (row - top).clamp(0, height - 1)) * width + (col - left).clamp(0, width - 1)
         found = latents.index_select(0, index).view(last - first, columns // (hidden + 1), hidden + 1)
-        found = torch.where(_is_nan(coord), 0, found)
-        return (found @ filters).squeeze(-1)
+        found = torch.where(coord.isnan().any(-1)[:, None, None], 0, found)
+        return (found.to(dtype) @ filters).squeeze(-1)
 
-    with _no_autocast(latents.device):
+    with no_autocast(latents.device):
         out = _in_tiles(
             part, batch * queries, [inputs.latent_map, inputs.coord, inputs.cell, inputs.weight, inputs.bias]
         )

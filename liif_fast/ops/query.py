@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -235,8 +235,8 @@ def render(
 
     name = _choose(feat, weights, backend, latent_map, *biases)
     if name == "reference":
-        place = {"window": area, "cell": cells, "feat_region": region}
-        out = reference.render(feat, image, weights, biases, **place, **imnet.flags)
+        place: dict[str, Any] = {"window": area, "cell": cells, "feat_region": region, **imnet.flags}
+        out = reference.render(feat, image, weights, biases, **place)
     else:
         grid = ([*image, *area, *region], list(cells))
         out = _decode(feat, imnet, latent_map, (None, None), grid, not recompute, name)

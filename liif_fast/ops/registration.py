@@ -272,7 +272,7 @@ def _metasr_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _metasr_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
     if _is_differentiated(grad_out):
-        inputs = MetasrInputs(*tensors, ctx.region)
+        inputs = MetasrInputs._make([*tensors, ctx.region])
         return *_grads_by_calls(lambda: [calls.metasr_query(inputs)], tensors, [grad_out]), None, None
     return *_match(metasr_query_backward(grad_out, *tensors, ctx.region, ctx.backend), tensors), None, None
 

@@ -25,7 +25,7 @@ TILE, TILE_ON_GPU = 2048, 65_536  # queries; on a CPU they fit in the cache
 class _Axis(NamedTuple):
     """The latents next to queries along one axis, in the order of geometry.h; a list has one item for each side."""
 
-    index: list[Tensor]  # int64, inside the map
+    latent: list[Tensor]  # index, int64, inside the map
     rel: list[Tensor]  # (coord - center) * size
 
 
@@ -44,7 +44,7 @@ def _axis(coord: Tensor, size: int, sides: Sequence[int], unknown: Tensor) -> _A
         if side:
             shifted = shifted + (side * (2 / size / 2) + 1e-6)
         nearest = _nearest(shifted, size)
-        found.index.append(nearest.long())
+        found.latent.append(nearest.long())
         found.rel.append((coord - torch.where(unknown, 0, _center(nearest, size))) * size)
     return found
 
@@ -82,7 +82,7 @@ def gather(inputs: GatherInputs) -> tuple[Tensor, Tensor]:
     full = height + 2 * margin, width + 2 * margin
     entry = torch.arange(batch, device=feat.device).view(-1, 1) * (full[0] * full[1])
     steps = torch.tensor([row * full[1] + col for row in neighbors for col in neighbors], device=feat.device)
-    first = torch.stack([entry + row * full[1] + col for row in rows.index for col in cols.index], dim=-1)
+    first = torch.stack([entry + row * full[1] + col for row in rows.latent for col in cols.latent], dim=-1)
     found = padded.index_select(0, (first.unsqueeze(-1) + steps).reshape(-1))
     latents = found.view(*first.shape, len(steps), channels).transpose(-1, -2).flatten(-2)
     latents = torch.where(unknown[..., None, None], 0, latents)
@@ -151,8 +151,8 @@ def _decode_tile(inputs: DecodeInputs, latents: Tensor, first: int, last: int) -
     rows, cols, unknown = _axes(coord, region[2:], inputs.local_ensemble)
     cell = [size * latent for size, latent in zip(cell[: inputs.weight_geometry.shape[1] - 2], region[2:])]
     place = entry * (height * width)
-    local = [(index - region[0]).clamp(0, height - 1) * width + place for index in rows.index]
-    index = torch.stack([row + (col - region[1]).clamp(0, width - 1) for row in local for col in cols.index], dim=-1)
+    local = [(index - region[0]).clamp(0, height - 1) * width + place for index in rows.latent]
+    index = torch.stack([row + (col - region[1]).clamp(0, width - 1) for row in local for col in cols.latent], dim=-1)
     found = latents.index_select(0, index.view(-1)).view(*index.shape, latents.shape[1])
     if inputs.coord is not None:  # no gradient for the latent that NaN happens to select
         found = torch.where(unknown[:, None, None], 0, found)

@@ -34,7 +34,7 @@ def ensemble(pred: Tensor, area_weight: Tensor, *, backend: str | None = None) -
         raise TypeError(f"pred and area_weight must be floating point, got {pred.dtype} and {area_weight.dtype}")
     if area_weight.device != pred.device:
         raise ValueError(f"area_weight is on {area_weight.device} but pred is on {pred.device}: move it there")
-    name = choose(OpRequest("ensemble", pred.device.type, pred.dtype), backend)
+    name = choose(OpRequest.on(pred, "ensemble"), backend)
     out = ensemble_on(name, pred, area_weight)
     return out if autocast_dtype(pred) is not None else out.to(pred.dtype)
 

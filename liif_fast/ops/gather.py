@@ -43,7 +43,7 @@ def gather(
     check_points("coord", coord, feat)
     if cell is not None:
         check_cell(cell, coord, feat)
-    name = choose(OpRequest("gather", feat.device.type, feat.dtype), backend)
+    name = choose(OpRequest.on(feat, "gather"), backend)
     return gather_on(name, feat, coord, cell, feat_unfold=feat_unfold, local_ensemble=local_ensemble)
 
 

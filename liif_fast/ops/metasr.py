@@ -54,7 +54,7 @@ def metasr_query(
     if weights[1].shape[0] % (9 * feat.shape[1]):
         raise ValueError(f"weights[1] must have a multiple of 9*{feat.shape[1]} rows, got {weights[1].shape[0]}")
 
-    name = choose(OpRequest("metasr_query", feat.device.type, feat.dtype), backend)
+    name = choose(OpRequest.on(feat, "metasr_query"), backend)
     if name == "reference":
         out = reference.metasr_query(feat, coord, cell, weights, biases, feat_region=region)
     else:

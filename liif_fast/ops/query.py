@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, registration
+from . import first_use, reference, registration
 from .backends import OpRequest, choose_fused
 from .dtypes import autocast_dtype, geometry_dtype, needs_grad
 from .ensemble import ensemble_on
@@ -43,12 +43,12 @@ class _Imnet(NamedTuple):
     out_dtype: torch.dtype  # float32 under autocast, otherwise feat's
 
     @property
+    def switches(self) -> tuple[bool, bool, bool]:
+        return self.local_ensemble, self.feat_unfold, self.cell_decode
+
+    @property
     def flags(self) -> dict[str, bool]:
-        return {
-            "local_ensemble": self.local_ensemble,
-            "feat_unfold": self.feat_unfold,
-            "cell_decode": self.cell_decode,
-        }
+        return dict(zip(("local_ensemble", "feat_unfold", "cell_decode"), self.switches))
 
 
 def _checked_imnet(
@@ -66,9 +66,32 @@ def _checked_imnet(
     return _Imnet(weights, biases, *switches, matmul_dtype, out_dtype)
 
 
-def _choose(feat: Tensor, weights: Sequence[Tensor], backend: str | None) -> tuple[str, bool]:
-    widths = tuple(weight.shape[0] for weight in weights)
-    return choose_fused(OpRequest("decode", feat.device.type, feat.dtype, widths), backend)
+def _choose(
+    feat: Tensor, imnet: _Imnet, points: Sequence[Tensor | None], recompute: bool, backend: str | None, queries: int
+) -> tuple[str, bool]:
+    """As `choose_fused`, for a decode with these arguments; checks a GPU's kernels at their first use."""
+    widths = tuple(weight.shape[0] for weight in imnet.weights)
+    layer_grads = needs_grad(feat, *imnet.weights, *imnet.biases)
+    point_grads = needs_grad(*points)
+    request = OpRequest.on(feat, "decode", widths)
+    request = request._replace(matmul_dtype=imnet.matmul_dtype, trains=layer_grads or point_grads, queries=queries)
+    kernels = first_use.Combination(
+        "",
+        request.device,
+        request.device_index,
+        feat.dtype,
+        imnet.matmul_dtype,
+        imnet.switches,
+        layer_grads,
+        point_grads,
+        recompute,
+        widths,
+    )
+
+    def against(name: str, _: OpRequest) -> str:
+        return first_use.against(kernels._replace(backend=name), first_use.Decoders(query, render))
+
+    return choose_fused(request, backend, against)
 
 
 def _query_by_layers(
@@ -167,7 +190,8 @@ def query(
         cell = None
     imnet = _checked_imnet(feat, weights, biases, latent_map, (local_ensemble, feat_unfold, cell_decode))
 
-    name, fused = _choose(feat, weights, backend)
+    queries = coord.shape[0] * coord.shape[1]
+    name, fused = _choose(feat, imnet, (coord, cell), recompute, backend, queries)
     gather_is_cheaper = latent_map is None and 4 * coord.shape[1] < feat.shape[2] * feat.shape[3]  # than folding feat
     if name == "reference":
         out = reference.query(feat, coord, cell, weights, biases, **imnet.flags)
@@ -228,7 +252,7 @@ def render(
     cells = (2 / image[0], 2 / image[1]) if cell is None else (float(cell[0]), float(cell[1]))
     imnet = _checked_imnet(feat, weights, biases, latent_map, (local_ensemble, feat_unfold, cell_decode))
 
-    name, fused = _choose(feat, weights, backend)
+    name, fused = _choose(feat, imnet, (), recompute, backend, feat.shape[0] * area[2] * area[3])
     if fused:
         grid = ([*image, *area, *region], list(cells))
         out = _decode(feat, imnet, latent_map, (None, None), grid, not recompute, name)
@@ -265,6 +289,6 @@ def latent_map_for(
     Raises:
         RuntimeError: the named backend cannot run this.
     """
-    if not _choose(feat, weights, backend)[1]:
+    if not choose_fused(OpRequest.on(feat, "decode", tuple(weight.shape[0] for weight in weights)), backend)[1]:
         return None
     return fold(feat, weights[0], feat_unfold=feat_unfold)

@@ -157,7 +157,7 @@ def _processors(device: torch.device) -> int:
     return 3
 
 
-class _Problem(NamedTuple):
+class Problem(NamedTuple):
     """A decode at coordinates, and one of a window of a grid; tensors in the kernel's dtypes."""
 
     feat: Tensor  # [1, C, H, W]
@@ -169,7 +169,7 @@ class _Problem(NamedTuple):
     window: tuple[int, int, int, int]
 
 
-def _make_problem(c: Combination, device: torch.device) -> _Problem:
+def make_problem(c: Combination, device: torch.device) -> Problem:
     """Random numbers of a generator of its own, the same every time.
 
     No query is near a border between two latents, where a rounding decides which one it takes: coordinates keep 5 % of
@@ -199,7 +199,7 @@ def _make_problem(c: Combination, device: torch.device) -> _Problem:
         return tensor.to(device).to(c.matmul_dtype).to(c.dtype)
 
     geometry = torch.float64 if c.dtype == torch.float64 else torch.float32
-    return _Problem(
+    return Problem(
         rounded(uniform(1, _CHANNELS, side, side + 2)),
         coord.to(device, geometry),
         cell.to(device, geometry),
@@ -210,7 +210,7 @@ def _make_problem(c: Combination, device: torch.device) -> _Problem:
     )
 
 
-def _copy(c: Combination, problem: _Problem, dtype: torch.dtype | None = None) -> tuple[_Problem, dict[str, Tensor]]:
+def _copy(c: Combination, problem: Problem, dtype: torch.dtype | None = None) -> tuple[Problem, dict[str, Tensor]]:
     """A copy of the problem, in `dtype` if one is named, and by name the tensors whose gradients are compared."""
     half = len(problem.weights)
     feat, *layers = (
@@ -219,7 +219,7 @@ def _copy(c: Combination, problem: _Problem, dtype: torch.dtype | None = None) -
     )
     coord, cell = (tensor.detach().requires_grad_(c.point_grads) for tensor in (problem.coord, problem.cell))
     named = {"coord": coord, "cell": cell, "feat": feat}
-    named.update((f"{name}s[{i % half}]", t) for i, t in enumerate(layers) for name in [("weight", "bias")[i // half]])
+    named.update((f"{'weights' if i < half else 'biases'}[{i % half}]", layer) for i, layer in enumerate(layers))
     if not c.flags["cell_decode"]:
         del named["cell"]
     copy = problem._replace(feat=feat, coord=coord, cell=cell, weights=layers[:half], biases=layers[half:])
@@ -232,7 +232,7 @@ def _with_grads(out: Tensor, leaves: dict[str, Tensor], probe: Tensor) -> dict[s
     return {"result": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def _expected(c: Combination, problem: _Problem, probe: Tensor) -> dict[str, Tensor]:
+def _expected(c: Combination, problem: Problem, probe: Tensor) -> dict[str, Tensor]:
     """The reference's result and gradients, computed some queries at a time."""
     copy, leaves = _copy(c, problem, torch.promote_types(c.dtype, torch.float32))
     outs, sums = [], {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
@@ -246,7 +246,7 @@ def _expected(c: Combination, problem: _Problem, probe: Tensor) -> dict[str, Ten
     return {"result": torch.cat(outs, 1), **sums}
 
 
-def _found(c: Combination, problem: _Problem, probe: Tensor, decoders: Decoders, on_grid: bool) -> dict[str, Tensor]:
+def _found(c: Combination, problem: Problem, probe: Tensor, decoders: Decoders, on_grid: bool) -> dict[str, Tensor]:
     """The kernels' result and gradients."""
     copy, leaves = _copy(c, problem)
     layers = copy.weights, copy.biases
@@ -259,7 +259,7 @@ def _found(c: Combination, problem: _Problem, probe: Tensor, decoders: Decoders,
         return _with_grads(decoders.query(copy.feat, copy.coord, copy.cell, *layers, **options), leaves, probe)
 
 
-def _error(name: str, found: Tensor, expected: Tensor) -> Tensor:
+def error_of(name: str, found: Tensor, expected: Tensor) -> Tensor:
     """The largest error as a fraction of the largest expected value; of gradients of points the error in the 2-norm.
 
     A ReLU whose sign a rounding flips may change the gradient of a single point by any amount.
@@ -275,7 +275,7 @@ def compare(c: Combination, decoders: Decoders) -> list[tuple[str, float, float]
     Waits for the device once. Raises what the kernels raise, and NoReference where the reference cannot run.
     """
     device = c.place
-    problem = _make_problem(c, device)
+    problem = make_problem(c, device)
     limits = FIRST_USE[TF32 if _process_switches(c.matmul_dtype)[0] else c.matmul_dtype]
     names, errors = [], []
     for op in ("query", "render"):
@@ -292,7 +292,7 @@ def compare(c: Combination, decoders: Decoders) -> list[tuple[str, float, float]
             raise NoReference(str(error)) from error
         found = _found(c, problem, probe, decoders, op == "render")
         names += [(op, name) for name in expected]
-        errors += [_error(name, found[name], expected[name]) for name in expected]
+        errors += [error_of(name, found[name], expected[name]) for name in expected]
     depth = max(1.0, len(c.widths) / 5)
     return [
         (f"the {'result' if name == 'result' else f'gradient of {name}'} of {op}", error, limit * depth)

@@ -1,7 +1,7 @@
 """The check behind `liif-fast doctor --check`: every backend on every device, each in a process of its own.
 
 A process compares small decodes and the other ops with the reference, then times a decode and a matrix product. One
-that crashes or hangs becomes a row of the table. `python -m liif_fast.benchmark.check BACKEND DEVICE` is such a process.
+that crashes or hangs becomes a row of the table. Its command is `python -m liif_fast.benchmark.check BACKEND DEVICE`.
 It prints JSON objects: {"begin": step}, {"refused": reason}, {"step", "error", "limit"}, {"decode", "product"}.
 """
 

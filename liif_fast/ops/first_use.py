@@ -17,6 +17,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -123,10 +124,15 @@ def _is_tracing() -> bool:
     )
 
 
-def _is_capturing(device: torch.device) -> bool:
-    """Whether one of PyTorch's streams of a GPU captures a graph: its pools hand out 32 of each priority, in turns."""
+def _must_wait(device: torch.device) -> bool:
+    """Whether one of PyTorch's streams of a GPU captures a graph, or a synchronization is an error.
+
+    PyTorch's pools hand out 32 streams of each priority, in turns.
+    """
     if device.type != "cuda":
         return False
+    if torch.cuda.get_sync_debug_mode():
+        return True
     with torch.cuda.device(device):
         for priority in (0, -1):
             for _ in range(32):
@@ -305,16 +311,23 @@ class NoReference(Exception):
     """The reference cannot run: too little memory, or an operation that deterministic mode forbids."""
 
 
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the thread's current device, so that the first one gets no memory for a process that uses another."""
+    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
+
+
 def _check(c: Combination, decoders: Decoders) -> str | None:
     """What is wrong with a combination, '' for nothing that is known; None where the check has to wait."""
-    if _is_capturing(c.place):
+    if _must_wait(c.place):
         return None
     try:
-        wrong = [each for each in compare(c, decoders) if not each[1] <= each[2]]
+        with _on(c.place):
+            errors = compare(c, decoders)
     except (NoReference, torch.OutOfMemoryError):
         return ""
     except Exception as failure:
         return f"failed ({type(failure).__name__}: {' '.join(str(failure).split())[:300]})"
+    wrong = [each for each in errors if not each[1] <= each[2]]  # also where it is NaN
     if not wrong:
         return ""
     name, error, limit = wrong[0]

@@ -262,12 +262,12 @@ def test_other_traces_check_nothing(native, trace):
 
 
 def test_a_capture_postpones_the_check(native, monkeypatch):
-    monkeypatch.setattr(first_use, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(first_use, "_must_wait", lambda device: True)
     plant(native, "cuda_decode", last_tile)
     problem = tensors()
     query(problem, backend="cuda")
     assert not first_use._verdicts
-    monkeypatch.setattr(first_use, "_is_capturing", lambda device: False)
+    monkeypatch.setattr(first_use, "_must_wait", lambda device: False)
     with pytest.warns(RuntimeWarning, match="off by"):
         query(problem)
 
@@ -281,12 +281,15 @@ def test_captures_of_all_threads_are_seen_by_their_streams(monkeypatch, capturin
         "device": lambda device: contextlib.nullcontext(),
         "Stream": lambda priority: next(handed),
         "stream": lambda stream: contextlib.nullcontext(current.append(stream)),
+        "get_sync_debug_mode": lambda: 0,
         "is_current_stream_capturing": lambda: capturing is not None and current[-1] is streams[capturing],
     }
     for name, function in fake.items():
         monkeypatch.setattr(torch.cuda, name, function)
-    assert first_use._is_capturing(torch.device("cuda", 0)) == (capturing is not None)
-    assert not first_use._is_capturing(torch.device("cpu"))
+    assert first_use._must_wait(torch.device("cuda", 0)) == (capturing is not None)
+    assert not first_use._must_wait(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 2)
+    assert first_use._must_wait(torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), None])

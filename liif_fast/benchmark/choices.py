@@ -88,7 +88,7 @@ def lines(choices: Sequence[Choice], device: torch.device) -> list[str]:
             continue
         row = preferences.find(gpu.capability(device.index), "decode", runs.DTYPES[dtype], training, queries)
         gain = seconds[chosen] / seconds[best]
-        text.append(f"{what}: {times}; {best} would have been {gain:.2f}x as fast as the table's {chosen}")
+        text.append(f"{what}: {times}; {best} would have been {gain:.2f}x as fast as the chosen {chosen}")
         text.append(
             f"  to report: {what}: {best} before {chosen} ({times}); table: {row.source if row else preferences.NO_ROW}; "
             f"liif_fast {liif_fast.__version__}, {gpu.describe(device)}"

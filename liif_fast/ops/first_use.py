@@ -22,6 +22,7 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -268,11 +269,16 @@ def _found(c: Combination, problem: Problem, probe: Tensor, decoders: Decoders, 
 def error_of(name: str, found: Tensor, expected: Tensor) -> Tensor:
     """The largest error as a fraction of the largest expected value; of gradients of points the error in the 2-norm.
 
-    A ReLU whose sign a rounding flips may change the gradient of a single point by any amount.
+    A ReLU whose sign a rounding flips may change the gradient of a single point or latent by any amount. So errors of
+    feat's gradient are root mean squares over 4x4 latents, as fractions of that of all expected values.
     """
+    error = found - expected
     if name in ("coord", "cell"):
-        return ((found - expected).norm() / expected.norm()).double()
-    return ((found - expected).abs().amax() / expected.abs().amax()).double()
+        return (error.norm() / expected.norm()).double()
+    if name == "feat":
+        squares = F.avg_pool2d(error.square().mean(1, keepdim=True), 4, ceil_mode=True)
+        return (squares.amax() / expected.square().mean()).sqrt().double()
+    return (error.abs().amax() / expected.abs().amax()).double()
 
 
 def compare(c: Combination, decoders: Decoders) -> list[tuple[str, float, float]]:

@@ -24,13 +24,13 @@ LIMITS = {
 }
 
 TF32 = "tf32"  # float32 products whose operands round to TF32
-# Products' dtype -> (of results, of gradients), for the decodes of first_use.py: the largest error as a fraction of the
-# largest expected value. Three times the errors of the emulated kernels or more, in float32 also room for a ReLU whose
-# sign flips. A tile that reads wrong weights is off by more than half.
+# Products' dtype -> (of results, of gradients), for the decodes of first_use.py, as fractions of expected values. The
+# emulated kernels err at most half as much, on a device of 3 processors and on one of 24. In float32 there is room for
+# a ReLU whose sign flips.
 FIRST_USE: dict[torch.dtype | str, tuple[float, float]] = {
     torch.float64: (1e-10, 1e-6),
     torch.float32: (1e-4, 5e-2),
-    TF32: (1e-2, 0.15),
-    torch.float16: (1e-2, 0.15),
-    torch.bfloat16: (3e-2, 0.25),
+    TF32: (1e-2, 0.2),
+    torch.float16: (1e-2, 0.2),
+    torch.bfloat16: (3e-2, 0.3),
 }

@@ -37,7 +37,7 @@ def test_the_faster_choice_is_named_with_a_line_to_report(monkeypatch: pytest.Mo
         torch.device("cuda", 0),
     )
     assert len(text) == 4 and all("is right" in line for line in text[2:])
-    assert text[0].endswith("triton 6.00 ms; cuda would have been 1.50x as fast as the table's triton")
+    assert text[0].endswith("triton 6.00 ms; cuda would have been 1.50x as fast as the chosen triton")
     assert text[1].startswith("  to report: decode, bfloat16, 1048576 queries: cuda before triton (cuda 4.00 ms, ")
     assert "modeled for an H100" in text[1] and text[1].endswith("cuda:0 (Some GPU), compute capability 9.0")
 

@@ -87,10 +87,10 @@ def lines(choices: Sequence[Choice], device: torch.device) -> list[str]:
             text.append(f"{what}: {times}; {chosen}, the choice of the table, is right")
             continue
         row = preferences.find(gpu.capability(device.index), "decode", runs.DTYPES[dtype], training, queries)
-        gain = seconds[chosen] / seconds[best]
+        gain, source = seconds[chosen] / seconds[best], row.source if row else preferences.NO_ROW
         text.append(f"{what}: {times}; {best} would have been {gain:.2f}x as fast as the chosen {chosen}")
         text.append(
-            f"  to report: {what}: {best} before {chosen} ({times}); table: {row.source if row else preferences.NO_ROW}; "
+            f"  to report: {what}: {best} before {chosen} ({times}); table: {source}; "
             f"liif_fast {liif_fast.__version__}, {gpu.describe(device)}"
         )
     return text

@@ -5,6 +5,10 @@
 
 #include "bindings/cuda.h"
 
+// Of CUDA's runtime, which is linked statically; declared here because no CUDA header is needed. Both return 0.
+extern "C" int cudaDriverGetVersion(int* version);
+extern "C" int cudaRuntimeGetVersion(int* version);
+
 namespace liif_fast {
 
 // The symbol is looked up in torch's library at run time. RTLD_DEFAULT does not find it, and a link against the library
@@ -22,6 +26,14 @@ void* current_stream(int32_t device) {
 }
 
 namespace {
+
+// 13020 for CUDA 13.2: what the driver supports (0 without a driver), and the runtime of this extension.
+std::tuple<int64_t, int64_t> cuda_versions() {
+  int driver = 0, runtime = 0;
+  STD_TORCH_CHECK(cudaDriverGetVersion(&driver) == 0 && cudaRuntimeGetVersion(&runtime) == 0,
+                  "CUDA does not tell its versions");
+  return {driver, runtime};
+}
 
 std::tuple<Tensor, Tensor> gather(const Tensor& feat, const Tensor& coord, const MaybeTensor& cell, bool feat_unfold,
                                   bool local_ensemble) {
@@ -112,6 +124,8 @@ void register_cuda_gather(Registry& ops) {
       "cuda_gather_backward(Tensor grad_x, Tensor grad_area_weight, Tensor coord, int channels, int height, int width, "
       "bool has_cell, bool feat_unfold, bool local_ensemble, bool deterministic, bool channels_last) "
       "-> (Tensor, Tensor, Tensor)");
+  ops.def("cuda_versions() -> (int, int)");
+  ops.impl("CompositeExplicitAutograd", "cuda_versions", TORCH_BOX(&cuda_versions));
   ops.impl("CUDA", "gather", TORCH_BOX(&gather));
   ops.impl("CUDA", "cuda_gather_backward", TORCH_BOX(&gather_backward));
   ops.impl("CUDA", "ensemble", TORCH_BOX(&ensemble));

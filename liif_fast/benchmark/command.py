@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import liif_fast
-from liif_fast.benchmark import runs, timing
+from liif_fast.benchmark import choices, runs, timing
 from liif_fast.benchmark.cuda_timing import CudaClock
 from liif_fast.benchmark.problem import random_problem
 from liif_fast.benchmark.runs import Run
@@ -67,6 +67,8 @@ def main(device: torch.device, *, seconds: float = SECONDS, json_file: Path | No
     print(render(table), end="")
     if any(cell.reason == _TOO_SLOW for cells in table.values() for cell in cells.values()):
         print(f"{_TOO_SLOW}: left out, because --seconds {seconds:g} are too few for it")
+    if device.type == "cuda":
+        print("\n".join(["", "the choice among the GPU's backends:", *choices.lines(choices.measure(clock), device)]))
     if json_file is not None:
         write_atomically(json_file, (json.dumps(as_json(table, device), indent=1) + "\n").encode())
     return 0 if any(cell.seconds for cells in table.values() for cell in cells.values()) else 1

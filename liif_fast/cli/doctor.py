@@ -1,4 +1,7 @@
-"""`liif-fast doctor`: the installed versions, the devices, and the backends that can run or the reason why not."""
+"""`liif-fast doctor`: the installed versions, the devices, and the backends that can run or the reason why not.
+
+`--check` runs them, and writes a file to attach to a report.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +18,10 @@ import torch
 import liif_fast
 from liif_fast.ops import backends
 from liif_fast.ops.backends import extension
+from liif_fast.utils.files import write_atomically
 from liif_fast.utils.hardware import cpu_model
 
-VARIABLES = ("LIIF_FAST_BACKEND", "LIIF_FAST_CPU_ISA", "LIIF_FAST_EXTENSION", "LIIF_FAST_CACHE")
+VARIABLES = tuple(f"LIIF_FAST_{name}" for name in ("BACKEND", "CPU_ISA", "EXTENSION", "CACHE", "FIRST_USE_CHECK"))
 
 
 def _installed(name: str) -> str:
@@ -87,17 +92,36 @@ def report() -> str:
     lines = []
     for title, rows in sections.items():
         lines.append(title)
-        lines += [f"  {name:<20} {value}" for name, value in rows]
+        lines += [f"  {name:<25} {value}" for name, value in rows]
     return "\n".join(lines)
 
 
 def add(commands: Any) -> None:
     """Add the subcommand to argparse's."""
     parser = commands.add_parser("doctor", help="show what is installed and which backends can run here, or why not")
-    parser.set_defaults(run=lambda _: main())
+    parser.add_argument("--check", action="store_true", help="also run every backend on every device, for a minute")
+    target = "file for the report of --check (default: %(default)s)"
+    parser.add_argument("--output", type=Path, default=Path("liif-fast-check.txt"), metavar="FILE", help=target)
+    parser.set_defaults(run=lambda options: check(options.output) if options.check else main())
 
 
 def main() -> int:
     """Print the report; returns 0, because a missing backend is not an error."""
     sys.stdout.write(report() + "\n")
     return 0
+
+
+def check(file: Path) -> int:
+    """Run every backend on every device, print the table, and write it after the report to `file`.
+
+    Returns 1 where a backend is wrong, crashes or hangs. Raises OSError for a file that cannot be written.
+    """
+    from liif_fast.benchmark import check as checks  # imports torch.utils.benchmark, which other commands do not need
+
+    text = report().replace(str(Path.home()), "~")
+    write_atomically(file, f"{text}\n".encode())  # a file that cannot be written is no surprise after a minute
+    rows = checks.check_all(checks.devices())
+    table = checks.render(rows)
+    write_atomically(file, f"{text}\nCheck\n{table}".encode())
+    sys.stdout.write(f"{table}\nThe report is in {file}. Attach it to an issue if a backend is not right.\n")
+    return 0 if all(row.result in ("right", "refused") for row in rows) else 1

@@ -251,7 +251,7 @@ def _refusal(feat: Tensor, layers: list[nn.Linear]) -> str:
     if not torch.is_autocast_enabled(kind) and any(tensor.dtype != feat.dtype for tensor in tensors):
         return f"its features are {feat.dtype} and its imnet is not"
     widths = tuple([layer.weight.shape[0] for layer in layers])
-    if choose(OpRequest("decode", kind, feat.dtype, widths)) == "reference":
+    if choose(OpRequest.on(feat, "decode", widths)) == "reference":
         return f"only the slow reference can run on '{kind}', see `liif-fast doctor`"
     return ""
 

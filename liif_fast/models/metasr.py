@@ -44,6 +44,6 @@ class MetaSR(ImplicitModel):
 
     def _fold(self, feat: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor | None:
         """The latent map that the op would make; None for the reference, which does not fold."""
-        if choose(OpRequest("metasr_query", feat.device.type, feat.dtype), self.backend) == "reference":
+        if choose(OpRequest.on(feat, "metasr_query"), self.backend) == "reference":
             return None
         return ops.metasr_fold(feat, weights, biases)

@@ -7,7 +7,6 @@ from torch import Tensor
 from . import reference, registration
 from .backends import OpRequest, calls, choose
 from .dtypes import autocast_dtype, geometry_dtype
-from .transforms import is_transformed
 
 
 def ensemble(pred: Tensor, area_weight: Tensor, *, backend: str | None = None) -> Tensor:
@@ -34,8 +33,7 @@ def ensemble(pred: Tensor, area_weight: Tensor, *, backend: str | None = None) -
         raise TypeError(f"pred and area_weight must be floating point, got {pred.dtype} and {area_weight.dtype}")
     if area_weight.device != pred.device:
         raise ValueError(f"area_weight is on {area_weight.device} but pred is on {pred.device}: move it there")
-    transformed = is_transformed(pred, area_weight)
-    name = choose(OpRequest("ensemble", pred.device.type, pred.dtype, transformed=transformed), backend)
+    name = choose(OpRequest.on(pred, "ensemble", others=[area_weight]), backend)
     out = ensemble_on(name, pred, area_weight)
     return out if autocast_dtype(pred) is not None else out.to(pred.dtype)
 

@@ -8,7 +8,6 @@ from . import reference, registration
 from .backends import OpRequest, calls, choose
 from .dtypes import geometry_dtype
 from .inputs import GatherInputs
-from .transforms import is_transformed
 from .validation import check_cell, check_feat, check_points
 
 
@@ -45,8 +44,7 @@ def gather(
     check_points("coord", coord, feat)
     if cell is not None:
         check_cell(cell, coord, feat)
-    transformed = is_transformed(feat, coord, cell)
-    name = choose(OpRequest("gather", feat.device.type, feat.dtype, transformed=transformed), backend)
+    name = choose(OpRequest.on(feat, "gather", others=[coord, cell]), backend)
     return gather_on(name, feat, coord, cell, feat_unfold=feat_unfold, local_ensemble=local_ensemble)
 
 

@@ -11,7 +11,6 @@ from .backends import OpRequest, calls, choose
 from .dtypes import autocast_dtype, geometry_dtype
 from .fold import metasr_fold
 from .inputs import MetasrInputs
-from .transforms import is_transformed
 from .validation import check_cell, check_feat, check_layers, check_points, check_region
 
 
@@ -56,8 +55,8 @@ def metasr_query(
     if weights[1].shape[0] % (9 * feat.shape[1]):
         raise ValueError(f"weights[1] must have a multiple of 9*{feat.shape[1]} rows, got {weights[1].shape[0]}")
 
-    transformed = is_transformed(feat, coord, cell, latent_map, *weights, *biases)
-    name = choose(OpRequest("metasr_query", feat.device.type, feat.dtype, transformed=transformed), backend)
+    others = [coord, cell, latent_map, *weights, *biases]
+    name = choose(OpRequest.on(feat, "metasr_query", others=others), backend)
     if name == "reference":
         out = reference.metasr_query(feat, coord, cell, weights, biases, feat_region=region)
     else:

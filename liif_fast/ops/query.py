@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, registration
+from . import first_use, reference, registration
 from .backends import OpRequest, calls, choose
 from .dtypes import autocast_dtype, geometry_dtype, needs_grad
 from .ensemble import ensemble_on
 from .fold import fold, fold_for
 from .gather import gather_on
 from .inputs import DecodeInputs
-from .transforms import is_transformed
 from .validation import (
     check_cell,
     check_feat,
@@ -42,12 +41,12 @@ class _Imnet(NamedTuple):
     out_dtype: torch.dtype  # float32 under autocast, otherwise feat's
 
     @property
+    def switches(self) -> tuple[bool, bool, bool]:
+        return self.local_ensemble, self.feat_unfold, self.cell_decode
+
+    @property
     def flags(self) -> dict[str, bool]:
-        return {
-            "local_ensemble": self.local_ensemble,
-            "feat_unfold": self.feat_unfold,
-            "cell_decode": self.cell_decode,
-        }
+        return dict(zip(("local_ensemble", "feat_unfold", "cell_decode"), self.switches))
 
 
 def _checked_imnet(
@@ -65,10 +64,35 @@ def _checked_imnet(
     return _Imnet(weights, biases, *switches, matmul_dtype, out_dtype)
 
 
-def _choose(feat: Tensor, weights: Sequence[Tensor], backend: str | None, *others: Tensor | None) -> str:
-    widths = tuple(weight.shape[0] for weight in weights)
-    transformed = is_transformed(feat, *weights, *others)
-    return choose(OpRequest("decode", feat.device.type, feat.dtype, widths, transformed), backend)
+def _choose(
+    feat: Tensor, imnet: _Imnet, others: Sequence[Tensor | None], recompute: bool, backend: str | None, queries: int
+) -> str:
+    """As `choose`, for a decode with these arguments; checks a GPU's kernels at their first use.
+
+    others: latent_map, and coord and cell if they are tensors.
+    """
+    widths = tuple(weight.shape[0] for weight in imnet.weights)
+    layer_grads = needs_grad(feat, *imnet.weights, *imnet.biases)
+    point_grads = needs_grad(*others[1:])
+    request = OpRequest.on(feat, "decode", widths, [*others, *imnet.weights, *imnet.biases])
+    request = request._replace(matmul_dtype=imnet.matmul_dtype, trains=layer_grads or point_grads, queries=queries)
+    kernels = first_use.Combination(
+        "",
+        request.device,
+        request.device_index,
+        feat.dtype,
+        imnet.matmul_dtype,
+        imnet.switches,
+        layer_grads,
+        point_grads,
+        recompute,
+        widths,
+    )
+
+    def against(name: str, _: OpRequest) -> str:
+        return first_use.against(kernels._replace(backend=name), first_use.Decoders(query, render))
+
+    return choose(request, backend, against)
 
 
 def _gather_is_cheaper(feat: Tensor, coord: Tensor) -> bool:
@@ -173,7 +197,8 @@ def query(
         cell = None
     imnet = _checked_imnet(feat, weights, biases, latent_map, (local_ensemble, feat_unfold, cell_decode))
 
-    name = _choose(feat, weights, backend, coord, cell, latent_map, *biases)
+    queries = coord.shape[0] * coord.shape[1]
+    name = _choose(feat, imnet, (latent_map, coord, cell), recompute, backend, queries)
     if name == "reference":
         out = reference.query(feat, coord, cell, weights, biases, **imnet.flags)
     elif latent_map is None and _gather_is_cheaper(feat, coord):
@@ -233,7 +258,7 @@ def render(
     cells = (2 / image[0], 2 / image[1]) if cell is None else (float(cell[0]), float(cell[1]))
     imnet = _checked_imnet(feat, weights, biases, latent_map, (local_ensemble, feat_unfold, cell_decode))
 
-    name = _choose(feat, weights, backend, latent_map, *biases)
+    name = _choose(feat, imnet, (latent_map,), recompute, backend, feat.shape[0] * area[2] * area[3])
     if name == "reference":
         place: dict[str, Any] = {"window": area, "cell": cells, "feat_region": region, **imnet.flags}
         out = reference.render(feat, image, weights, biases, **place)
@@ -260,6 +285,9 @@ def latent_map_for(
     Raises:
         RuntimeError: the named backend cannot run this.
     """
-    if _choose(feat, weights, backend) == "reference":
+    if (
+        choose(OpRequest.on(feat, "decode", tuple(weight.shape[0] for weight in weights), weights), backend)
+        == "reference"
+    ):
         return None
     return fold(feat, weights[0], feat_unfold=feat_unfold)

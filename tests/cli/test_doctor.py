@@ -1,10 +1,12 @@
-"""`liif-fast doctor`: it reports everything, gives reasons, and never fails."""
+"""`liif-fast doctor`: it reports everything, gives reasons, and never fails. `--check` runs every backend."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +14,12 @@ import pytest
 import torch
 
 import liif_fast
+from liif_fast.benchmark import check
 from liif_fast.cli import doctor
+from liif_fast.cli import main as cli
 from liif_fast.ops import backends
 from liif_fast.ops.backends import extension
+from tests.helpers import needs_cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def rows(text: str) -> dict[str, str]:
     """The report's `name  value` lines. `cpu` is both a device and a backend; the backend's line replaces the first."""
     lines = [line.strip() for line in text.splitlines() if line.startswith("  ")]
-    return {line[:20].strip(): line[20:].strip() for line in lines}
+    return {line[:25].strip(): line[25:].strip() for line in lines}
 
 
 def test_report_names_versions_devices_and_environment(
@@ -45,7 +50,7 @@ def test_every_backend_runs_or_says_why(monkeypatch: pytest.MonkeyPatch) -> None
         line = next(line for line in text.splitlines() if line.split()[0] == name)
         assert line.endswith("  runs") if runs else line.endswith(f"cannot run: {reason}")
     monkeypatch.setattr(backends, "report", lambda: [("cuda", False, "there is no GPU")])
-    assert "  cuda                 cannot run: there is no GPU" in doctor.report()
+    assert f"  {'cuda':<25} cannot run: there is no GPU" in doctor.report()
 
 
 def test_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,3 +82,100 @@ def test_without_the_extension_the_reason_is_given_and_the_exit_code_is_zero() -
     assert found["missing"] == "LIIF_FAST_EXTENSION names '/nowhere/_C.abi3.so', which is not a file"
     assert found["cpu"].startswith("cannot run: ") and found["missing"] in found["cpu"]
     assert found["LIIF_FAST_EXTENSION"] == "/nowhere/_C.abi3.so"
+
+
+# Runs a backend's check after a change of the backend: what a wrong kernel, a crash, a hang and a refusal look like.
+PLANTED = """
+import os, sys, time
+from liif_fast.benchmark import check
+from liif_fast.ops import backends
+from liif_fast.ops.backends import cpu
+
+right = cpu.decode
+def decode(inputs, save, coord_grad):
+    if sys.argv[1] == "crash" and save:
+        os.abort()
+    if sys.argv[1] == "error":
+        raise RuntimeError("a CUDA kernel could not be launched")
+    if sys.argv[1] == "hang":
+        time.sleep(600)
+    out, saved = right(inputs, save, coord_grad)
+    return out.roll(1, 1) if sys.argv[1] == "wrong" else out, saved
+cpu.decode = decode
+check.HIDDEN = (16, 16)
+def refuse(request, raise_error=False):
+    raise RuntimeError("backend 'cpu' takes another day off")
+if sys.argv[1] == "refuse":
+    backends.BACKENDS["cpu"] = refuse
+if sys.argv[2] == "reference":  # the row after the planted one
+    check._DECODES = ()
+check._rates = lambda backend, device: (2e12, 4e12)
+check.check(sys.argv[2], check.torch.device(sys.argv[3]))
+"""
+RESULTS = {
+    "wrong": ("wrong", "the result of query, float32 inference is off by "),
+    "crash": ("crashed", "in bfloat16 training by signal 6"),
+    "error": ("crashed", "in float32 inference with exit status 1: RuntimeError: a CUDA kernel could not be launched"),
+    "hang": ("hung", "stopped in float32 inference after "),
+    "refuse": ("refused", "backend 'cpu' takes another day off"),
+}
+
+
+@needs_cpu
+@pytest.mark.parametrize("mistake", RESULTS)
+def test_the_check_of_a_backend_ends_in_a_row(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A backend that fails takes neither the next one nor the report with it."""
+    planted, file = tmp_path / "planted.py", tmp_path / "report.txt"
+    planted.write_text(PLANTED)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("LIIF_FAST_BACKEND", "reference")  # is no reason to refuse a backend
+    command, found = [sys.executable, "-W", "ignore", str(planted), mistake], check.check_all
+    seconds = 30.0 if mistake == "hang" else 200.0
+    monkeypatch.setattr(check, "check_all", lambda places: found(["cpu"], command, seconds))
+    begin = time.monotonic()
+    code = cli.main(["doctor", "--check", "--output", str(file)])
+    assert time.monotonic() - begin < seconds
+    result, detail = RESULTS[mistake]
+    text = capsys.readouterr().out
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[1][:3] == ["cpu", "cpu", result] and lines[2] == ["cpu", "reference", "right", "2", "4", "50", "%"]
+    assert f"cpu cpu {result}: {detail}" in text
+    assert code == (0 if result == "refused" else 1)
+    report = file.read_text()
+    assert report.startswith("Versions\n") and "\nCheck\ndevice  backend" in report and str(Path.home()) not in report
+
+
+def test_the_check_runs_every_backend_on_every_device_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    clock = [100.0]
+
+    def run(command: list[str], backend: str, place: str, seconds: float) -> check.Row:
+        clock[0] += seconds if backend in ("cpu", "cuda", "triton") else 0.0  # they hang
+        return check.Row(place, backend, "hung", f"{seconds:.0f}")
+
+    monkeypatch.setattr(check, "_run", run)
+    monkeypatch.setattr(check, "monotonic", lambda: clock[0])
+    rows = check.check_all(check.devices())
+    expected = [("cpu", name) for name in ("cpu", "reference")]
+    expected += [("cuda:0", name) for name in ("cuda", "triton", "reference")]
+    assert [row[:2] for row in rows] == expected
+    assert clock[0] - 100 < check.SECONDS < 60 and all(float(row.detail) > 8 for row in rows)
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_check_compares_every_op_and_measures_rates(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "HIDDEN", (16, 16))
+    monkeypatch.setitem(check._TIMED, "cpu", ("float32", (8, 8), (20, 20)))
+    check.check(name, torch.device("cpu"))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    steps = [line["step"] for line in lines if "step" in line]
+    for op in ("gather", "ensemble", "metasr_query", "query, float32 inference", "render, bfloat16 training"):
+        assert any(op in step for step in steps), op
+    assert all(line["error"] <= line["limit"] for line in lines if "error" in line)
+    assert lines[-1]["decode"] > 0 and lines[-1]["product"] > 0

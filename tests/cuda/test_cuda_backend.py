@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from liif_fast import ops
 from liif_fast.ops import backends
-from liif_fast.ops.backends import extension
+from liif_fast.ops.backends import extension, gpu, preferences
 from tests.helpers import reason_against
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
+FACTS = {"cuda_archs": ["80", "86", "90a", "120"], "cuda_ptx": ["80"]}
+
+
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu_here(monkeypatch):
     """As if the extension had its CUDA half, and torch had a GPU."""
+    monkeypatch.setattr(extension, "build_facts", lambda: FACTS)
+    monkeypatch.setattr(gpu, "_cuda_versions", lambda: (13000, 13000))
     monkeypatch.setattr(backends, "_BUILT_WITH_CUDA", True)
     monkeypatch.setattr(extension, "_state", {"reason": ""})
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -23,12 +29,11 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
 
 
-def test_cuda_comes_first_where_it_runs(gpu):
+def test_cuda_comes_first_where_it_runs(gpu_here):
     for dtype in DTYPES:
         for op in ("gather", "ensemble", "metasr_query"):
             assert backends.choose(backends.OpRequest(op, "cuda", dtype)) == "cuda"
-    for dtype in DTYPES[1:]:
-        assert backends.choose_fused(backends.OpRequest("decode", "cuda", dtype, (64, 256, 3))) == ("cuda", True)
+    assert backends.choose_fused(backends.OpRequest("decode", "cuda", torch.float32, (64, 256, 3))) == ("cuda", True)
     assert backends.choose(backends.OpRequest("gather", "cpu", torch.float32)) == "cpu"
     assert ("cuda", True, "") in backends.report()
 
@@ -48,7 +53,7 @@ def test_the_choice_is_made_while_tracing(monkeypatch):
     assert torch.compile(run, fullgraph=True, backend="eager")(torch.zeros(())).item() == expected
 
 
-def test_the_cuda_backend_names_the_missing_part(gpu, monkeypatch):
+def test_the_cuda_backend_names_the_missing_part(gpu_here, monkeypatch):
     def missing() -> str:
         return reason_against("cuda", "gather", torch.float32, "cuda").removeprefix("backend 'cuda' needs ")
 
@@ -63,6 +68,95 @@ def test_the_cuda_backend_names_the_missing_part(gpu, monkeypatch):
     monkeypatch.setattr(extension, "_state", {"reason": "LIIF_FAST_BUILD=none"})
     assert missing() == "the compiled extension: LIIF_FAST_BUILD=none"
     assert backends.choose(backends.OpRequest("gather", "cuda", torch.float32)) == "reference"
+
+
+# Compute capability of the GPU, CUDA of its driver and of the extension, PTX in the extension -> the refusal.
+MACHINES = {
+    "same": ((9, 0), 13000, 13000, ["80"], ""),
+    "newer minor version": ((8, 9), 13000, 13000, ["80"], ""),
+    "older driver of the same major version": ((9, 0), 13000, 13020, [], ""),
+    "older driver": (
+        (9, 0),
+        12040,
+        13000,
+        ["80"],
+        r"was compiled with CUDA 13\.0, .* supports CUDA 12\.4 at most: update",
+    ),
+    "old GPU": ((7, 5), 13000, 13000, ["80"], r"needs an NVIDIA GPU of compute capability 8\.0 .*, this one has 7\.5"),
+    "no code": ((10, 3), 13000, 13000, [], r"80, 86, 90a, 120 and no PTX that .* 10\.3 could run: .*CUDA_ARCHS=103"),
+    "PTX of its own kind": ((10, 0), 13000, 13000, ["90a"], r"no PTX that compute capability 10\.0 could run"),
+    "PTX": ((10, 3), 13000, 13000, ["80"], ""),
+    "PTX and an older driver": (
+        (11, 0),
+        13000,
+        13020,
+        ["80"],
+        r"only PTX for .* 11\.0, and a driver for CUDA 13\.2 has",
+    ),
+    "unknown versions": ((9, 0), 0, 0, ["80"], ""),
+}
+
+
+@pytest.mark.parametrize(("capability", "driver", "runtime", "ptx", "message"), MACHINES.values(), ids=MACHINES)
+def test_gpu_and_driver_must_run_the_extensions_code(gpu_here, monkeypatch, capability, driver, runtime, ptx, message):
+    """Asked of the tensor's device, not of the current one."""
+    capabilities = {0: (9, 0), 1: capability, None: (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.get)
+    monkeypatch.setattr(gpu, "_cuda_versions", lambda: (driver, runtime))
+    monkeypatch.setattr(extension, "build_facts", lambda: {**FACTS, "cuda_ptx": ptx})
+    request = backends.OpRequest("gather", "cuda", torch.float32, device_index=1)
+    assert backends.can_run_cuda(request) == (not message)
+    if message:
+        with pytest.raises(RuntimeError, match=f"^backend 'cuda' .*{message}"):
+            backends.choose(request, "cuda")
+    if driver == runtime:
+        assert backends.can_run_cuda(request._replace(device_index=None))
+
+
+def test_the_first_backend_comes_from_the_table(gpu_here, monkeypatch):
+    """Triton for 16-bit inference on 9.0, otherwise the order of the backends."""
+    request = backends.OpRequest("decode", "cuda", torch.float32, (64, 256, 3), queries=1 << 20)
+    narrow = request._replace(matmul_dtype=torch.bfloat16)
+    expected = {
+        request: "cuda",
+        narrow: "triton",
+        narrow._replace(trains=True): "cuda",
+        narrow._replace(op="gather"): "cuda",
+    }
+    monkeypatch.setattr(backends, "_TRITON_PROBLEM", "")
+    assert {each: backends.choose(each) for each in expected} == expected
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
+    assert backends.choose(narrow) == "cuda"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert backends.in_order(narrow) == list(backends.BACKENDS)
+
+
+def test_a_trace_takes_the_first_backend_as_a_constant(monkeypatch):
+    narrow = backends.OpRequest("decode", "cuda", torch.float32, (64, 256, 3), matmul_dtype=torch.bfloat16)
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(backends.BACKENDS, name, lambda *_: True)
+    found = {0: (9, 0), 1: (8, 0)}
+    monkeypatch.setattr(gpu, "capability", gpu.traced_as_constant(lambda index: found[index]))
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    def run(x):
+        return x + [backends.choose(narrow._replace(device_index=index)) == "triton" for index in (0, 1)].index(True)
+
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    assert compiled(torch.zeros(())).item() == 0
+    found.update({0: (8, 0), 1: (9, 0)})
+    assert compiled(torch.zeros(())).item() == 0 and counter.frame_count == 1
+
+
+def test_rows_of_the_table_name_backends_and_sources(monkeypatch):
+    for row in preferences.TABLE:
+        assert row.first in ("cuda", "triton") and row.least <= row.most
+        assert row.source.startswith(("modeled for ", "measured on "))
+    small = preferences.TABLE[0]._replace(queries=(1, 4096), first="cuda")
+    monkeypatch.setattr(preferences, "TABLE", (small, *preferences.TABLE))
+    work = ((9, 0), "decode", torch.float16, False)
+    assert [preferences.find(*work, queries).first for queries in (4096, 4097, None)] == ["cuda", "triton", "triton"]
 
 
 def test_cpu_tensors_are_refused():
@@ -82,7 +176,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize(("device", "dtype", "widths", "message"), REFUSALS.values(), ids=REFUSALS)
-def test_cuda_refuses_with_a_reason(gpu, device, dtype, widths, message):
+def test_cuda_refuses_with_a_reason(gpu_here, device, dtype, widths, message):
     """Other tensors and dtypes, and an imnet that no kernel runs."""
     request = backends.OpRequest("decode" if widths else "gather", device, dtype, widths or ())
     with pytest.raises(RuntimeError, match=f"^backend 'cuda' {message}"):

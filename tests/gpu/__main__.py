@@ -19,7 +19,12 @@ from typing import Any
 from tests.gpu import report
 
 BUDGET_S = 470.0
-SHARES = {"tests": 0.55, "benchmarks": 0.32, "hopper": 0.13}  # of the budget; seconds left over go to the next steps
+SHARES = {
+    "check": 0.14,
+    "tests": 0.46,
+    "benchmarks": 0.28,
+    "hopper": 0.12,
+}  # of the budget; seconds left over go to the next steps
 LOG = "log.txt"
 _TAIL = 3000  # characters of a step's output in the report
 PACKAGES = {"pytest": "pytest", "pytest-timeout": "pytest_timeout", "pytest-xdist": "xdist"}  # name: module
@@ -33,7 +38,8 @@ def steps(out: Path, processes: int, backends: str) -> dict[str, list[str]]:
     tests += ["--timeout", "90", "--timeout-method", "thread", "-p", "no:cacheprovider"]
     tests += ["--report-log", str(out / report.TESTS), "--report-log-exclude-logs-on-passed-tests"]
     timings = ["bench.run", "--device", "cuda", "--budget", "{seconds}", "--out", str(out), "--name", "gpu"]
-    modules = {"tests": tests, "benchmarks": timings, "hopper": ["bench.hopper"]}
+    check = ["liif_fast", "doctor", "--check", "--output", str(out / "check.txt")]
+    modules = {"check": check, "tests": tests, "benchmarks": timings, "hopper": ["bench.hopper"]}
     return {name: [sys.executable, "-m", *words] for name, words in modules.items()}
 
 

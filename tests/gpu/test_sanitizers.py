@@ -21,6 +21,8 @@ from tests.helpers import reason_against
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 200
+# Without PyTorch's cache every tensor is an allocation with bounds of its own.
+ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_MODULE_LOADING": "LAZY", "LIIF_FAST_FIRST_USE_CHECK": "0"}
 FINDING = re.compile(
     r"(Invalid|Out-of-range|Misaligned|Uninitialized|Error|Warning|Race|Barrier|Divergent|Program hit|Missing|"
     r"Potential|Malloc|Fatal|Stack|Unused)"
@@ -62,8 +64,7 @@ def test_the_sanitizer_has_no_report_on_our_kernels(device, tool, tmp_path, reco
     with log.open("w") as file, contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(
             [sanitizer, *options, sys.executable, "-m", "tests.gpu.small_cases"],
-            # Without PyTorch's cache every tensor is an allocation with bounds of its own.
-            env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_MODULE_LOADING": "LAZY"},
+            env={**os.environ, **ENVIRONMENT},
             cwd=ROOT,
             stdout=file,
             stderr=subprocess.STDOUT,

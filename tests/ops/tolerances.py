@@ -10,29 +10,12 @@ import torch
 from torch import Tensor
 
 from liif_fast.ops.backends import extension
+from liif_fast.ops.limits import LIMITS
 from tests.backends import Backend, Kind
 from tests.helpers import Case, norm_error, range_error
 from tests.ops.decoding import Problem, decode, exact, gradients, make_problem, rounded, run
 from tests.ops.rounded_model import to_tf32
 
-# (dtype, quantity) -> limit. "result" is the largest error as a fraction of the range, "gradient" the relative error in
-# the 2-norm. Sums run in another order than the reference's, which costs a few units in the last place at these sizes.
-LIMITS = {
-    (torch.float64, "result"): 1e-12,
-    (torch.float32, "result"): 1e-5,
-    (torch.float64, "gradient"): 1e-11,
-    (torch.float32, "gradient"): 1e-5,
-    # Rounding a result to 16 bits: half a unit in its last place.
-    (torch.float16, "rounding"): 5e-4,
-    (torch.bfloat16, "rounding"): 4e-3,
-    # Of an imnet of three layers, to the model that rounds where the kernels round. A sum in another order can round to
-    # the other neighbor and so move an operand by a unit in its last place.
-    (torch.float16, "model"): 2e-3,
-    (torch.bfloat16, "model"): 1e-2,
-    # In dB, the promise for the paper's decoder.
-    (torch.float16, "psnr"): 68.0,
-    (torch.bfloat16, "psnr"): 52.0,
-}
 TIMES_PYTORCH = 2.0  # the error that PyTorch's own layers make in the same dtype, allowed so many times
 
 

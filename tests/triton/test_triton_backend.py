@@ -62,9 +62,9 @@ def test_an_old_gpu_and_a_missing_one_are_named(monkeypatch):
         assert "needs a GPU, and torch finds none" in reason_against("triton", "decode", torch.float32, device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert "compute capability 8.0" in reason_against("triton", "decode", torch.float32, "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: (7, 5))
+    assert "8.0 (Ampere) or newer, this one has 7.5" in reason_against("triton", "decode", torch.float32, "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: (8, 0))
     assert reason_against("triton", "decode", torch.float32, "cuda") == ""
 
 

@@ -1,7 +1,8 @@
 """Which backend runs an op: the table, the refusals with their reasons, the choice.
 
-A backend is one `can_run_<name>(request, raise_error=False)` and one row of `BACKENDS`; the rows are tried in order. An
-explicit backend (argument or `LIIF_FAST_BACKEND`) either runs or raises its reason: it never falls back silently.
+A backend is one `can_run_<name>(request, raise_error=False)` and one row of `BACKENDS`. The rows are tried in order,
+except where `preferences.TABLE` puts another one first. An explicit backend (argument or `LIIF_FAST_BACKEND`) either
+runs or raises its reason: it never falls back silently.
 """
 
 from __future__ import annotations
@@ -9,25 +10,42 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from ..transforms import is_transformed
 from . import calls as calls  # for the modules of the ops
-from . import cpu, cuda, extension
+from . import cpu, cuda, extension, gpu, preferences
 
 
 class OpRequest(NamedTuple):
-    """The facts that decide whether a backend can run an op. It holds no tensor, so torch.compile can trace it."""
+    """The facts that decide which backend runs an op. It holds no tensor, so torch.compile can trace it."""
 
     op: str  # gather | ensemble | decode | metasr_query
     device: str  # torch device type
     dtype: torch.dtype  # of the features
     widths: tuple[int, ...] = ()  # decode: the imnet's layers, (K, *hidden, O)
     transformed: bool = False  # see transforms.is_transformed
+    device_index: int | None = None  # None: the current device
+    matmul_dtype: torch.dtype | None = None  # decode: of matrix products; None: the features'
+    trains: bool = False  # decode: whether autograd records it
+    queries: int | None = None  # decode: of the whole batch
+
+    @classmethod
+    def on(
+        cls, tensor: Tensor, op: str, widths: tuple[int, ...] = (), others: Sequence[Tensor | None] = ()
+    ) -> OpRequest:
+        """The request for an op on this tensor's device and in its dtype; others: its other tensors."""
+        transformed = is_transformed(tensor, *others)
+        return cls(op, tensor.device.type, tensor.dtype, widths, transformed, tensor.device.index)
+
+
+_Against = Callable[[str, OpRequest], str]  # (backend, request) -> why the backend must not run it; '' if it may
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -115,8 +133,9 @@ def can_run_cuda(request: OpRequest, raise_error: bool = False) -> bool:
         reason = "backend 'cuda' needs an NVIDIA GPU, and torch finds none that it can use"
     elif request.dtype not in _FLOATS:
         reason = f"backend 'cuda' takes float64, float32, bfloat16 or float16 features, not {request.dtype}"
-    elif request.op == "decode":
-        reason = _against_fused_cuda(request)
+    else:
+        reason = gpu.against_age("cuda", request.device_index) or gpu.against_build(request.device_index)
+        reason = reason or (_against_fused_cuda(request) if request.op == "decode" else "")
     return _result(reason, raise_error)
 
 
@@ -132,18 +151,11 @@ def can_run_triton(request: OpRequest, raise_error: bool = False) -> bool:
         reason = "backend 'triton' needs a GPU, and torch finds none that it can use"
     elif request.device == "xpu" and not torch.xpu.is_available():
         reason = "backend 'triton' needs a GPU, and torch finds none of Intel's that it can use"
-    elif request.device == "cuda" and _is_too_old():
-        reason = "backend 'triton' needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer"
     elif request.dtype not in _FLOATS:
         reason = f"backend 'triton' takes float64, float32, bfloat16 or float16 features, not {request.dtype}"
+    elif request.device == "cuda":
+        reason = gpu.against_age("triton", request.device_index)
     return _result(reason, raise_error)
-
-
-def _is_too_old() -> bool:
-    """Whether the current GPU is NVIDIA's and older than Triton supports; False while tracing."""
-    if torch.compiler.is_compiling() or torch.version.cuda is None:
-        return False
-    return torch.cuda.get_device_capability() < (8, 0)
 
 
 BACKENDS: dict[str, Callable[..., bool]] = {
@@ -166,16 +178,30 @@ if _forced is not None:
     _checked(_forced, "LIIF_FAST_BACKEND")
 
 
-def choose(request: OpRequest, backend: str | None = None) -> str:
+def in_order(request: OpRequest) -> list[str]:
+    """The names of BACKENDS, beginning with the one that `preferences.TABLE` puts first for the request."""
+    names = list(BACKENDS)
+    if request.device == "cuda":
+        dtype = request.matmul_dtype or request.dtype
+        row = preferences.find(gpu.capability(request.device_index), request.op, dtype, request.trains, request.queries)
+        if row is not None:
+            names = [row.first, *(name for name in names if name != row.first)]
+    return names
+
+
+def choose(request: OpRequest, backend: str | None = None, against: _Against = lambda *_: "") -> str:
     """The backend for `request`: `backend`, else LIIF_FAST_BACKEND as it was at import, else the first that can run it.
 
+    against: more reasons against a backend that can run the request.
     Raises ValueError for an unknown name, RuntimeError with the reason where the named backend cannot run the request.
     """
     name = backend or _forced
     if name is not None:
         _can_run(_checked(name, "backend"), request, raise_error=True)
+        _result(against(name, request), raise_error=True)
         return name
-    return next(candidate for candidate in BACKENDS if _can_run(candidate, request))  # `torch` runs everything
+    # `torch` runs everything.
+    return next(each for each in in_order(request) if _can_run(each, request) and not against(each, request))
 
 
 def _can_run(name: str, request: OpRequest, raise_error: bool = False) -> bool:

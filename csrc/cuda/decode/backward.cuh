@@ -304,10 +304,8 @@ __device__ __forceinline__ void backward_tiles(const DecodeTask& task, const Sav
   float* const row_dots = backward.coord ? grad_out + T::kRows / task.corners * task.outs : nullptr;
 
   const FragmentCoords<T> coords;
-  const int64_t mine = block_tile_count(task.tiles);
   WeightStream<T> stream(task.weights, task.hidden * T::kGroups, space.ring, space.barriers);
-  for (int64_t i = 0; i < mine; ++i) {
-    const int64_t tile = task.first_tile + blockIdx.x + i * gridDim.x;
+  for (int64_t tile = task.first_tile + blockIdx.x; tile < task.first_tile + task.tiles; tile += gridDim.x) {
     locate_rows(task, tile, coords, geometry);
     load_grad_out<T>(task, backward, tile, coords, grad_out);
     sync_team<T>(coords);
@@ -365,10 +363,11 @@ const char* launch_backward(const DecodeTask& task, const DecodeVariant& variant
   return with_tile<kPolicy>(variant, [&](auto tile) {
     using T = decltype(tile);
     static_assert(T::kWarpRows == warp_rows(T::kRows, T::kWidth, sizeof(typename T::Element)), "as the host counts");
-    const int bytes = static_cast<int>(sizeof(Workspace<T>)) + T::kRows / task.corners * task.outs * 4 +
-                      (backward.coord ? row_dots_bytes<T>() : 0);
-    return launch_with_shared(decode_backward_kernel<T>, block_count(variant, task), bytes, stream, task, saved,
-                              backward);
+    constexpr auto kKernel = decode_backward_kernel<T>;
+    constexpr int kBytes = static_cast<int>(sizeof(Workspace<T>)), kDots = row_dots_bytes<T>();
+    if (const char* error = allow_shared<kKernel>(kBytes + T::kRows * kMaxFusedOuts * 4 + kDots)) return error;
+    const int bytes = kBytes + T::kRows / task.corners * task.outs * 4 + (backward.coord ? kDots : 0);
+    return launch(kKernel, LaunchSize{block_count(variant, task), bytes}, stream, task, saved, backward);
   });
 }
 

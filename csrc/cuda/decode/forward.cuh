@@ -64,18 +64,23 @@ __device__ __forceinline__ void blend_and_finish(const DecodeTask& task, const S
                                       coords.channel(group)),
                      to_words<T>(blended[s][group]));
     }
+    float next[T::kColGroups][T::kVector];  // loaded an output ahead; the outputs' bias follows the last one
+    const auto load_next = [&](int o) {
+#pragma unroll
+      for (int group = 0; group < T::kColGroups; ++group)
+        load_floats(last_vector<T>(task, o) + coords.channel(group), next[group]);
+    };
+    load_next(0);
 #pragma unroll 1
     for (int o = 0; o < task.outs; ++o) {
       float sums[kSlots] = {};
 #pragma unroll
-      for (int group = 0; group < T::kColGroups; ++group) {
-        float last[T::kVector];
-        load_floats(last_vector<T>(task, o) + coords.channel(group), last);
+      for (int s = 0; s < kSlots; ++s)
 #pragma unroll
-        for (int s = 0; s < kSlots; ++s)
+        for (int group = 0; group < T::kColGroups; ++group)
 #pragma unroll
-          for (int i = 0; i < T::kVector; ++i) sums[s] = fmaf(blended[s][group][i], last[i], sums[s]);
-      }
+          for (int i = 0; i < T::kVector; ++i) sums[s] = fmaf(blended[s][group][i], next[group][i], sums[s]);
+      load_next(o + 1);
 #pragma unroll
       for (int lanes = 1; lanes <= 2; lanes *= 2)
 #pragma unroll
@@ -194,12 +199,11 @@ __device__ __forceinline__ void forward_tiles(const DecodeTask& task, const Save
   float* const partial = reinterpret_cast<float*>(space.act + coords.team * (T::kActBytes / T::kTeams));
   static_assert(T::kWarpCols * T::kRows * kMaxFusedOuts * 4 <= T::kActBytes, "partial fits into act");
 
-  const int64_t mine = block_tile_count(task.tiles);
-  int64_t tile = task.first_tile + blockIdx.x;
   WeightStream<T> stream(task.weights, task.hidden * T::kGroups, space.ring, space.barriers);
-  if (mine > 0) locate_rows(task, tile, coords, space.geometry);
+  int64_t tile = task.first_tile + blockIdx.x;
+  locate_rows(task, tile, coords, space.geometry);
   sync_team<T>(coords);
-  for (int64_t i = 0; i < mine; ++i, tile += gridDim.x) {
+  for (; tile < task.first_tile + task.tiles; tile += gridDim.x) {
     first_layer(task, space.geometry, coords, space.act);
     if (kSaves)
       save_layer<T>(task, saved, 0, tile, coords, [&](int m, int group, int half, float (&v)[T::kVector]) {
@@ -213,8 +217,8 @@ __device__ __forceinline__ void forward_tiles(const DecodeTask& task, const Save
       blend_and_finish<T, kSaves, 1>(task, saved, tile, space.geometry, coords, acc, partial);
     sync_team<T>(coords);  // partial has been written, geometry has been read
     if (task.out) write_out<T>(task, tile, coords, partial);
-    if (i + 1 < mine) locate_rows(task, tile + gridDim.x, coords, space.geometry);
-    sync_team<T>(coords);  // geometry has been written, partial has been read
+    locate_rows(task, tile + gridDim.x, coords, space.geometry);  // of the last query after the last tile
+    sync_team<T>(coords);                                         // geometry has been written, partial has been read
   }
   stream.finish();
 }
@@ -230,9 +234,13 @@ const char* launch_forward(const DecodeTask& task, const DecodeVariant& variant,
                            void* stream) {
   return with_tile<kPolicy>(variant, [&](auto tile) {
     using T = decltype(tile);
-    const auto kernel = saved.masks ? decode_forward_kernel<T, true> : decode_forward_kernel<T, false>;
-    return launch_with_shared(kernel, block_count(variant, task), static_cast<int>(sizeof(Workspace<T>)), stream, task,
-                              saved);
+    const auto run = [&](auto saves) {
+      constexpr auto kKernel = decode_forward_kernel<T, saves()>;
+      constexpr int kBytes = static_cast<int>(sizeof(Workspace<T>));
+      if (const char* error = allow_shared<kKernel>(kBytes)) return error;
+      return launch(kKernel, LaunchSize{block_count(variant, task), kBytes}, stream, task, saved);
+    };
+    return saved.masks ? run(std::true_type{}) : run(std::false_type{});
   });
 }
 

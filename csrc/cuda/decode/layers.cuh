@@ -121,6 +121,39 @@ struct LatentWords {
   }
 };
 
+// The first layer's vectors from a lane's channel on: bias with the grid's cell, geometry terms.
+template <class T>
+struct FirstVectors {
+  float base[T::kVector], by_row[T::kVector], by_col[T::kVector], by_cell_row[T::kVector], by_cell_col[T::kVector];
+
+  __device__ __forceinline__ FirstVectors(const DecodeTask& task, int channel) {
+    load_floats(bias_vector<T>(task, 0) + channel, base);
+    load_floats(geometry_vector<T>(task, 0) + channel, by_row);
+    load_floats(geometry_vector<T>(task, 1) + channel, by_col);
+    if (!task.has_cell) return;
+    load_floats(geometry_vector<T>(task, 2) + channel, by_cell_row);
+    load_floats(geometry_vector<T>(task, 3) + channel, by_cell_col);
+    if (task.cell) return;
+#pragma unroll
+    for (int i = 0; i < T::kVector; ++i)
+      base[i] = fmaf(task.rel_cell[1], by_cell_col[i], fmaf(task.rel_cell[0], by_cell_row[i], base[i]));
+  }
+  // v = relu(v + geometry terms of a row).
+  __device__ __forceinline__ void finish(const DecodeTask& task, const Geometry<T>& geometry, int row,
+                                         float (&v)[T::kVector]) const {
+    const CornerRow seen = geometry.rows[row];
+#pragma unroll
+    for (int i = 0; i < T::kVector; ++i) v[i] += fmaf(seen.rel_col, by_col[i], fmaf(seen.rel_row, by_row[i], base[i]));
+    if (task.cell) {
+      const float cell_row = geometry.rel_cell[row][0], cell_col = geometry.rel_cell[row][1];
+#pragma unroll
+      for (int i = 0; i < T::kVector; ++i) v[i] += fmaf(cell_col, by_cell_col[i], cell_row * by_cell_row[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < T::kVector; ++i) v[i] = relu(v[i]);
+  }
+};
+
 // The first layer (latents, geometry terms, ReLU) of this warp's rows and channels, stored in act.
 template <class T, class Latent>
 __device__ __forceinline__ void first_layer_of(const DecodeTask& task, const Geometry<T>& geometry,
@@ -129,47 +162,24 @@ __device__ __forceinline__ void first_layer_of(const DecodeTask& task, const Geo
   for (int group = 0; group < T::kColGroups; ++group) {
     const int channel = coords.channel(group);
     const bool has_latent = channel < task.width;
-    // All loads of a batch are issued before the first use.
-    LatentWords<T, Latent> latents[T::kRowTiles][2];
+    LatentWords<T, Latent> latents[T::kRowTiles][2];  // all loads are issued before the first use
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         latents[m][half].load(task, geometry.rows[coords.tile_row(m, half)].offset + (has_latent ? channel : 0));
-    float base[T::kVector], by_row[T::kVector], by_col[T::kVector];
-    load_floats(bias_vector<T>(task, 0) + channel, base);
-    load_floats(geometry_vector<T>(task, 0) + channel, by_row);
-    load_floats(geometry_vector<T>(task, 1) + channel, by_col);
-    float by_cell_row[T::kVector], by_cell_col[T::kVector];
-    if (task.has_cell) {
-      load_floats(geometry_vector<T>(task, 2) + channel, by_cell_row);
-      load_floats(geometry_vector<T>(task, 3) + channel, by_cell_col);
-      if (!task.cell) {
-#pragma unroll
-        for (int i = 0; i < T::kVector; ++i)
-          base[i] = fmaf(task.rel_cell[1], by_cell_col[i], fmaf(task.rel_cell[0], by_cell_row[i], base[i]));
-      }
-    }
+    const FirstVectors<T> vectors(task, channel);
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m) {
       uint4 words[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int r = coords.tile_row(m, half);
-        const CornerRow row = geometry.rows[r];
         float v[T::kVector];
         latents[m][half].get(v);
 #pragma unroll
-        for (int i = 0; i < T::kVector; ++i)
-          v[i] = (has_latent ? v[i] : 0.0f) + fmaf(row.rel_col, by_col[i], fmaf(row.rel_row, by_row[i], base[i]));
-        if (task.cell) {
-          const float cell_row = geometry.rel_cell[r][0], cell_col = geometry.rel_cell[r][1];
-#pragma unroll
-          for (int i = 0; i < T::kVector; ++i) v[i] += fmaf(cell_col, by_cell_col[i], cell_row * by_cell_row[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < T::kVector; ++i) v[i] = relu(v[i]);
+        for (int i = 0; i < T::kVector; ++i) v[i] = has_latent ? v[i] : 0.0f;
+        vectors.finish(task, geometry, coords.tile_row(m, half), v);
         words[half] = to_words<T>(v);
       }
       store_act<T>(act, coords.first_row_tile + m, coords.first_group + group, coords.lane, words);
@@ -195,7 +205,7 @@ class WeightStream {
   // steps: chunks of one tile, which are repeated for every tile.
   __device__ __forceinline__ WeightStream(const unsigned char* weights, int steps, unsigned char* ring,
                                           RingBarriers<T>& barriers)
-      : weights_(weights), ring_(ring), barriers_(barriers), bytes_(steps * T::kChunkBytes) {
+      : weights_(weights + threadIdx.x * 16), ring_(ring), barriers_(barriers), bytes_(steps * T::kChunkBytes) {
     if (threadIdx.x < T::kStages) {
       init_barrier(&barriers.full[threadIdx.x], kThreads);
       init_barrier(&barriers.empty[threadIdx.x], kWarps);
@@ -236,18 +246,17 @@ class WeightStream {
 
   __device__ __forceinline__ void copy(int turn) {
     const unsigned char* const from = weights_ + offset_;
-    unsigned char* const to = ring_ + stage(turn) * T::kChunkBytes;
+    unsigned char* const to = ring_ + stage(turn) * T::kChunkBytes + threadIdx.x * 16;
     wait_barrier(&barriers_.empty[stage(turn)], phase(turn) ^ 1);
 #pragma unroll
     for (int i = 0; i < T::kChunkBytes / (16 * kThreads); ++i) {
-      const int at = (i * kThreads + static_cast<int>(threadIdx.x)) * 16;
-      copy_async(to + at, from + at);
+      copy_async(to + i * kThreads * 16, from + i * kThreads * 16);
     }
     arrive_after_copies(&barriers_.full[stage(turn)]);
     offset_ = offset_ + T::kChunkBytes == bytes_ ? 0 : offset_ + T::kChunkBytes;
   }
 
-  const unsigned char* weights_;
+  const unsigned char* weights_;  // this thread's part of the first chunk
   unsigned char* ring_;
   RingBarriers<T>& barriers_;
   int bytes_, offset_ = 0, turn_ = 0;
@@ -271,19 +280,17 @@ __device__ __forceinline__ void multiply(const unsigned char* act, WeightStream<
       second[n] = make_uint2(both.z, both.w);
     }
     uint4 a[T::kRowTiles];
-#pragma unroll
-    for (int step = 0; step < 2; ++step) {
+    const auto load_rows = [&](int step) {
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m)
         a[m] = rows[act_unit<T>(coords.first_row_tile + m, group, step, coords.lane)];
-      if (step == 0) {
-        mma_step(acc, a, first, typename T::Element{});
-        stream.refill();  // under the products
-        stream.release();
-      } else {
-        mma_step(acc, a, second, typename T::Element{});
-      }
-    }
+    };
+    load_rows(0);
+    mma_step(acc, a, first, typename T::Element{});
+    stream.refill();  // under the products
+    stream.release();
+    load_rows(1);
+    mma_step(acc, a, second, typename T::Element{});
   } else {
     stream.refill();
 #pragma unroll 1

@@ -56,15 +56,10 @@ constexpr int min_blocks_per_sm() {
 template <class T>
 __host__ __device__ constexpr bool is_launched() {
 #ifdef __CUDA_ARCH__
-  if (T::kWidth == 256 && __CUDA_ARCH__ != 800)
-    return has_small_tiles_only(__CUDA_ARCH__) == (T::kRows == small_rows(sizeof(typename T::Element)));
+  if (T::kWidth == 256 && has_small_tiles_only(__CUDA_ARCH__))
+    return T::kRows == small_rows(sizeof(typename T::Element));
 #endif
   return true;
-}
-
-// Number of this block's tiles: every gridDim.x-th one.
-__device__ __forceinline__ int64_t block_tile_count(int64_t tiles) {
-  return blockIdx.x < tiles ? (tiles - blockIdx.x + gridDim.x - 1) / gridDim.x : 0;
 }
 
 // The rows and channels of the tile that a thread's accumulators hold.
@@ -141,6 +136,7 @@ template <class T, class F>
 __device__ __forceinline__ void for_each_output(const DecodeTask& task, int64_t tile, const FragmentCoords<T>& coords,
                                                 F use) {
   const int slots = T::kTeamRows / task.corners, count = slots * task.outs;
+#pragma unroll 1
   for (int i = coords.member ^ (T::kTeamThreads - kWarp); i < count; i += T::kTeamThreads) {
     const int at_slot = task.out_channel == 1 ? i / task.outs : i % slots;
     const int o = task.out_channel == 1 ? i % task.outs : i / slots;

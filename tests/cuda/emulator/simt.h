@@ -53,7 +53,15 @@ inline Schedule schedule;
 struct Device {
   int processors = 3, block_shared_bytes = 227 << 10, processor_shared_bytes = 228 << 10, major = 9, minor = 0;
 };
-inline Device device;
+inline std::vector<Device> devices(1);  // every one that was set: the kernels ask each device once
+inline int current_device = 0;
+
+inline void set_device(const Device& wanted) {
+  const auto same = [&](const Device& one) { return std::memcmp(&one, &wanted, sizeof(Device)) == 0; };
+  const auto found = std::find_if(devices.begin(), devices.end(), same);
+  current_device = static_cast<int>(found - devices.begin());
+  if (found == devices.end()) devices.push_back(wanted);
+}
 
 // The running block's dynamic shared memory.
 inline unsigned char* dynamic_shared = nullptr;

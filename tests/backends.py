@@ -69,8 +69,9 @@ def emulated() -> Iterator[None]:
         yield
 
 
-# Processors, shared memory of a block and of a processor in KB, compute capability.
-DEVICES = {"sm_90": (3, 227, 228, 9, 0), "sm_80": (4, 163, 164, 8, 0), "sm_86": (2, 99, 100, 8, 6)}
+# Processors, shared memory of a block and of a processor in KB, compute capability. With one processor a problem of two
+# tiles is not a small one, and a block has several tiles.
+DEVICES = {"sm_90": (1, 227, 228, 9, 0), "sm_80": (4, 163, 164, 8, 0), "sm_86": (2, 99, 100, 8, 6)}
 
 
 def set_device(name: str) -> None:

@@ -251,17 +251,34 @@ struct Plan {
   bool computes, copies, chains;
 };
 
-void launch(const Plan& plan, const Machine& machine, const Problem& problem) {
+// The launch of `ctas` CTAs in clusters of `cluster`; `attribute` must outlive it.
+cudaLaunchConfig_t make_config(int ctas, int cluster, cudaLaunchAttribute& attribute) {
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(machine.ctas);
+  config.gridDim = dim3(ctas);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kSharedBytes;
-  cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = plan.cluster;
+  attribute.val.clusterDim.x = cluster;
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = 1;
+  return config;
+}
+
+// CTAs that run at the same time in clusters of two. Half the SMs would be too many where a GPC has an odd number.
+int resident_ctas(int processors) {
+  const auto kernel = probe_kernel<true, Source::kMulticast, true>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "shared memory");
+  cudaLaunchAttribute attribute = {};
+  const cudaLaunchConfig_t config = make_config(processors / 2 * 2, 2, attribute);
+  int clusters = 0;
+  check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "clusters");
+  return clusters * 2;
+}
+
+void launch(const Plan& plan, const Machine& machine, const Problem& problem) {
+  cudaLaunchAttribute attribute = {};
+  const cudaLaunchConfig_t config = make_config(machine.ctas, plan.cluster, attribute);
   check(cudaLaunchKernelEx(&config, plan.kernel, problem), plan.name);
 }
 
@@ -337,7 +354,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   Machine machine = {};
-  machine.ctas = device.multiProcessorCount / 2 * 2;
+  machine.ctas = resident_ctas(device.multiProcessorCount);
   machine.launches = argc > 1 ? std::max(1, std::atoi(argv[1])) : 20;
   const size_t values = static_cast<size_t>(machine.ctas) * kConsumers * kRows * kWidth;
 

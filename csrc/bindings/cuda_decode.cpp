@@ -47,7 +47,7 @@ CudaDecode cuda_decode(const DecodeInputs& inputs, int64_t policy_number) {
                   "latent_map must be float32 or in the operands' 16 bits");
   const char* error = nullptr;
   const DeviceGuard guard(c.device);
-  c.variant = choose_variant(policy, static_cast<int>(widest), &error);
+  c.variant = choose_variant(policy, static_cast<int>(widest), p.batch * p.queries * p.corners, &error);
   check_launch(error);
   return c;
 }

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -26,26 +27,41 @@ inline unsigned blocks_for(int64_t warps) {
   return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
-// Returns nullptr, or CUDA's error message if the kernel was not launched. bytes: of dynamic shared memory.
+// bytes: of dynamic shared memory.
+struct LaunchSize {
+  unsigned blocks;
+  int bytes;
+};
+
+// Returns nullptr, or CUDA's error message if the kernel was not launched.
 template <class... Parameters, class... Arguments>
-const char* launch_with_shared(void (*kernel)(Parameters...), unsigned blocks, int bytes, void* stream,
-                               const Arguments&... arguments) {
-  cudaError_t error = cudaSuccess;
-  if (bytes > 0) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = static_cast<size_t>(bytes);
-    config.stream = static_cast<cudaStream_t>(stream);
-    error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  }
+const char* launch(void (*kernel)(Parameters...), const LaunchSize& size, void* stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(size.blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(size.bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
-
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), unsigned blocks, void* stream, const Arguments&... arguments) {
-  return launch_with_shared(kernel, blocks, 0, stream, arguments...);
+  return launch(kernel, LaunchSize{blocks, 0}, stream, arguments...);
+}
+
+// Allows a kernel on the current device `most_bytes` of dynamic shared memory, which bounds that of all its launches.
+// The driver is asked once for each kernel and device.
+template <auto kKernel>
+const char* allow_shared(int most_bytes) {
+  static std::atomic<uint64_t> allowed{0};  // a bit for each of the first devices
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (error == cudaSuccess && !(allowed & bit)) {
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);
+    if (error == cudaSuccess) allowed |= bit;
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 // The index of this thread's warp in the grid, and the number of warps in the grid.

@@ -56,18 +56,62 @@ __device__ __forceinline__ void mma_step(float (&acc)[kRowTiles][kColTiles][4], 
           : "r"(a[m].x), "r"(a[m].y), "r"(a[m].z), "r"(a[m].w), "r"(b[n].x), "r"(b[n].y));
 }
 
+// 16 bytes that the running kernel does not read again.
+__device__ __forceinline__ void store_once(uint4* to, uint4 words) { __stcs(to, words); }
+
+// 16 bytes that no kernel writes, in the order of the calls: the compiler moves no load to its first use.
+__device__ __forceinline__ uint4 load_in_order(const uint4* from) {
+  uint4 words;
+  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(from));
+  return words;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
 // 16 bytes from global to shared memory, past L1 and the registers; both 16-byte aligned.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-      "l"(global)
-      : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
-// Ends a group of copies. wait_copies returns when at most `kPending` of this thread's groups are unfinished.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+// Waits for this thread's copies.
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// A barrier in shared memory (mbarrier): after `arrivals` arrivals a phase is complete, and the next one begins.
+__device__ __forceinline__ void init_barrier(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void arrive(uint64_t* barrier) {
+  asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(shared_address(barrier)) : "memory");
+}
+// Arrives when all earlier copies of this thread have been made.
+__device__ __forceinline__ void arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Waits until the latest phase of this parity is complete. The first phase has parity 0; the one before it is complete.
+__device__ __forceinline__ void wait_barrier(uint64_t* barrier, uint32_t parity) {
+  uint32_t complete;
+  do {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(complete)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+#else
+    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(complete)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+#endif
+  } while (!complete);
+}
+
+// A barrier of some of the block's warps, `kCount` threads. Number 0 is __syncthreads's.
+template <int kCount>
+__device__ __forceinline__ void sync_threads(int number) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(kCount) : "memory");
 }
 
 // ReLU that keeps NaN.

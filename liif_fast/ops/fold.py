@@ -7,9 +7,7 @@ products. A folded layer was a matrix product, so its convolution follows the sw
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,28 +18,45 @@ from .dtypes import allows_tf32, autocast_dtype, latent_dtype, needs_grad, no_au
 from .namespace import NAMESPACE
 from .transforms import is_transformed
 
-_switching = threading.Lock()  # the switch belongs to all threads
+# Registered ops, whose convolutions take their precision as an argument: torch's switch belongs to all threads, and
+# plain code would read it during tracing and not when the trace runs.
 
 
-@contextmanager
-def _precision(tf32: bool) -> Iterator[None]:
-    switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # made at run time
-    with _switching:
-        before = switch.fp32_precision
-        switch.fp32_precision = "tf32" if tf32 or allows_tf32() else "ieee"
-        try:
-            yield
-        finally:
-            switch.fp32_precision = before
+def _run(feat: Tensor, kernels: Tensor, tf32: bool, transposed: bool) -> Tensor:
+    """F.conv2d, or with `transposed` its gradient of feat; float32 rounds to TF32 only where `tf32` or matrices may."""
+    padding, cudnn = [kernels.shape[-1] // 2] * 2, torch.backends.cudnn
+    in_order = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    options = ([1, 1], padding, [1, 1], transposed, [0, 0], 1, cudnn.benchmark, in_order, cudnn.enabled)
+    with no_autocast(feat.device):
+        return torch.ops.aten._convolution(feat, kernels, None, *options, tf32 or allows_tf32())
 
 
-# These are registered ops, because plain code would change the switch during tracing and not when the trace runs.
+def _grad_kernels(grad_out: Tensor, feat: Tensor, size: int, tf32: bool) -> Tensor:
+    """The gradient of kernels [K, C, size, size]: a matrix product for each of their elements.
+
+    No op of torch takes the precision of this gradient as an argument. The products follow torch's switch of matrix
+    products. With `tf32`, where that switch is off, a GPU rounds the operands to bfloat16 and sums in float32, as
+    PyTorch does for a layer under autocast.
+    """
+    in_16_bits = tf32 and not allows_tf32() and feat.is_cuda and feat.dtype == torch.float32
+    (channels, height, width), outs = feat.shape[1:], grad_out.shape[1]
+    if in_16_bits:
+        grad_out, feat = grad_out.bfloat16(), feat.bfloat16()
+    grads = grad_out.permute(0, 2, 3, 1).reshape(-1, outs).t()
+    padded = F.pad(feat.permute(0, 2, 3, 1), [0, 0, *[size // 2] * 4])
+    keywords = {"out_dtype": torch.float32} if in_16_bits else {}
+    with no_autocast(feat.device):
+        products = [
+            torch.mm(grads, padded[:, row : row + height, col : col + width].reshape(-1, channels), **keywords)
+            for row in range(size)
+            for col in range(size)
+        ]
+    return torch.stack(products, -1).view(outs, channels, size, size)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::convolution", mutates_args=())
 def _convolution(feat: Tensor, kernels: Tensor, tf32: bool) -> Tensor:
-    with _precision(tf32), no_autocast(feat.device):
-        return F.conv2d(feat, kernels, padding=kernels.shape[-1] // 2)
+    return _run(feat, kernels, tf32, transposed=False)
 
 
 @_convolution.register_fake
@@ -53,16 +68,10 @@ def _(feat: Tensor, kernels: Tensor, tf32: bool) -> Tensor:
 def _convolution_backward(
     grad_out: Tensor, feat: Tensor, kernels: Tensor, tf32: bool, with_feat: bool, with_kernels: bool
 ) -> tuple[Tensor, Tensor]:
-    padding = [kernels.shape[-1] // 2] * 2
-    with _precision(tf32), no_autocast(feat.device):
-        grad_feat, grad_kernels, _ = torch.ops.aten.convolution_backward(
-            grad_out, feat, kernels, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [with_feat, with_kernels, False]
-        )
-    return _exists(grad_feat, feat), _exists(grad_kernels, kernels)
-
-
-def _exists(grad: Tensor | None, tensor: Tensor) -> Tensor:
-    return tensor.new_empty(0) if grad is None else grad
+    grad_feat = _run(grad_out, kernels, tf32, transposed=True) if with_feat else feat.new_empty(0)
+    size = kernels.shape[-1]
+    grad_kernels = _grad_kernels(grad_out, feat, size, tf32) if with_kernels else kernels.new_empty(0)
+    return grad_feat, grad_kernels
 
 
 @_convolution_backward.register_fake

@@ -285,9 +285,7 @@ def latent_map_for(
     Raises:
         RuntimeError: the named backend cannot run this.
     """
-    if (
-        choose(OpRequest.on(feat, "decode", tuple(weight.shape[0] for weight in weights), weights), backend)
-        == "reference"
-    ):
+    widths = tuple(weight.shape[0] for weight in weights)
+    if choose(OpRequest.on(feat, "decode", widths, weights), backend) == "reference":
         return None
     return fold(feat, weights[0], feat_unfold=feat_unfold)

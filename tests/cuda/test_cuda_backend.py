@@ -33,7 +33,7 @@ def test_cuda_comes_first_where_it_runs(gpu_here):
     for dtype in DTYPES:
         for op in ("gather", "ensemble", "metasr_query"):
             assert backends.choose(backends.OpRequest(op, "cuda", dtype)) == "cuda"
-    assert backends.choose_fused(backends.OpRequest("decode", "cuda", torch.float32, (64, 256, 3))) == ("cuda", True)
+    assert backends.choose(backends.OpRequest("decode", "cuda", torch.float32, (64, 256, 3))) == "cuda"
     assert backends.choose(backends.OpRequest("gather", "cpu", torch.float32)) == "cpu"
     assert ("cuda", True, "") in backends.report()
 
@@ -67,7 +67,7 @@ def test_the_cuda_backend_names_the_missing_part(gpu_here, monkeypatch):
     assert missing() == "an extension compiled with CUDA, this one has none: no nvcc was found"
     monkeypatch.setattr(extension, "_state", {"reason": "LIIF_FAST_BUILD=none"})
     assert missing() == "the compiled extension: LIIF_FAST_BUILD=none"
-    assert backends.choose(backends.OpRequest("gather", "cuda", torch.float32)) == "reference"
+    assert backends.choose(backends.OpRequest("gather", "cuda", torch.float32)) == "torch"
 
 
 # Compute capability of the GPU, CUDA of its driver and of the extension, PTX in the extension -> the refusal.

@@ -79,6 +79,7 @@ RUNS = {
 @schedules
 @pytest.mark.parametrize("name", RUNS)
 def test_results_do_not_depend_on_the_launch(kernels, name, schedule, deterministic):
+    set_device("sm_80")  # whose launches have four blocks
     out, *grads = RUNS[name]()
     kernels.set_schedule(*schedule)
     other, *others = RUNS[name]()

@@ -22,7 +22,7 @@ def test_an_explicit_backend_runs_or_says_why(op):
     request = backends.OpRequest(op, "cuda", torch.float32)
     with pytest.raises(RuntimeError, match="takes CPU tensors, these are on 'cuda'"):
         backends.choose(request, "cpu")
-    assert backends.choose(request) == ("cuda" if backends.can_run_cuda(request) else "reference")
+    assert backends.choose(request) == ("cuda" if backends.can_run_cuda(request) else "torch")
     with pytest.raises(ValueError, match="backend is 'warp', which is not a backend: choose one of"):
         backends.choose(request, "warp")
 

@@ -22,8 +22,8 @@ constexpr int row_dots_bytes() {
 // The gradients of the tile's outputs, zeros after the last query: [slot][out].
 template <class T>
 __device__ __forceinline__ void load_grad_out(const DecodeTask& task, const BackwardArrays& backward, int64_t tile,
-                                              float* grad_out) {
-  for_each_output<T>(task, tile, [&](int slot, int o, int64_t offset) {
+                                              const FragmentCoords<T>& coords, float* grad_out) {
+  for_each_output<T>(task, tile, coords, [&](int slot, int o, int64_t offset) {
     grad_out[slot * task.outs + o] = offset < 0 ? 0.0f : backward.grad_out[offset];
   });
 }
@@ -34,8 +34,7 @@ template <class T>
 __device__ __forceinline__ void add_column_sums(const DecodeTask& task, const BackwardArrays& backward, int index,
                                                 const FragmentCoords<T>& coords,
                                                 float (&column)[T::kColGroups][T::kVector]) {
-  const int warp_row = coords.warp / T::kWarpCols;
-  const int64_t block = static_cast<int64_t>(blockIdx.x) * T::kWarpRows + warp_row;
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * T::kWarpRows + coords.team;
   float* const sums = backward.sums + (block * sum_count(task.hidden, task.outs) + index) * T::kWidth;
 #pragma unroll
   for (int group = 0; group < T::kColGroups; ++group) {
@@ -82,8 +81,9 @@ __device__ __forceinline__ void store_layer(const DecodeTask& task, const Backwa
         float v[T::kVector];
         values(m, group, half, v);
         words[half] = to_words<T>(v);
-        *row_at<T>(backward.rows, {task.first_tile, task.tiles}, layer - 1, tile, coords.tile_row(m, half),
-                   coords.channel(group)) = words[half];
+        store_once(row_at<T>(backward.rows, {task.first_tile, task.tiles}, layer - 1, tile, coords.tile_row(m, half),
+                             coords.channel(group)),
+                   words[half]);
 #pragma unroll
         for (int i = 0; i < T::kVector; ++i) column[group][i] += v[i];
       }
@@ -257,9 +257,12 @@ __device__ __forceinline__ void finish_first_layer(const DecodeTask& task, const
 // Gradients of coord and cell from the rows' products; one thread per query.
 template <class T>
 __device__ __forceinline__ void finish_points(const DecodeTask& task, const BackwardArrays& backward, int64_t tile,
-                                              const Geometry<T>& geometry, const float* row_dots) {
+                                              const Geometry<T>& geometry, const FragmentCoords<T>& coords,
+                                              const float* row_dots) {
   const float height = static_cast<float>(task.map_height), width = static_cast<float>(task.map_width);
-  for (int slot = static_cast<int>(threadIdx.x); slot < T::kRows / task.corners; slot += kThreads) {
+  const int slots = T::kTeamRows / task.corners;
+  for (int i = coords.member; i < slots; i += T::kTeamThreads) {
+    const int slot = coords.team * slots + i;
     const int64_t query = find_query<T>(task, tile, slot);
     if (query < 0) continue;
     float rel_row[2] = {}, rel_col[2] = {}, grad_row[2] = {}, grad_col[2] = {}, grad_cell[2] = {}, grad_weight[4] = {};
@@ -295,36 +298,34 @@ template <class T>
 __device__ __forceinline__ void backward_tiles(const DecodeTask& task, const SavedActivations& saved,
                                                const BackwardArrays& backward) {
   LIIF_DYNAMIC_SHARED(shared);
-  unsigned char* const act = shared;
-  unsigned char* const ring = act + T::kActBytes;
-  Geometry<T>& geometry = *reinterpret_cast<Geometry<T>*>(ring + T::kStages * T::kChunkBytes);
-  float* const grad_out = reinterpret_cast<float*>(&geometry + 1);
+  Workspace<T>& space = *reinterpret_cast<Workspace<T>*>(shared);
+  Geometry<T>& geometry = space.geometry;
+  float* const grad_out = reinterpret_cast<float*>(&space + 1);
   float* const row_dots = backward.coord ? grad_out + T::kRows / task.corners * task.outs : nullptr;
 
   const FragmentCoords<T> coords;
-  const int64_t mine = block_tile_count(task.tiles);
-  WeightStream<T> stream(task.weights, task.hidden * T::kGroups, mine, ring);
-  for (int64_t i = 0; i < mine; ++i) {
-    const int64_t tile = task.first_tile + blockIdx.x + i * gridDim.x;
-    locate_rows(task, tile, geometry);
-    load_grad_out<T>(task, backward, tile, grad_out);
-    __syncthreads();
+  WeightStream<T> stream(task.weights, task.hidden * T::kGroups, space.ring, space.barriers);
+  for (int64_t tile = task.first_tile + blockIdx.x; tile < task.first_tile + task.tiles; tile += gridDim.x) {
+    locate_rows(task, tile, coords, geometry);
+    load_grad_out<T>(task, backward, tile, coords, grad_out);
+    sync_team<T>(coords);
     last_layer_sums<T>(task, saved, backward, tile, coords, grad_out);
     Accumulators<T> acc;
     through_blend<T>(task, saved, tile, geometry, coords, grad_out, row_dots, acc);
     for (int layer = task.hidden; layer >= 1; --layer) {
-      store_layer<T>(task, backward, layer, tile, coords, act, [&](int m, int group, int half, float (&v)[T::kVector]) {
-        get_values<T>(acc, m, group, half, v);
-      });
+      store_layer<T>(
+          task, backward, layer, tile, coords, space.act,
+          [&](int m, int group, int half, float (&v)[T::kVector]) { get_values<T>(acc, m, group, half, v); });
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll
         for (int n = 0; n < T::kColTiles; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.0f;
+      sync_team<T>(coords);  // act has been written
 #pragma unroll 1
-      for (int group = 0; group < T::kGroups; ++group) multiply<T>(act, stream.next(), group, coords, acc);
-      __syncthreads();  // act has been read
+      for (int group = 0; group < T::kGroups; ++group) multiply<T>(space.act, stream, group, coords, acc);
+      sync_team<T>(coords);  // act has been read
       Mask<T> mask;
       mask.load(saved, layer - 1, tile);
 #pragma unroll
@@ -340,12 +341,13 @@ __device__ __forceinline__ void backward_tiles(const DecodeTask& task, const Sav
           }
     }
     finish_first_layer<T>(task, backward, tile, geometry, coords, row_dots, acc);
-    __syncthreads();
+    sync_team<T>(coords);  // geometry and grad_out have been read, row_dots has been written
     if (row_dots) {
-      finish_points<T>(task, backward, tile, geometry, row_dots);
-      __syncthreads();  // geometry and row_dots are free for the next tile
+      finish_points<T>(task, backward, tile, geometry, coords, row_dots);
+      sync_team<T>(coords);  // geometry and row_dots have been read
     }
   }
+  stream.finish();
 }
 
 template <class T>
@@ -361,10 +363,11 @@ const char* launch_backward(const DecodeTask& task, const DecodeVariant& variant
   return with_tile<kPolicy>(variant, [&](auto tile) {
     using T = decltype(tile);
     static_assert(T::kWarpRows == warp_rows(T::kRows, T::kWidth, sizeof(typename T::Element)), "as the host counts");
-    const int bytes =
-        shared_bytes<T>() + T::kRows / task.corners * task.outs * 4 + (backward.coord ? row_dots_bytes<T>() : 0);
-    return launch_with_shared(decode_backward_kernel<T>, block_count(variant, task), bytes, stream, task, saved,
-                              backward);
+    constexpr auto kKernel = decode_backward_kernel<T>;
+    constexpr int kBytes = static_cast<int>(sizeof(Workspace<T>)), kDots = row_dots_bytes<T>();
+    if (const char* error = allow_shared<kKernel>(kBytes + T::kRows * kMaxFusedOuts * 4 + kDots)) return error;
+    const int bytes = kBytes + T::kRows / task.corners * task.outs * 4 + (backward.coord ? kDots : 0);
+    return launch(kKernel, LaunchSize{block_count(variant, task), bytes}, stream, task, saved, backward);
   });
 }
 

@@ -1,4 +1,8 @@
 // The fused decode's host side: which variant a device runs, packing, the task, and the dispatch to the policies.
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "cuda/common.cuh"
 #include "cuda/decode/launch.h"
 #include "cuda/ptx.cuh"
@@ -69,22 +73,56 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
 
 }  // namespace
 
-DecodeVariant choose_variant(MmaPolicy policy, int width, const char** error) {
-  int device = 0, processors = 0, block_bytes = 0, sm_bytes = 0, major = 0, minor = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (status == cudaSuccess)
-    status = cudaDeviceGetAttribute(&block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (status == cudaSuccess)
-    status = cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+namespace {
+
+struct DeviceLimits {
+  int processors, block_bytes, sm_bytes, arch;
+};
+
+cudaError_t ask_limits(int device, DeviceLimits& limits) {
+  int major = 0, minor = 0;
+  const std::pair<cudaDeviceAttr, int*> wanted[] = {{cudaDevAttrMultiProcessorCount, &limits.processors},
+                                                    {cudaDevAttrMaxSharedMemoryPerBlockOptin, &limits.block_bytes},
+                                                    {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &limits.sm_bytes},
+                                                    {cudaDevAttrComputeCapabilityMajor, &major},
+                                                    {cudaDevAttrComputeCapabilityMinor, &minor}};
+  for (const auto& [attribute, value] : wanted) {
+    const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device);
+    if (error != cudaSuccess) return error;
+  }
+  limits.arch = major * 100 + minor * 10;
+  return cudaSuccess;
+}
+
+// Of the current device; the driver is asked once for each.
+cudaError_t device_limits(DeviceLimits& limits) {
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> known;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = known.find(device); found != known.end()) {
+    limits = found->second;
+    return cudaSuccess;
+  }
+  error = ask_limits(device, limits);
+  if (error == cudaSuccess) known[device] = limits;
+  return error;
+}
+
+}  // namespace
+
+DecodeVariant choose_variant(MmaPolicy policy, int width, int64_t total_rows, const char** error) {
+  DeviceLimits limits = {};
+  const cudaError_t status = device_limits(limits);
   *error = status == cudaSuccess ? nullptr : cudaGetErrorString(status);
-  const int bytes = operand_bytes(policy), padded = padded_width(width);
-  const bool small =
-      padded == 256 && (has_small_tiles_only(major * 100 + minor * 10) || block_bytes < kLargeSharedBytes);
-  const int rows = small ? small_rows(bytes) : large_rows(bytes);
-  const int blocks = processors * (padded == 64 && sm_bytes >= kLargeSharedBytes ? 2 : 1);
+  const int bytes = operand_bytes(policy), padded = padded_width(width), large = large_rows(bytes);
+  const bool is_small_problem = (total_rows + large - 1) / large < 2 * limits.processors;
+  const bool small = padded == 256 &&
+                     (is_small_problem || has_small_tiles_only(limits.arch) || limits.block_bytes < kLargeSharedBytes);
+  const int rows = small ? small_rows(bytes) : large;
+  const int blocks = limits.processors * (padded == 64 && limits.sm_bytes >= kLargeSharedBytes ? 2 : 1);
   return {policy, padded, rows, blocks, warp_rows(rows, padded, bytes)};
 }
 

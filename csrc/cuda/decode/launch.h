@@ -40,14 +40,13 @@ struct DecodeVariant {
 
 LIIF_HOST_DEVICE constexpr int padded_width(int width) { return width <= 64 ? 64 : (width <= 128 ? 128 : 256); }
 
-// Rows of a 256-wide tile where a block may have 160 KB of shared memory, and where it may have 99 KB. Weights stream
-// from L2 once a tile, so more rows need fewer bytes.
+// Rows of a 256-wide tile where a block may have 160 KB of shared memory, and where it may have 99 KB or the problem
+// has fewer tiles than twice the multiprocessors. Weights stream from L2 once a tile, so more rows need fewer bytes.
 LIIF_HOST_DEVICE constexpr int large_rows(int operand_bytes) { return operand_bytes == 2 ? 128 : 64; }
 LIIF_HOST_DEVICE constexpr int small_rows(int operand_bytes) { return operand_bytes == 2 ? 64 : 32; }
 constexpr int kLargeSharedBytes = 160 << 10;
 
-// GPUs of the second kind, by compute capability * 10. Their machine code holds only the small tiles, that of the
-// others only the large ones. Later GPUs run sm_80's PTX, which holds both.
+// GPUs of the second kind, by compute capability * 10. Their machine code holds only the small tiles.
 LIIF_HOST_DEVICE constexpr bool has_small_tiles_only(int arch) { return (arch > 800 && arch < 900) || arch >= 1200; }
 
 // Warp rows of a tile. Each has its own partial sums of a column.
@@ -129,8 +128,8 @@ struct BackwardArrays {
 // ------------------------------------------------------------------------------------------------------------
 // launchers
 
-// A variant for the current device; `error` is a sentence where there is none.
-DecodeVariant choose_variant(MmaPolicy policy, int width, const char** error);
+// A variant for the current device and a problem of this many rows; `error` is a sentence where there is none.
+DecodeVariant choose_variant(MmaPolicy policy, int width, int64_t total_rows, const char** error);
 
 // Bytes of the packed weights of one direction: chunks, then packed vectors.
 int64_t packed_bytes(const DecodeVariant& variant, int hidden, int outs);

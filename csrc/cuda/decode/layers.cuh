@@ -5,6 +5,12 @@
 
 namespace liif_fast {
 
+// Waits for the warps that share rows: only these read each other's activations.
+template <class T>
+__device__ __forceinline__ void sync_team(const FragmentCoords<T>& coords) {
+  sync_threads<T::kTeamThreads>(1 + coords.team);
+}
+
 // kCount values of a packed vector.
 template <int kCount>
 __device__ __forceinline__ void load_floats(const float* from, float (&values)[kCount]) {
@@ -89,117 +95,182 @@ __device__ __forceinline__ void load_act(const unsigned char* act, int row_tile,
   }
 }
 
-// The first layer (latents, geometry terms, ReLU), stored in act.
+// A lane's channels of a latent, as they are stored: float4s, or 16 bits a channel.
+template <class T, class Latent>
+struct LatentWords {
+  static constexpr int kWords = T::kVector * static_cast<int>(sizeof(Latent)) / 16;
+  uint4 words[kWords];
+
+  __device__ __forceinline__ void load(const DecodeTask& task, int64_t offset) {
+    const uint4* const from = reinterpret_cast<const uint4*>(static_cast<const Latent*>(task.latent_map) + offset);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = load_in_order(from + i);
+  }
+  __device__ __forceinline__ void get(float (&v)[T::kVector]) const {
+    if constexpr (kWords * 4 == T::kVector) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        v[4 * i] = bits_float(words[i].x);
+        v[4 * i + 1] = bits_float(words[i].y);
+        v[4 * i + 2] = bits_float(words[i].z);
+        v[4 * i + 3] = bits_float(words[i].w);
+      }
+    } else {
+      from_words<T>(words[0], v);
+    }
+  }
+};
+
+// The first layer's vectors from a lane's channel on: bias with the grid's cell, geometry terms.
 template <class T>
-__device__ __forceinline__ void first_layer(const DecodeTask& task, const Geometry<T>& geometry, unsigned char* act) {
-  constexpr int kSpan = T::kGroups < kWarps ? T::kGroups : kWarps;  // groups computed at a time
-  const FragmentCoords<T> coords;
-  for (int group = coords.warp % kSpan; group < T::kGroups; group += kSpan) {
-    const int channel = group * T::kGroup + coords.quad * T::kVector;
-    const bool has_latent = channel < task.width;
-    float base[T::kVector], by_row[T::kVector], by_col[T::kVector], by_cell_row[T::kVector], by_cell_col[T::kVector];
+struct FirstVectors {
+  float base[T::kVector], by_row[T::kVector], by_col[T::kVector], by_cell_row[T::kVector], by_cell_col[T::kVector];
+
+  __device__ __forceinline__ FirstVectors(const DecodeTask& task, int channel) {
     load_floats(bias_vector<T>(task, 0) + channel, base);
     load_floats(geometry_vector<T>(task, 0) + channel, by_row);
     load_floats(geometry_vector<T>(task, 1) + channel, by_col);
-    load_floats(geometry_vector<T>(task, 2) + channel, by_cell_row);  // zeros without cells
+    if (!task.has_cell) return;
+    load_floats(geometry_vector<T>(task, 2) + channel, by_cell_row);
     load_floats(geometry_vector<T>(task, 3) + channel, by_cell_col);
-    if (!task.cell) {
+    if (task.cell) return;
 #pragma unroll
-      for (int i = 0; i < T::kVector; ++i)
-        base[i] = fmaf(task.rel_cell[1], by_cell_col[i], fmaf(task.rel_cell[0], by_cell_row[i], base[i]));
+    for (int i = 0; i < T::kVector; ++i)
+      base[i] = fmaf(task.rel_cell[1], by_cell_col[i], fmaf(task.rel_cell[0], by_cell_row[i], base[i]));
+  }
+  // v = relu(v + geometry terms of a row).
+  __device__ __forceinline__ void finish(const DecodeTask& task, const Geometry<T>& geometry, int row,
+                                         float (&v)[T::kVector]) const {
+    const CornerRow seen = geometry.rows[row];
+#pragma unroll
+    for (int i = 0; i < T::kVector; ++i) v[i] += fmaf(seen.rel_col, by_col[i], fmaf(seen.rel_row, by_row[i], base[i]));
+    if (task.cell) {
+      const float cell_row = geometry.rel_cell[row][0], cell_col = geometry.rel_cell[row][1];
+#pragma unroll
+      for (int i = 0; i < T::kVector; ++i) v[i] += fmaf(cell_col, by_cell_col[i], cell_row * by_cell_row[i]);
     }
-#pragma unroll(T::kWidth == 64 ? 1 : 2)
-    for (int m = coords.warp / kSpan; m < T::kRows / 16; m += kWarps / kSpan) {
-      float values[2][T::kVector];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t offset = geometry.rows[m * 16 + half * 8 + coords.row].offset + channel;
-        if (!has_latent) {
+    for (int i = 0; i < T::kVector; ++i) v[i] = relu(v[i]);
+  }
+};
+
+// The first layer (latents, geometry terms, ReLU) of this warp's rows and channels, stored in act.
+template <class T, class Latent>
+__device__ __forceinline__ void first_layer_of(const DecodeTask& task, const Geometry<T>& geometry,
+                                               const FragmentCoords<T>& coords, unsigned char* act) {
+#pragma unroll 1
+  for (int group = 0; group < T::kColGroups; ++group) {
+    const int channel = coords.channel(group);
+    const bool has_latent = channel < task.width;
+    LatentWords<T, Latent> latents[T::kRowTiles][2];  // all loads are issued before the first use
 #pragma unroll
-          for (int i = 0; i < T::kVector; ++i) values[half][i] = 0.0f;
-        } else if (T::kVector == 4 || task.latent_is_float) {
-          load_floats(static_cast<const float*>(task.latent_map) + offset, values[half]);
-        } else {
-          const auto* from = static_cast<const typename T::Element*>(task.latent_map) + offset;
-          from_words<T>(__ldg(reinterpret_cast<const uint4*>(from)), values[half]);
-        }
-      }
+    for (int m = 0; m < T::kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        latents[m][half].load(task, geometry.rows[coords.tile_row(m, half)].offset + (has_latent ? channel : 0));
+    const FirstVectors<T> vectors(task, channel);
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < T::kRowTiles; ++m) {
       uint4 words[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int r = m * 16 + half * 8 + coords.row;
-        const CornerRow row = geometry.rows[r];
+        float v[T::kVector];
+        latents[m][half].get(v);
 #pragma unroll
-        for (int i = 0; i < T::kVector; ++i)
-          values[half][i] += fmaf(row.rel_col, by_col[i], fmaf(row.rel_row, by_row[i], base[i]));
-        if (task.cell) {
-          const float cell_row = geometry.rel_cell[r][0], cell_col = geometry.rel_cell[r][1];
-#pragma unroll
-          for (int i = 0; i < T::kVector; ++i)
-            values[half][i] += fmaf(cell_col, by_cell_col[i], cell_row * by_cell_row[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < T::kVector; ++i) values[half][i] = relu(values[half][i]);
-        words[half] = to_words<T>(values[half]);
+        for (int i = 0; i < T::kVector; ++i) v[i] = has_latent ? v[i] : 0.0f;
+        vectors.finish(task, geometry, coords.tile_row(m, half), v);
+        words[half] = to_words<T>(v);
       }
-      store_act<T>(act, m, group, coords.lane, words);
+      store_act<T>(act, coords.first_row_tile + m, coords.first_group + group, coords.lane, words);
     }
   }
 }
+template <class T>
+__device__ __forceinline__ void first_layer(const DecodeTask& task, const Geometry<T>& geometry,
+                                            const FragmentCoords<T>& coords, unsigned char* act) {
+  if (T::kVector == 4 || task.latent_is_float)
+    first_layer_of<T, float>(task, geometry, coords, act);
+  else
+    first_layer_of<T, typename T::Element>(task, geometry, coords, act);
+}
 
-// Streams packed weights through a ring of chunks in shared memory. All threads of the block call it together.
+// Streams packed weights through a ring of chunks in shared memory. All threads of the block copy a part of every chunk
+// and read all of it. No barrier of the block stands between chunks: a warp waits until all have copied their parts of
+// the chunk that it reads, and until all have read the chunk that its next copies overwrite. So warps may be up to
+// kStages - kAhead chunks apart, and one's other work runs under another's products.
 template <class T>
 class WeightStream {
  public:
-  // steps: chunks of one tile; each of the `tiles` tiles reads them all.
-  __device__ __forceinline__ WeightStream(const unsigned char* weights, int steps, int64_t tiles, unsigned char* ring)
-      : weights_(weights), ring_(ring), steps_(steps), left_(steps * tiles) {
+  // steps: chunks of one tile, which are repeated for every tile.
+  __device__ __forceinline__ WeightStream(const unsigned char* weights, int steps, unsigned char* ring,
+                                          RingBarriers<T>& barriers)
+      : weights_(weights + threadIdx.x * 16), ring_(ring), barriers_(barriers), bytes_(steps * T::kChunkBytes) {
+    if (threadIdx.x < T::kStages) {
+      init_barrier(&barriers.full[threadIdx.x], kThreads);
+      init_barrier(&barriers.empty[threadIdx.x], kWarps);
+    }
+    __syncthreads();
+    if (steps > 0) {
 #pragma unroll
-    for (int i = 0; i < T::kStages - 1; ++i) issue();
+      for (int i = 0; i < kAhead; ++i) copy(i);
+    }
   }
 
-  // The next chunk. Invalidates the pointer that the previous call returned. Acts as a block barrier for shared memory.
-  __device__ __forceinline__ const unsigned char* next() {
-    wait_copies<T::kStages - 2>();
-    __syncthreads();
-    issue();
-    const unsigned char* const chunk = ring_ + use_ * T::kChunkBytes;
-    use_ = use_ + 1 == T::kStages ? 0 : use_ + 1;
-    return chunk;
+  // The current chunk, once it has been copied.
+  __device__ __forceinline__ const unsigned char* wait() {
+    wait_barrier(&barriers_.full[stage(turn_)], phase(turn_));
+    return ring_ + stage(turn_) * T::kChunkBytes;
   }
+  // After this warp has read the current chunk: the next one becomes the current one.
+  __device__ __forceinline__ void release() {
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) arrive(&barriers_.empty[stage(turn_)]);
+    turn_ = turn_ + 1 == kTurns ? 0 : turn_ + 1;
+  }
+  // Once for every chunk, between wait() and release(): copies the chunk that is kAhead later. After the last tile's
+  // last chunk the copies go on with the first ones, which nobody reads.
+  __device__ __forceinline__ void refill() {
+    const int turn = turn_ + kAhead;
+    copy(turn < kTurns ? turn : turn - kTurns);
+  }
+  // No copy may arrive after the block has ended.
+  __device__ __forceinline__ void finish() { wait_copies(); }
 
  private:
-  __device__ __forceinline__ void issue() {
-    if (left_ > 0) {
-      const unsigned char* const from = weights_ + static_cast<int64_t>(step_) * T::kChunkBytes;
-      unsigned char* const to = ring_ + fill_ * T::kChunkBytes;
+  static constexpr int kAhead = 2, kTurns = 2 * T::kStages;
+
+  // A chunk's turn counts the chunks through two rounds of the ring.
+  static __device__ __forceinline__ int stage(int turn) { return turn < T::kStages ? turn : turn - T::kStages; }
+  static __device__ __forceinline__ uint32_t phase(int turn) { return turn < T::kStages ? 0 : 1; }
+
+  __device__ __forceinline__ void copy(int turn) {
+    const unsigned char* const from = weights_ + offset_;
+    unsigned char* const to = ring_ + stage(turn) * T::kChunkBytes + threadIdx.x * 16;
+    wait_barrier(&barriers_.empty[stage(turn)], phase(turn) ^ 1);
 #pragma unroll
-      for (int i = 0; i < T::kChunkBytes / (16 * kThreads); ++i) {
-        const int at = (i * kThreads + static_cast<int>(threadIdx.x)) * 16;
-        copy_async(to + at, from + at);
-      }
-      step_ = step_ + 1 == steps_ ? 0 : step_ + 1;
-      fill_ = fill_ + 1 == T::kStages ? 0 : fill_ + 1;
-      --left_;
+    for (int i = 0; i < T::kChunkBytes / (16 * kThreads); ++i) {
+      copy_async(to + i * kThreads * 16, from + i * kThreads * 16);
     }
-    commit_copies();  // empty groups too, because wait_copies counts them
+    arrive_after_copies(&barriers_.full[stage(turn)]);
+    offset_ = offset_ + T::kChunkBytes == bytes_ ? 0 : offset_ + T::kChunkBytes;
   }
 
-  const unsigned char* weights_;
+  const unsigned char* weights_;  // this thread's part of the first chunk
   unsigned char* ring_;
-  int steps_, step_ = 0, fill_ = 0, use_ = 0;
-  int64_t left_;
+  RingBarriers<T>& barriers_;
+  int bytes_, offset_ = 0, turn_ = 0;
 };
 
 template <class T>
 using Accumulators = float[T::kRowTiles][T::kColTiles][4];
 
-// acc += a group of act times its chunk of weights.
+// acc += a group of act times its chunk of weights, the stream's current one.
 template <class T>
-__device__ __forceinline__ void multiply(const unsigned char* act, const unsigned char* chunk, int group,
+__device__ __forceinline__ void multiply(const unsigned char* act, WeightStream<T>& stream, int group,
                                          const FragmentCoords<T>& coords, Accumulators<T>& acc) {
   const uint4* const rows = reinterpret_cast<const uint4*>(act);
-  const uint4* const weights = reinterpret_cast<const uint4*>(chunk);
+  const uint4* const weights = reinterpret_cast<const uint4*>(stream.wait());
   if constexpr (T::kTensorCores) {
     uint2 first[T::kColTiles], second[T::kColTiles];
 #pragma unroll
@@ -209,17 +280,19 @@ __device__ __forceinline__ void multiply(const unsigned char* act, const unsigne
       second[n] = make_uint2(both.z, both.w);
     }
     uint4 a[T::kRowTiles];
-#pragma unroll
-    for (int step = 0; step < 2; ++step) {
+    const auto load_rows = [&](int step) {
 #pragma unroll
       for (int m = 0; m < T::kRowTiles; ++m)
         a[m] = rows[act_unit<T>(coords.first_row_tile + m, group, step, coords.lane)];
-      if (step == 0)
-        mma_step(acc, a, first, typename T::Element{});
-      else
-        mma_step(acc, a, second, typename T::Element{});
-    }
+    };
+    load_rows(0);
+    mma_step(acc, a, first, typename T::Element{});
+    stream.refill();  // under the products
+    stream.release();
+    load_rows(1);
+    mma_step(acc, a, second, typename T::Element{});
   } else {
+    stream.refill();
 #pragma unroll 1
     for (int four = 0; four < 4; ++four) {
       uint4 a[T::kRowTiles][2];
@@ -247,6 +320,7 @@ __device__ __forceinline__ void multiply(const unsigned char* act, const unsigne
         }
       }
     }
+    stream.release();
   }
 }
 

@@ -36,6 +36,8 @@ struct Tile {
   static constexpr int kRowTiles = kRows / kWarpRows / 16;  // m16 tiles of a warp
   static constexpr int kColGroups = kGroups / kWarpCols;    // groups of a warp
   static constexpr int kColTiles = kColGroups * kTiles;     // n8 tiles of a warp
+  static constexpr int kTeams = kWarpRows;                  // warps that share rows are a team
+  static constexpr int kTeamRows = kRows / kTeams, kTeamThreads = kWarpCols * kWarp;
   static constexpr int kActBytes = kRows * kWidth * static_cast<int>(sizeof(Element));
   static constexpr int kChunkBytes = kWidth * 64;  // weights from one group to every channel
   static constexpr int kStages = kRows == 128 ? 4 : 3;
@@ -54,15 +56,10 @@ constexpr int min_blocks_per_sm() {
 template <class T>
 __host__ __device__ constexpr bool is_launched() {
 #ifdef __CUDA_ARCH__
-  if (T::kWidth == 256 && __CUDA_ARCH__ != 800)
-    return has_small_tiles_only(__CUDA_ARCH__) == (T::kRows == small_rows(sizeof(typename T::Element)));
+  if (T::kWidth == 256 && has_small_tiles_only(__CUDA_ARCH__))
+    return T::kRows == small_rows(sizeof(typename T::Element));
 #endif
   return true;
-}
-
-// Number of this block's tiles: every gridDim.x-th one.
-__device__ __forceinline__ int64_t block_tile_count(int64_t tiles) {
-  return blockIdx.x < tiles ? (tiles - blockIdx.x + gridDim.x - 1) / gridDim.x : 0;
 }
 
 // The rows and channels of the tile that a thread's accumulators hold.
@@ -70,6 +67,7 @@ template <class T>
 struct FragmentCoords {
   int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   int row = lane >> 2, quad = lane & 3;  // of a fragment
+  int team = warp / T::kWarpCols, member = static_cast<int>(threadIdx.x) % T::kTeamThreads;
   int first_row_tile = warp / T::kWarpCols * T::kRowTiles, first_group = warp % T::kWarpCols * T::kColGroups;
 
   // Row in the tile of m16 tile m's upper or lower half.
@@ -88,13 +86,20 @@ __device__ __forceinline__ int query_slot(int row, int corners) {
   return corners == 4 ? (row >> 5) * 8 + (row & 7) : row;
 }
 
+// The slot of a lane's query number s: its rows are kCorners * s and the following ones, counted by halves of m16
+// tiles.
+template <int kCorners, class T>
+__device__ __forceinline__ int lane_slot(const FragmentCoords<T>& coords, int s) {
+  return query_slot(coords.tile_row(s * kCorners / 2, s * kCorners % 2), kCorners);
+}
+
 // A row's latent, and its coordinates relative to the query.
 struct alignas(16) CornerRow {
   int64_t offset;  // of the latent's first channel in the map, in elements
   float rel_row, rel_col;
 };
 
-// A tile's geometry in shared memory.
+// A tile's geometry in shared memory. A team writes and reads only its own rows.
 template <class T>
 struct Geometry {
   CornerRow rows[T::kRows];
@@ -102,11 +107,20 @@ struct Geometry {
   float weight[T::kRows];       // of the blend; 0 for rows after the last query
 };
 
-// Bytes of shared memory: activations, ring of weights, geometry.
+// The barriers of the ring's stages: a chunk has been copied, a chunk has been read.
 template <class T>
-constexpr int shared_bytes() {
-  return T::kActBytes + T::kStages * T::kChunkBytes + static_cast<int>(sizeof(Geometry<T>));
-}
+struct RingBarriers {
+  uint64_t full[T::kStages], empty[T::kStages];
+};
+
+// A block's shared memory. The backward has its gradients after it.
+template <class T>
+struct Workspace {
+  alignas(16) unsigned char act[T::kActBytes];
+  unsigned char ring[T::kStages * T::kChunkBytes];
+  RingBarriers<T> barriers;
+  Geometry<T> geometry;
+};
 
 // The query of a tile's slot; -1 after the last query.
 template <class T>
@@ -115,14 +129,18 @@ __device__ __forceinline__ int64_t find_query(const DecodeTask& task, int64_t ti
   return query < task.total ? query : -1;
 }
 
-// use(slot, o, offset) for every output of a tile; offset is the value's place in out and grad_out, -1 after the last
-// query. Neighboring threads get neighboring values: channels of a query, or queries of a channel.
+// use(slot, o, offset) for every output of a team's rows; offset is the value's place in out and grad_out, -1 after the
+// last query. Neighboring threads get neighboring values: channels of a query, or queries of a channel. The team's last
+// warps come first: locate_rows begins with the others.
 template <class T, class F>
-__device__ __forceinline__ void for_each_output(const DecodeTask& task, int64_t tile, F use) {
-  const int slots = T::kRows / task.corners, count = slots * task.outs;
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-    const int slot = task.out_channel == 1 ? i / task.outs : i % slots;
+__device__ __forceinline__ void for_each_output(const DecodeTask& task, int64_t tile, const FragmentCoords<T>& coords,
+                                                F use) {
+  const int slots = T::kTeamRows / task.corners, count = slots * task.outs;
+#pragma unroll 1
+  for (int i = coords.member ^ (T::kTeamThreads - kWarp); i < count; i += T::kTeamThreads) {
+    const int at_slot = task.out_channel == 1 ? i / task.outs : i % slots;
     const int o = task.out_channel == 1 ? i % task.outs : i / slots;
+    const int slot = coords.team * slots + at_slot;
     const int64_t query = find_query<T>(task, tile, slot);
     const int64_t batch = query / task.queries, at = query - batch * task.queries;
     use(slot, o, query < 0 ? -1 : batch * task.out_batch + at * task.out_query + o * task.out_channel);
@@ -130,8 +148,10 @@ __device__ __forceinline__ void for_each_output(const DecodeTask& task, int64_t 
 }
 
 template <class T>
-__device__ __forceinline__ void locate_rows(const DecodeTask& task, int64_t tile, Geometry<T>& geometry) {
-  for (int r = static_cast<int>(threadIdx.x); r < T::kRows; r += kThreads) {
+__device__ __forceinline__ void locate_rows(const DecodeTask& task, int64_t tile, const FragmentCoords<T>& coords,
+                                            Geometry<T>& geometry) {
+  for (int i = coords.member; i < T::kTeamRows; i += T::kTeamThreads) {
+    const int r = coords.team * T::kTeamRows + i;
     const int64_t found = find_query<T>(task, tile, query_slot(r, task.corners));
     const int64_t query = found < 0 ? task.total - 1 : found;
     const int64_t batch = query / task.queries, at = query - batch * task.queries;
@@ -190,7 +210,7 @@ __device__ __forceinline__ const float* last_vector(const DecodeTask& task, int 
   return task.packed_vectors + (task.hidden + 5 + out) * T::kWidth;
 }
 
-// One bit for every accumulator of a thread: whether it is positive, so that its ReLU passes gradients.
+// One bit for every accumulator of a thread: whether its ReLU passes gradients, which it does for a NaN, as PyTorch's.
 template <class T>
 struct Mask {
   uint32_t words[T::kMaskWords] = {};
@@ -203,7 +223,7 @@ struct Mask {
     for (int i = 0; i < T::kVector; ++i) {
       // In steps: GCC 12 with its undefined-behavior sanitizer miscompiles the one-line form.
       const int at = index(m, group, half, i);
-      const uint32_t bit = v[i] > 0.0f ? 1u : 0u;
+      const uint32_t bit = v[i] <= 0.0f ? 0u : 1u;
       words[at / 32] |= bit << (at % 32);
     }
   }

@@ -30,11 +30,11 @@ class OpRequest(NamedTuple):
     device: str  # torch device type
     dtype: torch.dtype  # of the features
     widths: tuple[int, ...] = ()  # decode: the imnet's layers, (K, *hidden, O)
-    transformed: bool = False  # see transforms.is_transformed
     device_index: int | None = None  # None: the current device
     matmul_dtype: torch.dtype | None = None  # decode: of matrix products; None: the features'
     trains: bool = False  # decode: whether autograd records it
     queries: int | None = None  # decode: of the whole batch
+    transformed: bool = False  # see transforms.is_transformed
 
     @classmethod
     def on(
@@ -42,7 +42,8 @@ class OpRequest(NamedTuple):
     ) -> OpRequest:
         """The request for an op on this tensor's device and in its dtype; others: its other tensors."""
         transformed = is_transformed(tensor, *others)
-        return cls(op, tensor.device.type, tensor.dtype, widths, transformed, tensor.device.index)
+        device = tensor.device
+        return cls(op, device.type, tensor.dtype, widths, device.index, transformed=transformed)
 
 
 _Against = Callable[[str, OpRequest], str]  # (backend, request) -> why the backend must not run it; '' if it may

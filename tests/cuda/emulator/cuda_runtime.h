@@ -70,11 +70,11 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor
 };
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = cuda_on_cpu::current_device;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const cuda_on_cpu::Device& device = cuda_on_cpu::device;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int number) {
+  const cuda_on_cpu::Device& device = cuda_on_cpu::devices[static_cast<size_t>(number)];
   const int values[] = {device.processors, device.block_shared_bytes, device.processor_shared_bytes, device.major,
                         device.minor};
   *value = values[attribute];
@@ -84,7 +84,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
-  return bytes <= cuda_on_cpu::device.block_shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
+  const auto device = static_cast<size_t>(cuda_on_cpu::current_device);
+  return bytes <= cuda_on_cpu::devices[device].block_shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 struct cudaLaunchConfig_t {

@@ -111,5 +111,10 @@ PYBIND11_MODULE(cuda_on_cpu_kernels, m) {
   liif_fast::bind_gather(m);
   liif_fast::bind_decode(m);
   liif_fast::bind_metasr(m);
-  m.def("set_schedule", [](unsigned most_blocks, bool backwards) { cuda_on_cpu::schedule = {most_blocks, backwards}; });
+  m.def(
+      "set_schedule",
+      [](unsigned most_blocks, bool backwards, unsigned seed) {
+        cuda_on_cpu::schedule = {most_blocks, backwards, seed};
+      },
+      pybind11::arg("most_blocks"), pybind11::arg("backwards"), pybind11::arg("seed") = 0);
 }

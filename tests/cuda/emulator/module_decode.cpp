@@ -48,8 +48,8 @@ struct Decode {
     outs = static_cast<int>(problem.out_width());
     latent_is_float = py::isinstance<py::array_t<float>>(latent_map);
     const char* error = nullptr;
-    variant =
-        choose_variant(static_cast<MmaPolicy>(arguments[first + 9].cast<int>()), static_cast<int>(widest), &error);
+    variant = choose_variant(static_cast<MmaPolicy>(arguments[first + 9].cast<int>()), static_cast<int>(widest),
+                             problem.batch * problem.queries * problem.corners, &error);
     check(error);
   }
 
@@ -130,7 +130,7 @@ void bind_decode(py::module_& m) {
   m.def("decode_forward", &forward);
   m.def("decode_backward", &backward);
   m.def("set_device", [](int processors, int block_shared_bytes, int processor_shared_bytes, int major, int minor) {
-    cuda_on_cpu::device = {processors, block_shared_bytes, processor_shared_bytes, major, minor};
+    cuda_on_cpu::set_device({processors, block_shared_bytes, processor_shared_bytes, major, minor});
   });
   m.def("packed_units", [](int policy, int width) {  // (out, in) of every 16-byte unit, in their order
     std::vector<std::pair<int, int>> units;
@@ -147,7 +147,7 @@ void bind_decode(py::module_& m) {
                py::arg("outs") = kMaxFusedOuts, py::arg("row_padding") = kRowPadding);
   m.def("saved_bytes", [](int policy, int widest, int hidden, bool local_ensemble, bool last_layer, int64_t rows) {
     const char* error = nullptr;
-    const DecodeVariant variant = choose_variant(static_cast<MmaPolicy>(policy), widest, &error);
+    const DecodeVariant variant = choose_variant(static_cast<MmaPolicy>(policy), widest, rows, &error);
     check(error);
     return saved_bytes(variant, {hidden, local_ensemble ? 4 : 1, last_layer, {0, rows}});
   });

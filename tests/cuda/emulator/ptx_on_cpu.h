@@ -88,11 +88,17 @@ void mma_step(float (&acc)[kRowTiles][kColTiles][4], const uint4 (&a)[kRowTiles]
   cuda_on_cpu::block.hide("mma.sync");
 }
 
-inline void copy_async(void* shared, const void* global) { cuda_on_cpu::block.begin_copy({shared, global, 16}); }
-inline void commit_copies() { cuda_on_cpu::block.commit_copies(); }
-template <int kPending>
-void wait_copies() {
-  cuda_on_cpu::block.wait_copies(kPending);
+inline uint4 load_in_order(const uint4* from) { return *from; }
+inline void store_once(uint4* to, uint4 words) { *to = words; }
+inline void copy_async(void* shared, const void* global) { cuda_on_cpu::block.begin_copy(shared, global, 16); }
+inline void wait_copies() { cuda_on_cpu::block.wait_copies(); }
+inline void init_barrier(uint64_t* barrier, uint32_t arrivals) { cuda_on_cpu::block.init_barrier(barrier, arrivals); }
+inline void arrive(uint64_t* barrier) { cuda_on_cpu::block.arrive(barrier, false); }
+inline void arrive_after_copies(uint64_t* barrier) { cuda_on_cpu::block.arrive(barrier, true); }
+inline void wait_barrier(uint64_t* barrier, uint32_t parity) { cuda_on_cpu::block.wait_phase(barrier, parity); }
+template <int kCount>
+void sync_threads(int number) {
+  cuda_on_cpu::block.wait_numbered(static_cast<unsigned>(number), kCount, "bar.sync");
 }
 
 inline void reduce_add(float* address, float4 value) {

@@ -1,21 +1,27 @@
 // Runs CUDA kernels on the CPU: every thread of a block is a fiber, blocks run one after the other.
 //
-// A fiber runs until it exits or waits at a barrier of its block or warp (shuffles wait at the warp's). When no fiber
-// can run, the complete barriers open. If none is complete, the kernel has diverged, and the launch throws. This checks
-// the arithmetic, every address (together with the address sanitizer), and barriers that not all threads reach. It does
-// not check races between barriers, the order of memory operations, or speed. Static shared memory keeps its contents
+// A fiber runs until it exits or waits: at a barrier of its warp (shuffles wait there too), at a numbered barrier of
+// some of the block's threads, or for a phase of a barrier in shared memory. When no fiber can run, the complete
+// barriers open. If none is complete, the asynchronous copies arrive. If there are none, the kernel has diverged, and
+// the launch throws. This checks the arithmetic, every address (together with the address sanitizer), barriers that not
+// all threads reach, and waits for copies: a copy's target is poisoned until the copy arrives, which is as late as the
+// rules allow. A schedule with a seed runs threads in random order, lets warps sleep and, if the seed is odd, copies
+// arrive at random. It does not check the order of memory operations, or speed. Static shared memory keeps its contents
 // from block to block.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <memory>
+#include <random>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -39,6 +45,7 @@ struct Schedule {
   unsigned most_blocks =
       0;                   // 0: as many as the launch asks for; a kernel that strides by the grid needs no more than 1
   bool backwards = false;  // blocks and threads from last to first
+  unsigned seed = 0;       // 0: the same order every time
 };
 inline Schedule schedule;
 
@@ -46,32 +53,51 @@ inline Schedule schedule;
 struct Device {
   int processors = 3, block_shared_bytes = 227 << 10, processor_shared_bytes = 228 << 10, major = 9, minor = 0;
 };
-inline Device device;
+inline std::vector<Device> devices(1);  // every one that was set: the kernels ask each device once
+inline int current_device = 0;
+
+inline void set_device(const Device& wanted) {
+  const auto same = [&](const Device& one) { return std::memcmp(&one, &wanted, sizeof(Device)) == 0; };
+  const auto found = std::find_if(devices.begin(), devices.end(), same);
+  current_device = static_cast<int>(found - devices.begin());
+  if (found == devices.end()) devices.push_back(wanted);
+}
 
 // The running block's dynamic shared memory.
 inline unsigned char* dynamic_shared = nullptr;
 
-// An asynchronous copy. The wait for it makes the copy, so that a missing wait is seen.
+// A barrier in shared memory.
+struct Barrier {
+  unsigned expected, missing;  // arrivals of a phase
+  int64_t phase;               // the current one
+};
+
+// An asynchronous copy, or the arrival that follows it.
 struct Copy {
   void* to;
   const void* from;
   size_t bytes;
+  Barrier* arrival;
 };
 
-enum class Wait { kNothing, kWarp, kBlock };
+enum class Wait { kNothing, kWarp, kNumbered, kPhase };
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Wait wait;
   bool done;
-  unsigned mask;       // of the warp's barrier it waits at
-  const char* what;    // the name of the function that waits
-  unsigned exchanges;  // counted, so that no slot is written while other lanes read it
+  unsigned mask;           // of the warp's barrier it waits at
+  unsigned number, count;  // of the numbered barrier it waits at, and of the threads that meet there
+  const Barrier* barrier;  // whose phase it waits for,
+  int64_t phase;           // and the phase
+  std::unordered_map<const Barrier*, int64_t> waited;  // the latest phase that it waited for
+  const char* what;                                    // the name of the function that waits
+  unsigned exchanges;                                  // counted, so that no slot is written while other lanes read it
   unsigned char slots[2][8];
-  const void* shown;                     // to the warp, see show()
-  std::deque<std::vector<Copy>> copies;  // unfinished groups, and last the open one
-  void* fake_stack;                      // the address sanitizer's
+  const void* shown;        // to the warp, see show()
+  std::deque<Copy> copies;  // under way
+  void* fake_stack;         // the address sanitizer's
 };
 
 class Block {
@@ -80,33 +106,59 @@ class Block {
   void run(unsigned threads, const std::function<void()>& body) {
     body_ = &body;
     error_.clear();
+    barriers_.clear();
+    random_.seed(schedule.seed);
     while (fibers_.size() < threads) fibers_.push_back(std::make_unique<Fiber>());
     threads_ = threads;
     for (unsigned i = 0; i < threads; ++i) start(*fibers_[i]);
+    std::vector<unsigned> order(threads);
+    for (unsigned i = 0; i < threads; ++i) order[i] = schedule.backwards ? threads - 1 - i : i;
+    std::vector<bool> asleep(threads / kWarpSize + 1, false);
+    unsigned sweeps = 0;
     for (unsigned done = 0; done < threads;) {
+      if (schedule.seed) {
+        std::shuffle(order.begin(), order.end(), random_);
+        if (++sweeps % 16 == 0)
+          for (size_t warp = 0; warp < asleep.size(); ++warp) asleep[warp] = random_() % 2;
+      }
       bool ran = false;
       done = 0;
-      for (unsigned i = 0; i < threads; ++i) {
-        const unsigned thread = schedule.backwards ? threads - 1 - i : i;
+      for (const unsigned thread : order) {
         Fiber& fiber = *fibers_[thread];
-        if (!fiber.done && fiber.wait == Wait::kNothing) {
+        if (fiber.wait == Wait::kPhase && fiber.barrier->phase > fiber.phase) fiber.wait = Wait::kNothing;
+        if (!fiber.done && fiber.wait == Wait::kNothing && !asleep[thread / kWarpSize]) {
           resume(thread);
           ran = true;
           if (!error_.empty()) throw std::runtime_error(error_);
         }
         done += fiber.done;
+        if (schedule.seed % 2 && random_() % 8 == 0) make_copy(fiber);
       }
-      if (!ran && done < threads && !open_barriers()) throw std::runtime_error(describe());
+      if (ran || done == threads || open_barriers()) continue;
+      const bool slept = std::find(asleep.begin(), asleep.end(), true) != asleep.end();
+      asleep.assign(asleep.size(), false);
+      if (slept) continue;
+      const auto busy =
+          std::find_if(order.begin(), order.end(), [&](unsigned i) { return !fibers_[i]->copies.empty(); });
+      if (busy == order.end()) throw std::runtime_error(describe());
+      while (make_copy(*fibers_[*busy])) {
+      }
+      if (!error_.empty()) throw std::runtime_error(error_);
     }
   }
 
   unsigned thread() const { return current_; }
 
-  void wait_block() {
-    fibers_[current_]->wait = Wait::kBlock;
-    fibers_[current_]->what = "__syncthreads";
+  // Waits for `count` threads at barrier number `number`.
+  void wait_numbered(unsigned number, unsigned count, const char* what) {
+    Fiber& fiber = *fibers_[current_];
+    fiber.wait = Wait::kNumbered;
+    fiber.number = number;
+    fiber.count = count;
+    fiber.what = what;
     leave(false);
   }
+  void wait_block() { wait_numbered(0, threads_, "__syncthreads"); }
 
   void wait_warp(unsigned mask, const char* what) {
     Fiber& fiber = *fibers_[current_];
@@ -125,12 +177,39 @@ class Block {
   const void* shown(unsigned lane) const { return fibers_[current_ / kWarpSize * kWarpSize + lane]->shown; }
   void hide(const char* what) { wait_warp(0xffffffffu, what); }
 
-  void begin_copy(const Copy& copy) { fibers_[current_]->copies.back().push_back(copy); }
-  void commit_copies() { fibers_[current_]->copies.emplace_back(); }
-  void wait_copies(size_t pending) {
-    std::deque<std::vector<Copy>>& copies = fibers_[current_]->copies;
-    for (; copies.size() > pending + 1; copies.pop_front())
-      for (const Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+  void begin_copy(void* to, const void* from, size_t bytes) {
+    std::memset(to, 0xff, bytes);  // NaN
+    fibers_[current_]->copies.push_back({to, from, bytes, nullptr});
+  }
+  void wait_copies() {
+    while (make_copy(*fibers_[current_])) {
+    }
+  }
+
+  void init_barrier(const void* address, unsigned arrivals) { barriers_[address] = {arrivals, arrivals, 0}; }
+  void arrive(const void* address, bool after_copies) {
+    Barrier* const barrier = find_barrier(address);
+    if (!barrier) return;
+    if (after_copies)
+      fibers_[current_]->copies.push_back({nullptr, nullptr, 0, barrier});
+    else
+      settle(*barrier);
+    if (!error_.empty()) leave(false);
+  }
+  // Returns when the phase is complete that the parity means: the first or the one before it, then one after the other.
+  void wait_phase(const void* address, unsigned parity) {
+    const Barrier* const barrier = find_barrier(address);
+    if (!barrier) return;
+    Fiber& fiber = *fibers_[current_];
+    const auto [found, first] = fiber.waited.try_emplace(barrier, parity ? -1 : 0);
+    const int64_t phase = first ? found->second : ++found->second;
+    if ((phase & 1) != static_cast<int64_t>(parity)) return fail("a wait for the wrong parity of a barrier's phase");
+    fiber.wait = Wait::kPhase;
+    fiber.barrier = barrier;
+    fiber.phase = phase;
+    fiber.what = "mbarrier.wait";
+    leave(false);
+    if (barrier->phase > phase + 1) fail("a barrier has gone on by a whole phase while a thread waited");
   }
 
   // The value that `lane` of this thread's warp passes in.
@@ -156,7 +235,8 @@ class Block {
     fiber.wait = Wait::kNothing;
     fiber.done = false;
     fiber.exchanges = 0;
-    fiber.copies.assign(1, {});
+    fiber.copies.clear();
+    fiber.waited.clear();
     fiber.fake_stack = nullptr;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -192,6 +272,31 @@ class Block {
 #endif
   }
 
+  Barrier* find_barrier(const void* address) {
+    const auto found = barriers_.find(address);
+    if (found != barriers_.end()) return &found->second;
+    fail("a barrier that was not initialized");
+    return nullptr;
+  }
+
+  void settle(Barrier& barrier) {
+    if (--barrier.missing > 0) return;
+    barrier.missing = barrier.expected;
+    ++barrier.phase;
+  }
+
+  // Makes a thread's oldest copy, or the arrival after it; false where it has none.
+  bool make_copy(Fiber& fiber) {
+    if (fiber.copies.empty()) return false;
+    const Copy copy = fiber.copies.front();
+    fiber.copies.pop_front();
+    if (copy.arrival)
+      settle(*copy.arrival);
+    else
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    return true;
+  }
+
   void fail(const std::string& error) {
     error_ = error;
     leave(false);
@@ -212,15 +317,16 @@ class Block {
   }
 
   bool open_barriers() {
-    std::vector<unsigned> free;
-    bool all_at_block = true;
+    std::vector<unsigned> free, at_number[16];
     for (unsigned i = 0; i < threads_; ++i) {
       const Fiber& fiber = *fibers_[i];
-      if (!fiber.done && fiber.wait == Wait::kWarp && is_warp_complete(i)) free.push_back(i);
-      all_at_block = all_at_block && !fiber.done && fiber.wait == Wait::kBlock;
+      if (fiber.done) continue;
+      if (fiber.wait == Wait::kWarp && is_warp_complete(i)) free.push_back(i);
+      if (fiber.wait == Wait::kNumbered) at_number[fiber.number].push_back(i);
     }
-    for (unsigned i = 0; i < threads_; ++i)
-      if (all_at_block) free.push_back(i);
+    for (const std::vector<unsigned>& waiting : at_number)
+      if (!waiting.empty() && waiting.size() == fibers_[waiting.front()]->count)
+        free.insert(free.end(), waiting.begin(), waiting.end());
     for (const unsigned i : free) fibers_[i]->wait = Wait::kNothing;
     return !free.empty();
   }
@@ -240,6 +346,8 @@ class Block {
 
   const std::function<void()>* body_ = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::unordered_map<const void*, Barrier> barriers_;
+  std::mt19937 random_;
   unsigned threads_ = 0, current_ = 0;
   std::string error_;
   ucontext_t context_;
@@ -255,6 +363,7 @@ inline void Block::enter() {
   __sanitizer_finish_switch_fiber(nullptr, &block.stack_, &block.stack_bytes_);
 #endif
   (*block.body_)();
+  if (!block.fibers_[block.current_]->copies.empty()) block.error_ = "a thread ends before its copies have been made";
   block.fibers_[block.current_]->done = true;
   block.leave(true);
 }

@@ -118,7 +118,7 @@ def _decode(
         imnet.local_ensemble,
         imnet.matmul_dtype,
     )
-    return registration.decode(*inputs, recorded and keep, needs_grad(*points), backend)[0]
+    return registration.decode(*inputs, keep if recorded else None, needs_grad(*points), backend)[0]
 
 
 def query(

@@ -11,7 +11,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from bench import loader, patched, relatives, results, training_step
+from bench import loader, machine, patched, relatives, results, training_step
 from bench.results import Results
 from bench.workloads import WORKLOADS
 from liif_fast.benchmark.timing import in_words
@@ -65,12 +65,12 @@ _GRADIENTS: Column = ("relative error of the gradients", _gradient_error)
 
 def where(result: dict[str, Any]) -> str:
     """The device of a result and its versions, in a few words."""
-    machine = result["machine"]
-    if machine["device"] == "cuda":
-        device = f"{machine['gpu']}, driver {machine['driver']}"
+    found = result["machine"]
+    if found["device"] == "cuda":
+        device = f"{found['gpu']}, driver {found['driver']}"
     else:
-        name = " ".join(part for part in (machine["cpu"], machine["architecture"]) if part)
-        device = f"{name}, {machine['threads']} threads, {machine['instructions']}"
+        name = " ".join(part for part in (found["cpu"], found["architecture"]) if part)
+        device = f"{name}, {found['threads']} threads, {found['instructions']}"
     return f"{device}; torch {result['versions']['torch']}; commit {result['commit']}, {result['date'][:10]}"
 
 
@@ -220,7 +220,10 @@ def patch_table(found: Results) -> str | None:
 def relatives_table(found: Results) -> str | None:
     """The models of LIIF's relatives with decoders of plain PyTorch and around the ops."""
     result = _newest(found, relatives.NAME)
-    return f"{relatives.table(result)}\n{_source(result, result['warnings'])}" if result else None
+    if result is None:
+        return None
+    busy = result["machine"]["load_before"] > machine.BUSY_LOAD
+    return f"{relatives.table(result)}\n{_source(result, [*result['warnings'], *[machine.SHARED] * busy])}"
 
 
 def loader_block(found: Results) -> str | None:

@@ -11,7 +11,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from bench import loader, patched, results, training_step
+from bench import loader, machine, patched, relatives, results, training_step
 from bench.results import Results
 from bench.workloads import WORKLOADS
 from liif_fast.benchmark.timing import in_words
@@ -65,12 +65,12 @@ _GRADIENTS: Column = ("relative error of the gradients", _gradient_error)
 
 def where(result: dict[str, Any]) -> str:
     """The device of a result and its versions, in a few words."""
-    machine = result["machine"]
-    if machine["device"] == "cuda":
-        device = f"{machine['gpu']}, driver {machine['driver']}"
+    found = result["machine"]
+    if found["device"] == "cuda":
+        device = f"{found['gpu']}, driver {found['driver']}"
     else:
-        name = " ".join(part for part in (machine["cpu"], machine["architecture"]) if part)
-        device = f"{name}, {machine['threads']} threads, {machine['instructions']}"
+        name = " ".join(part for part in (found["cpu"], found["architecture"]) if part)
+        device = f"{name}, {found['threads']} threads, {found['instructions']}"
     return f"{device}; torch {result['versions']['torch']}; commit {result['commit']}, {result['date'][:10]}"
 
 
@@ -186,22 +186,21 @@ def _time_and_memory(entry: Entry | None) -> str:
 
 def train_step_block(found: Results) -> str | None:
     """The newest whole training step on a CPU."""
-    of_cpus = [each for each in found if each["name"] == training_step.NAME and each["machine"]["device"] == "cpu"]
-    if not of_cpus:
+    result = _newest(found, training_step.NAME)
+    if result is None:
         return None
-    return f"{training_step.steps_table(of_cpus[-1])}\n{training_step.split_table(of_cpus[-1])}\n" + _source(
-        of_cpus[-1], of_cpus[-1]["warnings"]
-    )
+    parts = training_step.steps_table(result), training_step.split_table(result), _source(result, result["warnings"])
+    return "\n".join(parts)
 
 
-def _newest_patched(found: Results) -> dict[str, Any] | None:
-    on_cpus = [each for each in found if each["name"] == patched.NAME and each["machine"]["device"] == "cpu"]
+def _newest(found: Results, name: str) -> dict[str, Any] | None:
+    on_cpus = [each for each in found if each["name"] == name and each["machine"]["device"] == "cpu"]
     return on_cpus[-1] if on_cpus else None
 
 
 def patch_sentence(found: Results) -> str | None:
     """What patch() gains, in one sentence."""
-    result = _newest_patched(found)
+    result = _newest(found, patched.NAME)
     if result is None:
         return None
     ratios = [f"**{result['entries'][f'{loop}: patched']['speedup']['median']:.1f}x**" for loop in patched.LOOPS]
@@ -214,8 +213,17 @@ def patch_sentence(found: Results) -> str | None:
 
 def patch_table(found: Results) -> str | None:
     """The loops of existing code with and without patch()."""
-    result = _newest_patched(found)
+    result = _newest(found, patched.NAME)
     return f"{patched.table(result)}\n{_source(result, result['warnings'])}" if result else None
+
+
+def relatives_table(found: Results) -> str | None:
+    """The models of LIIF's relatives with decoders of plain PyTorch and around the ops."""
+    result = _newest(found, relatives.NAME)
+    if result is None:
+        return None
+    busy = result["machine"]["load_before"] > machine.BUSY_LOAD
+    return f"{relatives.table(result)}\n{_source(result, [*result['warnings'], *[machine.SHARED] * busy])}"
 
 
 def loader_block(found: Results) -> str | None:
@@ -263,6 +271,7 @@ BLOCKS: dict[str, Callable[[Results], str | None]] = {
     "loader": loader_block,
     "patch": patch_sentence,
     "patch-table": patch_table,
+    "relatives": relatives_table,
     "gpu": gpu_tables,
     "sizes": sizes_table,
     "psnr": psnr_table,

@@ -27,6 +27,8 @@ struct DecodeQueries {
   T grid_cell[2];
   bool has_cell;
 
+  bool skips_corners;  // the CPU's forward on a grid may leave out corners whose weight is 0 without rounding
+
   T* out;  // element (b, q, o) at b*out_batch + q*out_query + o*out_channel
   int64_t out_batch, out_query, out_channel;
 };

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import liif_fast
-from bench import blocks, loader, patched, report, results, training_step
+from bench import blocks, loader, patched, relatives, report, results, training_step
 from bench.hopper.__main__ import FLOP_PER_BLOCK, ProbeError, check_build, check_run
 from liif_fast.benchmark.timing import CpuClock
 
@@ -141,6 +141,40 @@ def test_the_patched_loops_are_measured_and_tabulated(monkeypatch: pytest.Monkey
     result = patched.measure(CpuClock(), rounds=1)
     assert patched.table(result).count("x |\n") == 2
     assert blocks.BLOCKS["patch"]([{**result, "path": ""}]).count("as fast") == 2  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def small_relatives(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relatives, "SPEC", SMALL)
+    for name, size in (("CHANNELS", 8), ("SIZE", 6), ("SCALE", 3), ("CROP", 5), ("SAMPLES", 30)):
+        monkeypatch.setattr(relatives, name, size)
+    for decoder in relatives.RELATIVES.values():
+        monkeypatch.setattr(decoder, "chunk", tuple(min(each, 50) for each in decoder.chunk))
+
+
+@pytest.mark.parametrize("relative", relatives.RELATIVES)
+def test_the_decoders_of_a_relative_agree(relative: str, small_relatives: None) -> None:
+    torch.manual_seed(0)
+    model = relatives.Model(relative).double()
+    leaves = [each for each in model.parameters() if each.requires_grad]
+    inp, truth = torch.rand(2, 3, 6, 5, dtype=torch.float64), torch.rand(2, 70, 3, dtype=torch.float64)
+    coord, cell = torch.rand(2, 70, 2, dtype=torch.float64) * 2 - 1, torch.full((2, 70, 2), 0.1, dtype=torch.float64)
+    found = []
+    for model.decoder.around_ops in (False, True):
+        with torch.no_grad():
+            image = model(inp[:1], coord[:1], cell[:1])
+        out = model(inp, coord, cell)
+        grads = torch.autograd.grad((out - truth).square().sum(), leaves)
+        found.append([image, out, *grads])
+    assert found[0][0].std() > 1e-3 and all(grad.any() for grad in found[0][2:])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.prove
+def test_the_relatives_are_measured_and_tabulated(small_relatives: None) -> None:
+    result = relatives.measure(CpuClock(), 1, ["LTE", "LMF"])
+    assert relatives.table(result).count("x |\n") == 4
+    assert "LMF, training step" in (blocks.BLOCKS["relatives"]([{**result, "path": ""}]) or "")
 
 
 def test_the_hopper_probes_are_checked_by_the_compiler_and_compared_with_cublas() -> None:

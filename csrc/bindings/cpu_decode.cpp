@@ -51,7 +51,7 @@ void cpu_set_slab_limit(int64_t bytes) { set_slab_limit(bytes); }
 Tensor decode(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTensor& cell,
               const Tensor& weight_geometry, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
               const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble, bool bf16,
-              const Tensor& saved) {
+              const Tensor& saved, bool skips_corners) {
   const DecodeInputs inputs{latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble};
   check_decode(inputs, bf16);
   return with_geometry(latent_map, [&](auto zero) {
@@ -62,6 +62,8 @@ Tensor decode(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTen
     STD_TORCH_CHECK(bf16_map || dtype == kDtype<T>, "latent_map has the wrong dtype");
     Tensor out = empty<T>(latent_map, out_sizes(p));
     p.out = data<T>(out);
+    // In double the rounding is smaller than the 1e-9 that every area has at least.
+    p.skips_corners = skips_corners && !p.coord && p.corners == 4 && sizeof(T) == sizeof(float);
     decode_forward(p, bf16, bf16_map, checked_slab(saved));
     return out;
   });

@@ -240,7 +240,7 @@ static void backward_tiles(const DecodeProblem<T>& p, const DecodeGrads<T>& grad
     const TileSpan span = tile_span(p, tile);
     const int64_t count = span.count * p.corners, first_row = (tile - tiles.chunk_begin) * kTileRows;
     BackwardScratch<Op> s = scratch;  // its pointers move to saved activations, and are exchanged
-    locate(p, span, s.geometry);
+    locate(p, span.batch, span.first, span.first + span.count, s.geometry);
     find_activations<Op, Latent>(p, packed, span, saved.tile(tile), s);
     layers_backward(p, grads, packed, span, s, sums);
     first_layer_backward(p, packed, span, grads.coord != nullptr, s, sums, tiles.latent_rows + first_row * p.width);

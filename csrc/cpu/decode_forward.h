@@ -24,16 +24,15 @@ struct ForwardScratch {
 };
 
 template <class Op, class Latent>
-static void forward_tile(const DecodeProblem<typename Op::Acc>& p, const Packed<Op>& packed, int64_t tile,
+static void forward_tile(const DecodeProblem<typename Op::Acc>& p, const Packed<Op>& packed, const TileSpan& span,
                          ForwardScratch<Op>& s, char* saved) {
   using T = typename Op::Acc;
-  const TileSpan span = tile_span(p, tile);
-  const int64_t count = span.count * p.corners;
+  const int64_t* const first_row = s.geometry.first_row;
+  const int64_t count = first_row[span.count];
   const int hidden = hidden_layers(p);
   Arena saved_arena{saved};
   const SavedTile<Op> keep(p, saved_arena);
   T* const last_rows = saved && hidden > 0 ? keep.last_rows : s.last_rows;
-  locate(p, span, s.geometry);
   if (p.layers == 0) {
     first_layer<false, Op, Latent>(p, packed, span, s.geometry, s.base, last_rows);
   } else if (hidden == 0) {
@@ -51,7 +50,8 @@ static void forward_tile(const DecodeProblem<typename Op::Acc>& p, const Packed<
   // The weights sum to 1 and the last layer is linear, so it is applied once, after the blend.
   const int64_t width = p.widths[hidden], outs = p.out_width();
   for (int64_t q = 0; q < span.count; ++q) {
-    blend(last_rows + q * p.corners * packed.stride, packed.stride, s.geometry.weight + q * p.corners, p.corners, width,
+    const int64_t row = first_row[q];
+    blend(last_rows + row * packed.stride, packed.stride, s.geometry.weight + row, first_row[q + 1] - row, width,
           s.blended);
     T* out = p.out + span.batch * p.out_batch + (span.first + q) * p.out_query;
     for (int64_t o = 0; o < outs; ++o)
@@ -79,7 +79,18 @@ static void forward_tiles(const DecodeProblem<typename Op::Acc>& p, char* weight
   Arena packed_arena{weights}, scratch_arena{buffer};
   const Packed<Op> packed(p, false, packed_arena);
   ForwardScratch<Op> scratch(p, scratch_arena);
-  for (int64_t tile = begin; tile < end; ++tile) forward_tile<Op, Latent>(p, packed, tile, scratch, saved.tile(tile));
+  // Where corners are left out, tiles hold more queries: fewer than end - begin tiles then cover the same ones.
+  for (int64_t tile = begin; tile < end;) {
+    const TileSpan whole = tile_span(p, tile);
+    const int64_t entry_end = (whole.batch + 1) * tiles_per_entry(p), stop = end < entry_end ? end : entry_end;
+    const TileSpan last = tile_span(p, stop - 1);
+    for (int64_t first = whole.first; first < last.first + last.count;) {
+      const TileSpan span = locate(p, whole.batch, first, last.first + last.count, scratch.geometry);
+      forward_tile<Op, Latent>(p, packed, span, scratch, saved.tile(tile++));
+      first += span.count;
+    }
+    tile = stop;
+  }
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The parts of the fused decode that forward and backward share: packed weights, scratch, geometry of a tile, first
-// layer, hidden layers. A tile is kTileRows rows (query x corner, the corner fastest). One thread computes it, and no
-// array of activations is larger than a tile.
+// layer, hidden layers. A tile is up to kTileRows rows (query x corner, the corner fastest). One thread computes it,
+// and no array of activations is larger than a tile.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -99,17 +99,20 @@ struct Packed {
   }
 };
 
-// A tile's geometry: one entry per row; rel_cell: two per query.
+// A tile's geometry: one entry per row; rel_cell: two per query. There is room for a query that does not fit.
 template <class T>
 struct Geometry {
-  int64_t* latent;  // index in the map in memory
+  int64_t* first_row;  // query q has the rows from first_row[q] to first_row[q + 1]
+  int64_t* latent;     // index in the map in memory
   T *rel_row, *rel_col, *weight, *rel_cell;
   explicit Geometry(Arena& arena) {
-    latent = arena.take<int64_t>(kTileRows);
-    rel_row = arena.take<T>(kTileRows);
-    rel_col = arena.take<T>(kTileRows);
-    weight = arena.take<T>(kTileRows);
-    rel_cell = arena.take<T>(2 * kTileRows);
+    constexpr int64_t kMost = kTileRows + 4;
+    first_row = arena.take<int64_t>(kMost);
+    latent = arena.take<int64_t>(kMost);
+    rel_row = arena.take<T>(kMost);
+    rel_col = arena.take<T>(kMost);
+    weight = arena.take<T>(kMost);
+    rel_cell = arena.take<T>(2 * kMost);
   }
 };
 
@@ -143,55 +146,81 @@ LIIF_INLINE TileSpan tile_span(const DecodeProblem<T>& p, int64_t tile) {
   return {tile / tiles, first, first + queries < p.queries ? queries : p.queries - first};
 }
 
-// Center of the tile's query q.
+// Which corners of a grid's pixel count, one bit each. Where the pixel's center is a latent's center, as on every odd
+// scale, the latent on the other side has the weight 0 without rounding; in float32 it has a weight of up to 1e-4,
+// which is noise. Integers decide, because coordinates are rounded. At the lower end of the map both sides are the same
+// latent and all areas vanish: then every corner counts.
 template <class T>
-LIIF_INLINE void query_center(const DecodeProblem<T>& p, const TileSpan& span, int64_t q, T center[2]) {
-  if (p.coord) {
-    const T* coord = p.coord + 2 * (span.batch * p.queries + span.first + q);
-    center[0] = coord[0];
-    center[1] = coord[1];
+LIIF_INLINE int counting_corners(const DecodeProblem<T>& p, int64_t row_pixel, int64_t col_pixel, const int64_t row[2],
+                                 const int64_t col[2]) {
+  const auto sides = [](int64_t pixel, int64_t image, const int64_t index[2], int64_t map) {
+    const int64_t twice = (2 * pixel + 1) * map;
+    return (twice == (2 * index[0] + 1) * image ? 1 : 0) | (twice == (2 * index[1] + 1) * image ? 2 : 0);
+  };
+  constexpr int kOfRow[3] = {15, 3, 12}, kOfCol[3] = {15, 5, 10};
+  const int on_row = sides(row_pixel, p.image_height, row, p.map_height);
+  const int on_col = sides(col_pixel, p.image_width, col, p.map_width);
+  return on_row == 3 || on_col == 3 ? 15 : kOfRow[on_row] & kOfCol[on_col];
+}
+
+// Query `at` of entry `batch` as the tile's query q, after the rows of those before it.
+template <class T>
+LIIF_INLINE void locate_query(const DecodeProblem<T>& p, int64_t batch, int64_t at, int64_t q, Geometry<T>& g) {
+  const int64_t in_batch = batch * p.queries + at;
+  const int64_t row_pixel = p.coord ? 0 : p.window_top + at / p.window_width;
+  const int64_t col_pixel = p.coord ? 0 : p.window_left + at % p.window_width;
+  const T center_row = p.coord ? p.coord[2 * in_batch] : pixel_center<T>(row_pixel, p.image_height);
+  const T center_col = p.coord ? p.coord[2 * in_batch + 1] : pixel_center<T>(col_pixel, p.image_width);
+  const int sides = p.corners == 4 ? 2 : 1;
+  T rel_row[2], rel_col[2], weight[4];
+  int64_t row[2], col[2];
+  for (int side = 0; side < sides; ++side) {
+    const int direction = sides == 1 ? 0 : 2 * side - 1;
+    const Neighbor<T> r = find_neighbor(center_row, direction, p.map_height);
+    const Neighbor<T> c = find_neighbor(center_col, direction, p.map_width);
+    rel_row[side] = r.rel;
+    rel_col[side] = c.rel;
+    row[side] = r.index;
+    col[side] = c.index;
+  }
+  if (sides == 2) {
+    area_weights(rel_row, rel_col, weight);
   } else {
-    const int64_t at = span.first + q;
-    center[0] = pixel_center<T>(p.window_top + at / p.window_width, p.image_height);
-    center[1] = pixel_center<T>(p.window_left + at % p.window_width, p.image_width);
+    weight[0] = single_corner_weight(rel_row[0], rel_col[0]);
+  }
+  const int every = (1 << p.corners) - 1;
+  const int counting = p.skips_corners ? counting_corners(p, row_pixel, col_pixel, row, col) : every;
+  int64_t to = g.first_row[q];
+  T total = T(0);
+  for (int corner = 0; corner < p.corners; ++corner) {
+    if (!(counting >> corner & 1)) continue;
+    total += weight[corner];
+    g.weight[to] = weight[corner];
+    g.rel_row[to] = rel_row[corner >> 1];
+    g.rel_col[to] = rel_col[corner & 1];
+    g.latent[to++] =
+        (batch * p.region_height + clamp_to_region(row[corner >> 1], p.region_top, p.region_height)) * p.region_width +
+        clamp_to_region(col[corner & 1], p.region_left, p.region_width);
+  }
+  g.first_row[q + 1] = to;
+  if (counting != every)
+    for (int64_t i = g.first_row[q]; i < to; ++i) g.weight[i] /= total;
+  if (p.cell) {
+    g.rel_cell[2 * q] = p.cell[2 * in_batch] * static_cast<T>(p.map_height);
+    g.rel_cell[2 * q + 1] = p.cell[2 * in_batch + 1] * static_cast<T>(p.map_width);
   }
 }
 
+// Locates as many of the queries [first, last) of entry `batch` as fit into a tile, and returns them.
 template <class T>
-static void locate(const DecodeProblem<T>& p, const TileSpan& span, Geometry<T>& g) {
-  for (int64_t q = 0; q < span.count; ++q) {
-    T center[2];
-    query_center(p, span, q, center);
-    const int sides = p.corners == 4 ? 2 : 1;
-    T rel_row[2], rel_col[2];
-    int64_t row[2], col[2];
-    for (int side = 0; side < sides; ++side) {
-      const int direction = sides == 1 ? 0 : 2 * side - 1;
-      const Neighbor<T> r = find_neighbor(center[0], direction, p.map_height);
-      const Neighbor<T> c = find_neighbor(center[1], direction, p.map_width);
-      rel_row[side] = r.rel;
-      rel_col[side] = c.rel;
-      row[side] = clamp_to_region(r.index, p.region_top, p.region_height);
-      col[side] = clamp_to_region(c.index, p.region_left, p.region_width);
-    }
-    T* weight = g.weight + q * p.corners;
-    if (sides == 2) {
-      area_weights(rel_row, rel_col, weight);
-    } else {
-      weight[0] = single_corner_weight(rel_row[0], rel_col[0]);
-    }
-    for (int corner = 0; corner < p.corners; ++corner) {
-      const int64_t at = q * p.corners + corner;
-      g.rel_row[at] = rel_row[corner >> 1];
-      g.rel_col[at] = rel_col[corner & 1];
-      g.latent[at] = (span.batch * p.region_height + row[corner >> 1]) * p.region_width + col[corner & 1];
-    }
-    if (p.cell) {
-      const T* cell = p.cell + 2 * (span.batch * p.queries + span.first + q);
-      g.rel_cell[2 * q] = cell[0] * static_cast<T>(p.map_height);
-      g.rel_cell[2 * q + 1] = cell[1] * static_cast<T>(p.map_width);
-    }
+static TileSpan locate(const DecodeProblem<T>& p, int64_t batch, int64_t first, int64_t last, Geometry<T>& g) {
+  int64_t count = 0;
+  g.first_row[0] = 0;
+  for (; first + count < last && g.first_row[count] < kTileRows; ++count) {
+    locate_query(p, batch, first + count, count, g);
+    if (g.first_row[count + 1] > kTileRows) break;
   }
+  return {batch, first, count};
 }
 
 template <class T>
@@ -221,8 +250,7 @@ static void first_layer(const DecodeProblem<typename Op::Acc>& p, const Packed<O
       }
       query_base = base;
     }
-    for (int corner = 0; corner < p.corners; ++corner) {
-      const int64_t at = q * p.corners + corner;
+    for (int64_t at = g.first_row[q]; at < g.first_row[q + 1]; ++at) {
       const Latent* latent = map + g.latent[at] * p.width;
       Out* out = rows + at * packed.stride;
       const auto rel_row = V::broadcast(g.rel_row[at]), rel_col = V::broadcast(g.rel_col[at]);
@@ -266,11 +294,11 @@ static void hidden_layer(const DecodeProblem<typename Op::Acc>& p, const Packed<
 
 // blended = sum over the corners of weight * row; `width` values, rounded up to whole vectors.
 template <class T>
-LIIF_INLINE void blend(const T* rows, int64_t stride, const T* weight, int corners, int64_t width, T* blended) {
+LIIF_INLINE void blend(const T* rows, int64_t stride, const T* weight, int64_t corners, int64_t width, T* blended) {
   using V = Vec<T>;
   for (int64_t i = 0; i < width; i += V::kLanes) {
     auto x = V::mul(V::broadcast(weight[0]), V::load(rows + i));
-    for (int corner = 1; corner < corners; ++corner)
+    for (int64_t corner = 1; corner < corners; ++corner)
       x = V::fma(V::broadcast(weight[corner]), V::load(rows + corner * stride + i), x);
     V::store(blended + i, x);
   }

@@ -148,7 +148,7 @@ def _decode(
     )
     if backend == "torch":
         return calls.decode(inputs)
-    return registration.decode(*inputs, recorded and keep, needs_grad(*points), backend)[0]
+    return registration.decode(*inputs, keep if recorded else None, needs_grad(*points), backend)[0]
 
 
 def query(

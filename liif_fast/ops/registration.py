@@ -155,7 +155,8 @@ ensemble.register_autograd(_ensemble_backward, setup_context=_ensemble_setup)
 
 # ------------------------------------------------------------------------------------------------------------- decode
 # Both ops take the fields of DecodeInputs. With `save` the forward returns what its backward needs in one tensor of
-# bytes whose layout the backend defines; without it that tensor is empty and the backward computes it again.
+# bytes whose layout the backend defines; without it that tensor is empty and the backward computes it again. `save` is
+# None where no backward follows.
 # Gradients come back in the order of DecodeInputs.differentiable.
 
 _INPUTS = _arguments(DecodeInputs)
@@ -165,7 +166,7 @@ _FIELDS = len(DecodeInputs._fields)
 @torch.library.custom_op(
     f"{NAMESPACE}::decode",
     mutates_args=(),
-    schema=f"({_INPUTS}, bool save, bool coord_grad, str backend) -> (Tensor, Tensor)",
+    schema=f"({_INPUTS}, bool? save, bool coord_grad, str backend) -> (Tensor, Tensor)",
 )
 def decode(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, (save, coord_grad, backend) = DecodeInputs(*arguments[:_FIELDS]), arguments[_FIELDS:]

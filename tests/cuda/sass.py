@@ -86,6 +86,6 @@ def measure(code: list[Instruction]) -> dict[str, int]:
         "barriers_of_a_layer": barriers_of_a_layer(code),
         "narrow_stores": stores(code, wide=False),
         "wide_stores": stores(code, wide=True),
-        "loads_in_flight": (flights(code) + [0, 0])[1],  # the map has two types, each with its own code
+        "loads_in_flight": [*flights(code), 0, 0][1],  # the map has two types, each with its own code
         "copies_under_products": copies_under_products(code),
     }

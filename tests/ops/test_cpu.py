@@ -1,15 +1,17 @@
-"""Guarantees of the CPU kernels alone: threads, saved activations, bfloat16 products where the processor has them."""
+"""Guarantees of the CPU kernels alone: threads, corners that count, saved activations, the processor's bfloat16."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import pytest
 import torch
 
+from liif_fast import ops
 from liif_fast.ops.backends import extension
 from tests.backends import KINDS, TABLE
-from tests.helpers import SHAPES, Case, needs_cpu, norm_error, psnr
+from tests.helpers import SHAPES, Case, needs_cpu, norm_error, psnr, random_problem
 from tests.ops.decoding import decode, exact, gradients, latent_map_of, make_problem
 from tests.ops.test_metasr import decode as decode_metasr
 from tests.ops.test_metasr import problem as metasr_problem
@@ -47,6 +49,54 @@ def test_results_do_not_depend_on_the_number_of_threads(kind):
     # Runs with equally many threads repeat bit for bit, except for MetaSR's map, which PyTorch convolves.
     decodes = len(problem.leaves) + 1
     assert all(torch.equal(a, b) for a, b in zip(results[1][:decodes], results[3][:decodes], strict=True))
+
+
+def test_grids_do_not_depend_on_threads_and_windows():
+    """Bit for bit, although tiles hold other queries then."""
+    case = Case(2, 3, 9, 11, hidden=(41, 24))
+    feat, _, _, *layers = random_problem(case, torch.float32)
+    size = (27, 33)
+    whole = ops.render(feat, size, *layers, backend="cpu")
+    for threads in (1, 5):
+        torch.set_num_threads(threads)
+        try:
+            windows = [(top, left, 9, 11) for top in (0, 9, 18) for left in (0, 11, 22)]
+            parts = [ops.render(feat, size, *layers, window=window, backend="cpu") for window in windows]
+        finally:
+            torch.set_num_threads(2)
+        for (top, left, rows, cols), part in zip(windows, parts, strict=True):
+            assert torch.equal(part, whole[..., top : top + rows, left : left + cols])
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("rows_scale, cols_scale", [(1, 1), (3, 2), (5 / 3, 5), (2, 1.5)])
+def test_corners_that_count(isa, rows_scale, cols_scale):
+    """NaN in a latent reaches the pixels that it has a weight in without rounding; in training, all that read it."""
+    latents = (6, 9)
+    size = (round(latents[0] * rows_scale), round(latents[1] * cols_scale))
+    layers = random_problem(Case(hidden=(16, 16), feat_unfold=False), torch.float32)[3:]
+    arguments = {"feat_unfold": False, "backend": "cpu"}
+    broken = torch.zeros(1, 3, *latents)
+    broken[0, :, 2, 4] = float("nan")
+
+    def reached(index: int, axis: int) -> list[bool]:
+        """Of the pixels of an axis: whether latent `index` counts, by fractions."""
+        scale, pixels = Fraction(size[axis], latents[axis]), range(size[axis])
+        return [abs(Fraction(2 * pixel + 1, 2) / scale - index - Fraction(1, 2)) < 1 for pixel in pixels]
+
+    expected = torch.tensor(reached(2, 0))[:, None] & torch.tensor(reached(4, 1))
+    # On the last latent's center every weight is rounding: there every corner counts.
+    read = ops.render(broken, size, *layers, **arguments | {"backend": "reference"})[0, 0].isnan()
+    for axis, mask in enumerate((expected, expected.T)):
+        for pixel in range(size[axis]):
+            if (2 * pixel + 1) * latents[axis] == (2 * latents[axis] - 1) * size[axis]:
+                mask[pixel] = (read, read.T)[axis][pixel]
+    with TABLE[f"cpu-{isa}"].activate():
+        assert torch.equal(ops.render(broken, size, *layers, **arguments)[0, 0].isnan(), expected)
+        trained = ops.render(broken.requires_grad_(), size, *layers, **arguments)
+        assert torch.equal(trained[0, 0].isnan(), read)
+        double = [[t.double() for t in each] for each in layers]
+        assert torch.equal(ops.render(broken.detach().double(), size, *double, **arguments)[0, 0].isnan(), read)
 
 
 @pytest.fixture

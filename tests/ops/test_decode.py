@@ -155,6 +155,43 @@ def test_render_chooses_the_reference_s_latents(backend, kind, latents, size, en
     assert range_error(out.cpu(), expected) <= LIMITS[kind.dtype, "result"]
 
 
+@pytest.mark.parametrize("scale", [1, 3, 5, 7])
+@pytest.mark.parametrize("latents", [(48, 61), (100, 1), (4, 500)], ids=str)
+@pytest.mark.kinds("float32")
+def test_render_at_odd_scales_errs_no_more_than_query(backend, kind, latents, scale):
+    """Against float64. `query` evaluates every corner; `render` may leave out corners whose weight is rounding noise.
+
+    In the last row and column of centers all areas vanish and rounding chooses the weights: there both must agree.
+    """
+    case = Case(2, 3, *latents, hidden=(32, 16))
+    require(backend, kind, case)
+    feat, _, _, weights, biases = random_problem(case, torch.float64)
+    layers = [[t.float().to(backend.device) for t in each] for each in (weights, biases)]
+    latent_map = ops.fold(feat.float().to(backend.device), layers[0][0])
+    size = tuple(scale * count for count in latents)
+    side = int(2 * backend.most_queries**0.5)
+    cell = torch.tensor([2 / each for each in size])
+    errors = []
+    for part in (0, 0.37, 1):
+        rows, cols = (min(each, side) for each in size)
+        window = (round(part * (size[0] - rows)), round(part * (size[1] - cols)), rows, cols)
+        on = {"latent_map": latent_map, "backend": backend.op_backend}
+        out = ops.render(feat.float().to(backend.device), size, *layers, window=window, **on).cpu()
+        coord = ops.reference.window_coord(size, window, dtype=torch.float32, device=None).expand(2, -1, 2)
+        points = [t.to(backend.device) for t in (coord, cell.expand_as(coord))]
+        same = ops.query(feat.float().to(backend.device), *points, *layers, **on).cpu()
+        same = same.transpose(1, 2).reshape(out.shape)
+        expected = ops.render(feat, size, weights, biases, window=window, backend="reference")
+        rest = torch.ones(rows, cols, dtype=torch.bool)
+        for axis, mask in enumerate((rest, rest.T)):
+            last = size[axis] - scale // 2 - 1 - window[axis]  # the pixel on the last latent's center
+            mask[last : last + 1] = last < 0
+        assert range_error(out[..., ~rest], same[..., ~rest]) <= 1e-6
+        errors.append([range_error(each[..., rest], expected[..., rest]) for each in (out, same)])
+    worst, worst_of_query = torch.tensor(errors).max(0).values
+    assert worst <= max(1.2 * worst_of_query, 1e-6)
+
+
 @pytest.mark.kinds("float64", "float32")
 def test_render_a_window_from_a_part_of_the_map(backend, kind):
     case = Case(batch=2, height=12, width=9, hidden=(32, 16))

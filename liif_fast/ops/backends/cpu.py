@@ -71,13 +71,14 @@ def saved_bytes(inputs: DecodeInputs, coord_grad: bool) -> int:
     return _tile_bytes(inputs)[1]
 
 
-def decode(inputs: DecodeInputs, save: bool, coord_grad: bool) -> tuple[Tensor, Tensor]:
+def decode(inputs: DecodeInputs, save: bool | None, coord_grad: bool) -> tuple[Tensor, Tensor]:
     tile_bytes, slab_bytes = _tile_bytes(inputs) if save else (0, 0)
     saved = _C.cpu_take_slab(slab_bytes, tile_bytes) if slab_bytes else inputs.empty_saved(0)
     dtype, bf16 = geometry_dtype(inputs.latent_map), _multiplies_bf16(inputs)
     keeps_dtype = bf16 and inputs.latent_map.dtype == torch.bfloat16
     latent_map = inputs.latent_map if keeps_dtype else inputs.latent_map.to(dtype)
-    return _C.decode(*inputs.for_kernels(latent_map, dtype)[:-1], bf16, saved), saved
+    skips_corners = save is None  # the backward reads every corner
+    return _C.decode(*inputs.for_kernels(latent_map, dtype)[:-1], bf16, saved, skips_corners), saved
 
 
 def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord_grad: bool) -> list[Tensor]:

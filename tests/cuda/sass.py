@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,6 +86,6 @@ def measure(code: list[Instruction]) -> dict[str, int]:
         "barriers_of_a_layer": barriers_of_a_layer(code),
         "narrow_stores": stores(code, wide=False),
         "wide_stores": stores(code, wide=True),
-        "loads_in_flight": (flights(code) + [0, 0])[1],  # the map has two types, each with its own code
+        "loads_in_flight": [*flights(code), 0, 0][1],  # the map has two types, each with its own code
         "copies_under_products": copies_under_products(code),
     }

@@ -25,9 +25,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def rows(text: str) -> dict[str, str]:
-    """The report's `name  value` lines. `cpu` is both a device and a backend; the backend's line replaces the first."""
-    lines = [line.strip() for line in text.splitlines() if line.startswith("  ")]
-    return {line[:25].strip(): line[25:].strip() for line in lines}
+    """The report's `name  value` lines; a backend's name follows its section's."""
+    found, section = {}, ""
+    for line in text.splitlines():
+        section = section if line.startswith(" ") else line.strip()
+        name, value = line[:27].strip(), line[27:].strip()
+        found[f"{section} {name}" if section == "Backends" else name] = value
+    return found
 
 
 def test_report_names_versions_devices_and_environment(
@@ -80,7 +84,7 @@ def test_without_the_extension_the_reason_is_given_and_the_exit_code_is_zero() -
     assert result.returncode == 0, result.stderr
     found = rows(result.stdout)
     assert found["missing"] == "LIIF_FAST_EXTENSION names '/nowhere/_C.abi3.so', which is not a file"
-    assert found["cpu"].startswith("cannot run: ") and found["missing"] in found["cpu"]
+    assert found["Backends cpu"].startswith("cannot run: ") and found["missing"] in found["Backends cpu"]
     assert found["LIIF_FAST_EXTENSION"] == "/nowhere/_C.abi3.so"
 
 

@@ -18,7 +18,7 @@ from liif_fast.ops import registration
 from tests.backends import DEVICES, KINDS, TABLE, emulated, set_device
 from tests.cuda.emulator import build
 from tests.helpers import Case, norm_error, random_problem, range_error, reason_against
-from tests.ops.decoding import make_problem, run
+from tests.ops.decoding import decode, make_problem, run
 from tests.ops.test_gather import both_orders, gather
 from tests.ops.test_metasr import decode as decode_metasr
 from tests.ops.test_metasr import problem as metasr_problem
@@ -88,6 +88,31 @@ def test_results_do_not_depend_on_the_launch(kernels, name, schedule, determinis
         assert all(torch.equal(a, b) for a, b in zip(others, grads, strict=True))
     else:
         assert_close(others, grads, 4e-3 if grads[-1].dtype == torch.bfloat16 else 1e-6)
+
+
+@ordered
+@pytest.mark.parametrize("seed", [1, 2])  # copies arrive at random, and as late as the rules allow
+@pytest.mark.parametrize("name", ["decode-float32", "decode-bfloat16"])
+def test_no_order_of_threads_and_copies_changes_a_bit(kernels, name, seed, deterministic):
+    expected = RUNS[name]()
+    kernels.set_schedule(0, False, seed)
+    assert all(torch.equal(a, b) for a, b in zip(RUNS[name](), expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", [KINDS[1], KINDS[3]], ids=lambda kind: kind.name, indirect=True)
+def test_a_nan_activation_keeps_its_gradient(kernels, kind):
+    """As in PyTorch, whose ReLU stops gradients of what is at most zero. Every activation of a NaN latent is NaN."""
+    case = Case(height=2, width=2, queries=9, hidden=(16, 32))
+    grads = {}
+    for name in ("cuda", "reference"):
+        problem = make_problem(case, kind)
+        with torch.no_grad():
+            problem.feat.fill_(float("nan"))
+        out = decode(problem, name)
+        grads[name] = torch.autograd.grad(out, problem.biases, torch.ones_like(out))
+    for found, expected in zip(*grads.values(), strict=True):
+        assert expected.abs().max() > 0
+        assert norm_error(found, expected) <= (1e-5 if kind.dtype == torch.float32 else 2e-2)
 
 
 @ordered

@@ -54,9 +54,9 @@ def why_not() -> str:
     return ""
 
 
-def _include_flags() -> list[str]:
+def _include_flags(csrc: Path = ROOT / "csrc") -> list[str]:
     system = [Path(torch.__file__).parent / "include", Path(sysconfig.get_path("include"))]
-    return ["-I", str(HERE), "-I", str(ROOT / "csrc"), *(word for path in system for word in ("-isystem", str(path)))]
+    return ["-I", str(HERE), "-I", str(csrc), *(word for path in system for word in ("-isystem", str(path)))]
 
 
 def _run(command: Sequence[str]) -> None:
@@ -144,3 +144,12 @@ def load() -> ModuleType:
 def probes() -> Path:
     """The program of probes.cpp, always with sanitizers; raises RuntimeError if the compiler has none."""
     return _compile("probes", [HERE / "probes.cpp"], [*FLAGS, "-O1", *SANITIZERS], [])
+
+
+def ring(csrc: Path, target: Path) -> Path:
+    """The program of ring.cpp, with the kernels of a copy of csrc."""
+    command = compiler()
+    assert command is not None
+    sources = [HERE / "ring.cpp", csrc / "cuda" / "decode" / "decode.cu"]
+    _run([*command, *FLAGS, "-O1", *_include_flags(csrc), "-x", "c++", *map(str, sources), "-o", str(target)])
+    return target

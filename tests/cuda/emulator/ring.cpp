@@ -1,0 +1,115 @@
+// `ring SEEDS`: one decode of 256 channels, forward and backward, under as many schedules. Prints a line for each: a
+// hash of all that the kernels wrote, or the emulator's error. Schedules change no bit of a sound kernel's results.
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/decode/backward.cuh"
+#include "cuda/decode/forward.cuh"
+
+namespace liif_fast {
+
+// decode.cu names them; the kernels here are launched without it.
+#define LIIF_UNUSED(policy)                                                                                        \
+  template <>                                                                                                      \
+  const char* launch_forward<MmaPolicy::policy>(const DecodeTask&, const DecodeVariant&, const SavedActivations&,  \
+                                                void*) {                                                           \
+    return #policy;                                                                                                \
+  }                                                                                                                \
+  template <>                                                                                                      \
+  const char* launch_backward<MmaPolicy::policy>(const DecodeTask&, const DecodeVariant&, const SavedActivations&, \
+                                                 const BackwardArrays&, void*) {                                   \
+    return #policy;                                                                                                \
+  }
+LIIF_UNUSED(kFloat16)
+LIIF_UNUSED(kBFloat16)
+LIIF_UNUSED(kTf32)
+LIIF_UNUSED(kFloat32)
+
+namespace {
+
+using Probe = Tile<MmaPolicy::kBFloat16, 256, 64>;  // a ring of three stages: the least slack
+constexpr int64_t kWidth = 256, kHidden = 2, kOuts = 3, kSide = 5, kQueries = 40, kRows = 256;
+
+// FNV-1a.
+template <class T>
+void add_to_hash(uint64_t& hash, const std::vector<T>& values) {
+  for (size_t i = 0; i < values.size() * sizeof(T); ++i)
+    hash = (hash ^ reinterpret_cast<const unsigned char*>(values.data())[i]) * 1099511628211u;
+}
+
+void check(const char* error) {
+  if (error) throw std::runtime_error(error);
+}
+
+uint64_t run() {
+  std::mt19937 generator(3);
+  const auto random_floats = [&](int64_t count, float scale) {
+    std::vector<float> values(static_cast<size_t>(count));
+    for (float& value : values) value = scale * (static_cast<float>(generator() % 2001) / 1000.0f - 1.0f);
+    return values;
+  };
+  const auto latent_map = random_floats(kSide * kSide * kWidth, 1), coord = random_floats(kQueries * 2, 1),
+             geometry = random_floats(kWidth * 2, 0.5f), weights = random_floats(3 * kWidth * kWidth, 0.1f),
+             biases = random_floats(kWidth, 0.1f), grad_out = random_floats(kQueries * kOuts, 1);
+  const int64_t sizes[4] = {1, kSide, kSide, kWidth};
+  DecodeProblem<float> problem = make_decode_problem<float>(sizes, kQueries, nullptr, nullptr, true);
+  problem.latent_map = latent_map.data();
+  problem.coord = coord.data();
+  problem.weight_geometry = geometry.data();
+  problem.layers = kHidden + 1;
+  for (int layer = 0; layer <= problem.layers; ++layer) problem.biases[layer] = biases.data();
+  for (int layer = 0; layer < problem.layers; ++layer) {
+    problem.weights[layer] = weights.data() + layer * kWidth * kWidth;
+    problem.widths[layer + 1] = layer + 1 < problem.layers ? kWidth : kOuts;
+  }
+  set_out_layout(problem);
+  const DecodeVariant variant{MmaPolicy::kBFloat16, kWidth, Probe::kRows, 1, Probe::kWarpRows};
+  std::vector<float> out(kQueries * kOuts), latent_rows(kRows * kWidth), grad_coord(kQueries * 2);
+  std::vector<uint32_t> saved(static_cast<size_t>(saved_bytes(variant, {kHidden, 4, true, {0, kRows}}) / 4));
+  std::vector<uint16_t> rows(kHidden * kRows * kWidth);
+  std::vector<float> sums(static_cast<size_t>(Probe::kWarpRows * sum_count(kHidden, kOuts)) * kWidth);
+  std::vector<int64_t> latent_index(kRows);
+  problem.out = out.data();
+  const SavedActivations activations = saved_at(saved.data(), variant, {kHidden, 4, true, {0, kRows}});
+  BackwardArrays arrays{};
+  arrays.grad_out = grad_out.data();
+  arrays.latent_rows = latent_rows.data();
+  arrays.latent_index = latent_index.data();
+  arrays.rows = rows.data();
+  arrays.sums = sums.data();
+  arrays.coord = grad_coord.data();
+  std::vector<uint4> packed(static_cast<size_t>(packed_bytes(variant, kHidden, kOuts) / 16));
+  const auto task = [&](bool transposed) {
+    check(launch_pack(problem, variant, transposed, packed.data(), nullptr));
+    return make_task(problem, variant, packed.data(), true, {0, kRows});
+  };
+  constexpr int kBytes = sizeof(Workspace<Probe>);
+  check(launch(decode_forward_kernel<Probe, true>, LaunchSize{1, kBytes}, nullptr, task(false), activations));
+  check(launch(decode_backward_kernel<Probe>,
+               LaunchSize{1, kBytes + Probe::kRows / 4 * static_cast<int>(kOuts) * 4 + row_dots_bytes<Probe>()},
+               nullptr, task(true), activations, arrays));
+  uint64_t hash = 14695981039346656037u;
+  for (const auto* values : {&out, &latent_rows, &sums, &grad_coord}) add_to_hash(hash, *values);
+  add_to_hash(hash, saved);
+  add_to_hash(hash, rows);
+  return hash;
+}
+
+}  // namespace
+}  // namespace liif_fast
+
+int main(int count, char** arguments) {
+  const unsigned seeds = count == 2 ? static_cast<unsigned>(std::atoi(arguments[1])) : 1;
+  for (unsigned seed = 0; seed < seeds; ++seed) {
+    cuda_on_cpu::schedule = {0, false, seed};
+    try {
+      std::printf("%016llx\n", static_cast<unsigned long long>(liif_fast::run()));
+    } catch (const std::runtime_error& error) {
+      std::printf("%s\n", error.what());
+    }
+  }
+  return 0;
+}

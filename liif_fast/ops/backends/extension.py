@@ -83,7 +83,7 @@ def load() -> None:
     _state["reason"] = _load(path())
     if _state["reason"] and not build_facts().get("noarch"):
         warnings.warn(
-            f"liif_fast runs without its C++ extension, on the slow reference backend: {_state['reason']}",
+            f"liif_fast runs without its C++ extension, in the slower calls of PyTorch: {_state['reason']}",
             RuntimeWarning,
             stacklevel=2,
         )

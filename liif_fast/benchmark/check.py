@@ -34,7 +34,7 @@ from liif_fast.utils import tables
 COMMAND = (sys.executable, "-m", "liif_fast.benchmark.check")
 SECONDS = 56.0  # for everything
 _GPU_SHARE = 0.65  # of the time, where there are GPUs; they share it at the same time
-_BACKENDS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_BACKENDS = {"cpu": ("cpu", "torch", "reference"), "cuda": ("cuda", "triton", "torch", "reference")}
 # (dtype, training) of the paper's decoder. Few, because Triton compiles each for seconds.
 _DECODES = ((torch.float32, False), (torch.float16, False), (torch.bfloat16, True))
 _TIMED = {"cpu": ("float32", (32, 32), (96, 96)), "cuda": ("float16", (256, 256), (1024, 1024))}

@@ -252,7 +252,7 @@ def _refusal(feat: Tensor, layers: list[nn.Linear]) -> str:
         return f"its features are {feat.dtype} and its imnet is not"
     widths = tuple([layer.weight.shape[0] for layer in layers])
     if choose(OpRequest.on(feat, "decode", widths)) == "reference":
-        return f"LIIF_FAST_BACKEND is 'reference', which is slower"
+        return "LIIF_FAST_BACKEND is 'reference', which is slower"
     return ""
 
 

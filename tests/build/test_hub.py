@@ -70,7 +70,7 @@ def test_a_variant_runs_forward_backward_and_compiled(name, first, hub, tmp_path
     hub.write_variant(variant, {"type": "cpu"}, LIBRARY.parent if name == "stable" else None)
     result = use(LOAD, variant, first)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == ("cpu reference\n" if name == "stable" else "reference\n")
+    assert result.stdout == ("cpu torch reference\n" if name == "stable" else "torch reference\n")
 
 
 def test_the_metadata_names_every_file_and_a_module_of_its_own(hub, tmp_path):
@@ -109,7 +109,7 @@ def test_the_client_loads_what_make_hub_makes(variant, first, laid_out, tmp_path
         client = client.replace(".parents[1]", "")
     result = use(client, stable if variant == "stable" else laid_out / "build" / "torch-cpu", first)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == ("cpu reference\n" if variant == "stable" else "reference\n")
+    assert result.stdout == ("cpu torch reference\n" if variant == "stable" else "torch reference\n")
 
 
 @pytest.mark.prove

@@ -111,7 +111,7 @@ def refuse(request, raise_error=False):
     raise RuntimeError("backend 'cpu' takes another day off")
 if sys.argv[1] == "refuse":
     backends.BACKENDS["cpu"] = refuse
-if sys.argv[2] == "reference":  # the row after the planted one
+if sys.argv[2] in ("torch", "reference"):  # the rows after the planted one
     check._DECODES = ()
 check._rates = lambda backend, device: (2e12, 4e12)
 check.check(sys.argv[2], check.torch.device(sys.argv[3]))
@@ -144,7 +144,7 @@ def test_the_check_of_a_backend_ends_in_a_row(
     result, detail = RESULTS[mistake]
     text = capsys.readouterr().out
     lines = [line.split() for line in text.splitlines()]
-    assert lines[1][:3] == ["cpu", "cpu", result] and lines[2] == ["cpu", "reference", "right", "2", "4", "50", "%"]
+    assert lines[1][:3] == ["cpu", "cpu", result] and lines[2] == ["cpu", "torch", "right", "2", "4", "50", "%"]
     assert f"cpu cpu {result}: {detail}" in text
     assert code == (0 if result == "refused" else 1)
     report = file.read_text()
@@ -163,14 +163,14 @@ def test_the_check_runs_every_backend_on_every_device_within_a_minute(monkeypatc
     monkeypatch.setattr(check, "_run", run)
     monkeypatch.setattr(check, "monotonic", lambda: clock[0])
     rows = check.check_all(check.devices())
-    expected = [("cpu", name) for name in ("cpu", "reference")]
-    expected += [("cuda:0", name) for name in ("cuda", "triton", "reference")]
+    expected = [("cpu", name) for name in ("cpu", "torch", "reference")]
+    expected += [("cuda:0", name) for name in ("cuda", "triton", "torch", "reference")]
     assert [row[:2] for row in rows] == expected
     assert clock[0] - 100 < check.SECONDS < 60 and all(float(row.detail) > 8 for row in rows)
 
 
 @needs_cpu
-@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["cpu", "torch", "reference"])
 def test_a_check_compares_every_op_and_measures_rates(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

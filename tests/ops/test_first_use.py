@@ -162,7 +162,7 @@ def test_right_kernels_stay_far_below_the_limits(native, hidden, dtype, autocast
 def test_the_check_fills_every_block_three_times_with_inputs_of_the_kernels_dtype(native, monkeypatch):
     limits = build.load().limits
     source = (ROOT / "csrc/cuda/decode/decode.cu").read_text()
-    (line,) = re.findall(r"blocks = processors \*.*", source)
+    (line,) = re.findall(r"blocks = limits.processors \*.*", source)
     assert max(map(int, re.findall(r"\b\d\b", line))) <= first_use.BLOCKS
     assert limits["row_padding"] <= first_use.ROWS and first_use.TILES >= 3
     seen = []

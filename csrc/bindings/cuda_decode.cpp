@@ -52,11 +52,23 @@ CudaDecode cuda_decode(const DecodeInputs& inputs, int64_t policy_number) {
   return c;
 }
 
-// The packed weights of one direction.
-Tensor pack(const CudaDecode& c, const Tensor& like, bool transposed) {
-  Tensor packed = torch::stable::new_empty(like, {packed_bytes(c.variant, c.hidden, c.outs)}, ScalarType::Byte);
+// The packed weights of one direction: of the forward, or transposed for the backward. They do not depend on the
+// queries.
+Tensor pack(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTensor& cell, const Tensor& weight_geometry,
+            const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const Sizes& grid,
+            const std::vector<double>& grid_cell, bool local_ensemble, int64_t policy, bool transposed) {
+  const CudaDecode c =
+      cuda_decode({latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble}, policy);
+  const DeviceGuard guard(c.device);
+  Tensor packed = torch::stable::new_empty(latent_map, {packed_bytes(c.variant, c.hidden, c.outs)}, ScalarType::Byte);
   check_launch(launch_pack(c.problem, c.variant, transposed, packed.mutable_data_ptr(), current_stream(c.device)));
   return packed;
+}
+
+DecodeTask make_task(const CudaDecode& c, const Tensor& packed, const RowRange& rows) {
+  check_contiguous(packed, "packed", c.device, {packed_bytes(c.variant, c.hidden, c.outs)});
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte, "packed has the wrong dtype");
+  return make_task(c.problem, c.variant, packed.const_data_ptr(), c.latent_is_float, rows);
 }
 
 void check_rows(const RowRange& rows) {
@@ -77,19 +89,18 @@ SavedActivations unpack_saved(const CudaDecode& c, const Tensor& saved, bool las
 Tensor decode(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTensor& cell,
               const Tensor& weight_geometry, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
               const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble, int64_t policy,
-              const Tensor& saved, bool last_layer, int64_t first_row, int64_t rows, bool with_out) {
+              const Tensor& packed, const Tensor& saved, bool last_layer, int64_t first_row, int64_t rows,
+              bool with_out) {
   CudaDecode c =
       cuda_decode({latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble}, policy);
   const DeviceGuard guard(c.device);
   Tensor out = empty<float>(latent_map, with_out ? out_sizes(c.problem) : Sizes{0});
   c.problem.out = with_out ? data<float>(out) : nullptr;
   if (c.problem.batch * c.problem.queries == 0) return out;
-  const Tensor packed = pack(c, latent_map, false);
   const RowRange range{first_row, rows};
   SavedActivations activations{};
   if (saved.numel() > 0) activations = unpack_saved(c, saved, last_layer, range);
-  const DecodeTask task = make_task(c.problem, c.variant, packed.const_data_ptr(), c.latent_is_float, range);
-  check_launch(launch_decode_forward(task, c.variant, activations, current_stream(c.device)));
+  check_launch(launch_decode_forward(make_task(c, packed, range), c.variant, activations, current_stream(c.device)));
   return out;
 }
 
@@ -98,8 +109,8 @@ struct OutputGrads {
   const Tensor &latent_map, &coord, &cell;
 };
 
-std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& grad_out, const SavedActivations& saved,
-                                 const RowRange& rows, const OutputGrads& grads) {
+std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& packed, const Tensor& grad_out,
+                                 const SavedActivations& saved, const RowRange& rows, const OutputGrads& grads) {
   const DecodeProblem<float>& p = c.problem;
   const DeviceGuard guard(c.device);
   const bool in_rows = grads.latent_map.numel() == 0;
@@ -125,9 +136,8 @@ std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& grad_out, co
   backward.latent_index = data<int64_t>(out[3]);
   backward.coord = written(grads.coord, "grad_coord", {p.batch, p.queries, 2});
   backward.cell = written(grads.cell, "grad_cell", {p.batch, p.queries, 2});
-  const Tensor packed = pack(c, grad_out, true);
-  const DecodeTask task = make_task(p, c.variant, packed.const_data_ptr(), c.latent_is_float, rows);
-  check_launch(launch_decode_backward(task, c.variant, saved, backward, current_stream(c.device)));
+  check_launch(
+      launch_decode_backward(make_task(c, packed, rows), c.variant, saved, backward, current_stream(c.device)));
   return out;
 }
 
@@ -139,29 +149,35 @@ std::vector<Tensor> decode_backward(const Tensor& grad_out, const Tensor& saved,
                                     const MaybeTensor& cell, const Tensor& weight_geometry,
                                     const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                                     const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble,
-                                    int64_t policy, int64_t first_row, int64_t rows, const Tensor& grad_latent_map,
-                                    const Tensor& grad_coord, const Tensor& grad_cell) {
+                                    int64_t policy, const Tensor& packed, int64_t first_row, int64_t rows,
+                                    const Tensor& grad_latent_map, const Tensor& grad_coord, const Tensor& grad_cell) {
   const CudaDecode c =
       cuda_decode({latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble}, policy);
   check_rows({first_row, rows});
   STD_TORCH_CHECK(first_row >= saved_first_row && first_row + rows <= saved_first_row + saved_rows,
                   "saved does not hold these rows");
   const SavedActivations activations = unpack_saved(c, saved, grad_coord.numel() > 0, {saved_first_row, saved_rows});
-  return run_backward(c, grad_out, activations, {first_row, rows}, {grad_latent_map, grad_coord, grad_cell});
+  return run_backward(c, packed, grad_out, activations, {first_row, rows}, {grad_latent_map, grad_coord, grad_cell});
 }
 
 }  // namespace
 
 void register_cuda_decode(Registry& ops) {
   ops.def(
+      "cuda_decode_pack(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, "
+      "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, int policy, bool transposed) -> Tensor");
+  ops.def(
       "cuda_decode(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, "
-      "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, int policy, Tensor(a!) saved, "
+      "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, int policy, Tensor packed, "
+      "Tensor(a!) saved, "
       "bool last_layer, int first_row, int rows, bool with_out) -> Tensor");
   ops.def(
       "cuda_decode_backward(Tensor grad_out, Tensor saved, int saved_first_row, int saved_rows, Tensor latent_map, "
       "Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, Tensor[] biases, int[] grid, "
-      "float[] grid_cell, bool local_ensemble, int policy, int first_row, int rows, Tensor(a!) grad_latent_map, "
+      "float[] grid_cell, bool local_ensemble, int policy, Tensor packed, int first_row, int rows, "
+      "Tensor(a!) grad_latent_map, "
       "Tensor(b!) grad_coord, Tensor(c!) grad_cell) -> Tensor[]");
+  ops.impl("CUDA", "cuda_decode_pack", TORCH_BOX(&pack));
   ops.impl("CUDA", "cuda_decode", TORCH_BOX(&decode));
   ops.impl("CUDA", "cuda_decode_backward", TORCH_BOX(&decode_backward));
 }

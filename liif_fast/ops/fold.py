@@ -44,13 +44,12 @@ def _grad_kernels(grad_out: Tensor, feat: Tensor, size: int, tf32: bool) -> Tens
         grad_out, feat = grad_out.bfloat16(), feat.bfloat16()
     grads = grad_out.permute(0, 2, 3, 1).reshape(-1, outs).t()
     padded = F.pad(feat.permute(0, 2, 3, 1), [0, 0, *[size // 2] * 4])
-    keywords: dict[str, Any] = {"out_dtype": torch.float32} if in_16_bits else {}
+    products = []
     with no_autocast(feat.device):
-        products = [
-            torch.mm(grads, padded[:, row : row + height, col : col + width].reshape(-1, channels), **keywords)
-            for row in range(size)
-            for col in range(size)
-        ]
+        for row in range(size):
+            for col in range(size):
+                rows = padded[:, row : row + height, col : col + width].reshape(-1, channels)
+                products.append(torch.mm(grads, rows, out_dtype=torch.float32) if in_16_bits else torch.mm(grads, rows))
     return torch.stack(products, -1).view(outs, channels, size, size)
 
 

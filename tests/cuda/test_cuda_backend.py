@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -9,7 +11,8 @@ from torch._dynamo.testing import CompileCounter
 from liif_fast import ops
 from liif_fast.ops import backends
 from liif_fast.ops.backends import extension, gpu, preferences
-from tests.helpers import reason_against
+from tests.backends import emulated
+from tests.helpers import Case, random_problem, reason_against
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -184,3 +187,41 @@ def test_cuda_refuses_with_a_reason(gpu_here, device, dtype, widths, message):
     assert not backends.can_run_cuda(request)
     if widths:
         assert backends.can_run_cuda(request._replace(dtype=torch.float32, widths=(64, 256, 16)))
+
+
+def test_packed_weights_are_used_again_until_a_map_or_a_layer_changes(monkeypatch):
+    """With what a new map stands for: an update that torch does not count, as a fused optimizer's."""
+    with emulated():
+        module = importlib.import_module("liif_fast.ops.backends.cuda.decode")
+        monkeypatch.setattr(module, "PACKED", type(module.PACKED)())
+        feat, coord, cell, weights, biases = random_problem(Case(queries=9, hidden=(16, 16)), torch.float32)
+
+        def packs(latent_map):
+            before = module._C.packs
+            with torch.no_grad():
+                out = ops.query(feat, coord, cell, weights, biases, latent_map=latent_map, backend="cuda")
+            expected = ops.reference.query(feat, coord, cell, weights, biases)
+            assert (out - expected).abs().max() <= 1e-4 * expected.abs().max()
+            return module._C.packs - before
+
+        latent_map = ops.fold(feat, weights[0])
+        assert [packs(latent_map), packs(latent_map)] == [1, 0]
+        with torch.no_grad():
+            weights[1].mul_(2)
+        assert [packs(latent_map), packs(latent_map)] == [1, 0]
+        weights[1].data.mul_(2)  # not counted
+        latent_map = ops.fold(feat, weights[0])
+        assert [packs(latent_map), packs(latent_map)] == [1, 0]
+
+
+def test_recomputing_packs_once_for_every_direction(monkeypatch):
+    with emulated():
+        module = importlib.import_module("liif_fast.ops.backends.cuda.decode")
+        monkeypatch.setattr(module, "_CHUNK_ROWS", 128)
+        feat, coord, cell, weights, biases = random_problem(
+            Case(queries=100, hidden=(16, 16)), torch.float32, requires_grad=True
+        )
+        out = ops.query(feat, coord, cell, weights, biases, backend="cuda", recompute=True)
+        before = module._C.packs
+        out.sum().backward()
+        assert module._C.packs == before + 2

@@ -12,7 +12,6 @@ struct Decode {
   DecodeVariant variant;
   int hidden, outs;
   bool latent_is_float;
-  py::array packed;
 
   static constexpr size_t kArguments = 10;
 
@@ -53,12 +52,8 @@ struct Decode {
     check(error);
   }
 
-  void pack(bool transposed) {
-    packed = make(py::dtype::of<uint8_t>(), {packed_bytes(variant, hidden, outs)}, kNaN);
-    check(launch_pack(problem, variant, transposed, packed.mutable_data(), nullptr));
-  }
-
-  DecodeTask task(const RowRange& rows) const {
+  DecodeTask task(const py::array& packed, const RowRange& rows) const {
+    if (packed.size() != packed_bytes(variant, hidden, outs)) throw std::invalid_argument("packed has a wrong size");
     return make_task(problem, variant, packed.data(), latent_is_float, rows);
   }
 
@@ -73,7 +68,16 @@ RowRange cast_rows(const py::args& arguments, size_t first) {
   return {arguments[first].cast<int64_t>(), arguments[first + 1].cast<int64_t>()};
 }
 
-// The shared arguments, then saved, last_layer, first_row, rows.
+// The shared arguments, then whether for the backward.
+py::array pack(const py::args& arguments) {
+  const Decode decode(arguments, 0);
+  py::array packed = make(py::dtype::of<uint8_t>(), {packed_bytes(decode.variant, decode.hidden, decode.outs)}, kNaN);
+  check(launch_pack(decode.problem, decode.variant, arguments[Decode::kArguments].cast<bool>(), packed.mutable_data(),
+                    nullptr));
+  return packed;
+}
+
+// The shared arguments, then packed, saved, last_layer, first_row, rows.
 py::array forward(const py::args& arguments) {
   Decode decode(arguments, 0);
   DecodeProblem<float>& p = decode.problem;
@@ -81,23 +85,23 @@ py::array forward(const py::args& arguments) {
       on_grid{p.batch, decode.outs, p.window_height, p.window_width};
   py::array out = make(py::dtype::of<float>(), p.coord ? at_coordinates : on_grid, kNaN);
   p.out = write<float>(out);
-  decode.pack(false);
-  constexpr size_t kNext = Decode::kArguments;
+  constexpr size_t kNext = Decode::kArguments + 1;
+  const py::array packed = arguments[kNext - 1].cast<py::array>();
   const py::array saved = arguments[kNext].cast<py::array>();
   const RowRange rows = cast_rows(arguments, kNext + 2);
   SavedActivations activations{};
   if (saved.size() > 0) activations = decode.unpack_saved(saved, arguments[kNext + 1].cast<bool>(), rows);
-  check(launch_decode_forward(decode.task(rows), decode.variant, activations, nullptr));
+  check(launch_decode_forward(decode.task(packed, rows), decode.variant, activations, nullptr));
   return out;
 }
 
-// grad_out, saved, first row and number of rows of saved, the shared arguments, first_row, rows, grad_latent_map,
-// grad_coord, grad_cell.
+// grad_out, saved, first row and number of rows of saved, the shared arguments, packed, first_row, rows,
+// grad_latent_map, grad_coord, grad_cell.
 py::tuple backward(const py::args& arguments) {
   Decode decode(arguments, 4);
   const DecodeVariant& variant = decode.variant;
-  decode.pack(true);
-  constexpr size_t kNext = 4 + Decode::kArguments;
+  constexpr size_t kNext = 5 + Decode::kArguments;
+  const py::array packed = arguments[kNext - 1].cast<py::array>();
   const RowRange rows = cast_rows(arguments, kNext);
   py::array grad_latent_map = arguments[kNext + 2].cast<py::array>();
   py::array grad_coord = arguments[kNext + 3].cast<py::array>(), grad_cell = arguments[kNext + 4].cast<py::array>();
@@ -120,13 +124,14 @@ py::tuple backward(const py::args& arguments) {
   arrays.sums = write<float>(sums);
   arrays.coord = grad_coord.size() > 0 ? write<float>(grad_coord) : nullptr;
   arrays.cell = grad_cell.size() > 0 ? write<float>(grad_cell) : nullptr;
-  check(launch_decode_backward(decode.task(rows), variant, activations, arrays, nullptr));
+  check(launch_decode_backward(decode.task(packed, rows), variant, activations, arrays, nullptr));
   return py::make_tuple(grad_rows, sums, latent_rows, latent_index);
 }
 
 }  // namespace
 
 void bind_decode(py::module_& m) {
+  m.def("decode_pack", &pack);
   m.def("decode_forward", &forward);
   m.def("decode_backward", &backward);
   m.def("set_device", [](int processors, int block_shared_bytes, int processor_shared_bytes, int major, int minor) {

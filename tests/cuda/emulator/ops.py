@@ -43,6 +43,7 @@ class Ops:
 
     def __init__(self, kernels: ModuleType) -> None:
         self.kernels = kernels
+        self.packs = 0  # calls of cuda_decode_pack
 
     def gather(
         self, feat: Tensor, coord: Tensor, cell: Tensor | None, feat_unfold: bool, local_ensemble: bool
@@ -70,6 +71,10 @@ class Ops:
         assert pred.is_contiguous()
         grads = self.kernels.ensemble_backward(_name(pred.dtype), _array(grad_out), _array(pred), _array(area_weight))
         return tuple(torch.from_numpy(grad) for grad in grads)
+
+    def cuda_decode_pack(self, *arguments: object) -> Tensor:
+        self.packs += 1
+        return torch.from_numpy(self.kernels.decode_pack(*map(_arrays, arguments)))
 
     def cuda_decode(self, *arguments: object) -> Tensor:
         *arguments, with_out = arguments

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...dtypes import allows_tf32
 from ...inputs import DecodeInputs
 from ..extension import OPS as _C
+from .packed import PACKED
 
 _ROW_PADDING = 128  # kRowPadding of launch.h
 _CHUNK_ROWS = 1536 * _ROW_PADDING  # of the backward: bounds its workspace, 100 MB a layer of 256 in 16 bits
@@ -68,7 +69,13 @@ def _arguments(inputs: DecodeInputs) -> tuple[object, ...]:
 def decode(inputs: DecodeInputs, save: bool, coord_grad: bool) -> tuple[Tensor, Tensor]:
     saved = inputs.empty_saved(saved_bytes(inputs, coord_grad) if save else 0)
     rows = _padded_rows(inputs.rows) if saved.numel() else -1
-    return _C.cuda_decode(*_arguments(_kernel_inputs(inputs)), saved, coord_grad, 0, rows, True), saved
+    arguments = _arguments(_kernel_inputs(inputs))
+
+    def pack() -> Tensor:
+        return _C.cuda_decode_pack(*arguments, False)
+
+    packed = pack() if save else PACKED.get(inputs, arguments[-1], pack)
+    return _C.cuda_decode(*arguments, packed, saved, coord_grad, 0, rows, True), saved
 
 
 def _product(grad_rows: Tensor, rows: Tensor) -> Tensor:
@@ -96,6 +103,8 @@ def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord
     grad_coord, grad_cell = [*grad_points, zeros((0,)), zeros((0,))][:2]
     grad_weights = [zeros(weight.shape) for weight in weights]
     column_sums = zeros((hidden + 5 + widths[-1], width))
+    packed = _C.cuda_decode_pack(*arguments, True)
+    forward_packed = None if saved.numel() else _C.cuda_decode_pack(*arguments, False)
     grad_out = grad_out.float().contiguous()
     for first in range(0, padded, _CHUNK_ROWS):
         count = min(_CHUNK_ROWS, padded - first)
@@ -103,13 +112,14 @@ def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord
         if not saved.numel():
             size = _saved_bytes(inputs, count, coord_grad)
             chunk_saved, saved_first, saved_rows = latent_map.new_empty(size, dtype=torch.uint8), first, count
-            _C.cuda_decode(*arguments, chunk_saved, coord_grad, first, count, False)
+            _C.cuda_decode(*arguments, forward_packed, chunk_saved, coord_grad, first, count, False)
         grad_rows, sums, latent_rows, latent_index = _C.cuda_decode_backward(
             grad_out,
             chunk_saved,
             saved_first,
             saved_rows,
             *arguments,
+            packed,
             first,
             count,
             zeros((0,)) if in_order else grad_latent_map,

@@ -66,7 +66,7 @@ def _arguments(inputs: DecodeInputs) -> tuple[object, ...]:
     return *inputs[:-1], {torch.float16: 0, torch.bfloat16: 1}.get(inputs.matmul_dtype, float_policy)
 
 
-def decode(inputs: DecodeInputs, save: bool, coord_grad: bool) -> tuple[Tensor, Tensor]:
+def decode(inputs: DecodeInputs, save: bool | None, coord_grad: bool) -> tuple[Tensor, Tensor]:
     saved = inputs.empty_saved(saved_bytes(inputs, coord_grad) if save else 0)
     rows = _padded_rows(inputs.rows) if saved.numel() else -1
     arguments = _arguments(_kernel_inputs(inputs))
@@ -74,7 +74,8 @@ def decode(inputs: DecodeInputs, save: bool, coord_grad: bool) -> tuple[Tensor, 
     def pack() -> Tensor:
         return _C.cuda_decode_pack(*arguments, False)
 
-    packed = pack() if save else PACKED.get(inputs, arguments[-1], pack)
+    # Optimizers may change weights without counting it, so training packs them every time.
+    packed = PACKED.get(inputs, arguments[-1], pack) if save is None else pack()
     return _C.cuda_decode(*arguments, packed, saved, coord_grad, 0, rows, True), saved
 
 

@@ -136,6 +136,7 @@ class Backend(NamedTuple):
     has_atomics: bool = False  # adds gradients in no fixed order unless torch.use_deterministic_algorithms is on
     widest: int = 256  # layer of an imnet that runs in one kernel,
     most_outs: int = 16  # and its outputs; others run through PyTorch's own layers, or are refused
+    rounds_biases: bool = False  # of hidden layers, as PyTorch does
     rounds_edges: bool = False  # whether the first and the last layer round their operands too: see rounded_model
     chunks: tuple = ()  # (module, variable) of its size of a backward's step, and a size that makes several steps
 
@@ -159,7 +160,7 @@ _TRITON["chunks"] = tuple(
 )
 _ROWS = [
     Backend("reference", "reference", _reference),
-    Backend("torch", "torch", _reference),
+    Backend("torch", "torch", _reference, rounds_biases=True),
     *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ("avx512", "avx2", "portable")),
     Backend("cuda-emulated", activate=emulated, every=3, every_proof=2, most_queries=40, **_CUDA),
     Backend("triton-interpreted", activate=interpreted, every=60, every_proof=24, most_queries=9, **_TRITON),

@@ -106,10 +106,11 @@ def exact(problem: Problem) -> tuple[Tensor, Sequence[Tensor]]:
     return ops.reference.ensemble(ops.reference.imnet(x, wide.weights, wide.biases), area_weight), wide.leaves
 
 
-def rounded(problem: Problem, rounding: Rounding, edges: bool) -> list[Tensor]:
+def rounded(problem: Problem, rounding: Rounding, edges: bool, hidden_biases: bool) -> list[Tensor]:
     """[decode, *gradients] in float32 with the operands of hidden layers rounded."""
     with torch.autocast(problem.feat.device.type, enabled=False):
-        out = rounded_query(*problem.tensors, rounding, edges=edges, **problem.case.flags)
+        options = {"edges": edges, "hidden_biases": hidden_biases}
+        out = rounded_query(*problem.tensors, rounding, **options, **problem.case.flags)
         return gradients(out, problem.leaves, problem.kind.dtype)
 
 

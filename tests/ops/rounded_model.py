@@ -45,6 +45,7 @@ def rounded_query(
     rounding: Rounding,
     *,
     edges: bool,
+    hidden_biases: bool = False,
     local_ensemble: bool = True,
     feat_unfold: bool = True,
     cell_decode: bool = True,
@@ -53,6 +54,7 @@ def rounded_query(
 
     Args:
         edges: whether the first layer's gradient and the last layer's input are rounded too.
+        hidden_biases: whether the biases of hidden layers are rounded too, as PyTorch's own layers do.
     """
 
     def rounded(tensor: Tensor) -> Tensor:
@@ -70,6 +72,8 @@ def rounded_query(
         return (hidden * area_weight.unsqueeze(-1)).sum(2)
     hidden = torch.relu(round_grad(hidden) if edges else hidden)
     for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
-        hidden = torch.relu(round_grad(rounded(hidden) @ rounded(weight).t() + bias))
+        hidden = torch.relu(
+            round_grad(rounded(hidden) @ rounded(weight).t() + (rounded(bias) if hidden_biases else bias))
+        )
     hidden = rounded(hidden) if edges else hidden
     return (hidden * area_weight.unsqueeze(-1)).sum(2) @ weights[-1].t() + biases[-1]

@@ -14,7 +14,8 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyvips
@@ -32,7 +33,8 @@ _QUEUED = 4  # bands of rows that wait for the compression
 _FORMATS = {1: ("uchar", "b-w", "srgb"), 2: ("ushort", "grey16", "rgb16"), 4: ("float", "b-w", "scrgb")}
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """The size of a picture to be written, its samples of a pixel, whether the last one is alpha, and their dtype."""
 
     height: int
@@ -78,7 +80,7 @@ def writing(
     stored = np.dtype(np.uint16) if kind == "PNG" and layout.dtype.kind == "f" else stored
     has_alpha = layout.has_alpha and kind != "JPEG"
     channels = layout.channels - (layout.has_alpha and not has_alpha)
-    layout = layout._replace(channels=channels, has_alpha=has_alpha, dtype=stored)
+    layout = replace(layout, channels=channels, has_alpha=has_alpha, dtype=stored)
     if kind == "WebP" and channels < 3:  # WebP has no gray
         about = about_without_profile(about)
     saver = _Saver(file, kind, layout, about, quality or DEFAULT_QUALITY)

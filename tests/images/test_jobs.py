@@ -280,7 +280,7 @@ def test_a_header_that_promises_too_much(tmp_path):
 
 def test_max_pixels(tmp_path):
     files.write(picture(3, np.uint8), tmp_path / "a.png")
-    with pytest.raises(ImageError, match=rf"a\.png has {H}x{W} pixels, more than the limit of {H * W - 1}"):
+    with pytest.raises(ImageError, match=rf"a\.png has {W}x{H} pixels, more than the limit of {H * W - 1}"):
         upscale_file(tmp_path / "a.png", tmp_path / "b.png", scale=1, max_pixels=H * W - 1)
     assert upscale_file(tmp_path / "a.png", tmp_path / "b.png", scale=1, max_pixels=H * W).output_size == (H, W)
 

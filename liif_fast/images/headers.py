@@ -33,7 +33,7 @@ class Header:
     """kind: PNG, JPEG, TIFF, WebP, GIF, AVIF, HEIC, or "" for a file that only Pillow may know.
 
     page, subifd: where libvips finds a TIFF's picture. pages: how many pictures a TIFF holds.
-    photometric, bits, extra_samples: tags of a TIFF's page.
+    photometric, bits, compression, extra_samples: tags of a TIFF's page.
     """
 
     kind: str
@@ -42,6 +42,7 @@ class Header:
     pages: int = 1
     photometric: int = -1
     bits: int = 8
+    compression: int = 1
     extra_samples: tuple[int, ...] = ()
     description: Description = field(default_factory=Description)
 
@@ -120,6 +121,7 @@ def _tiff(path: Path, file: BinaryIO) -> Header:
         pages=max(1, len(whole)),
         photometric=first(used, tags.PHOTOMETRIC, -1),
         bits=first(used, tags.BITS, 1),
+        compression=first(used, 259, 1),
         extra_samples=tiff.numbers(used.get(tags.EXTRA_SAMPLES)),
         description=Description(exif=tags.descriptive_exif(tiff, used)),
     )

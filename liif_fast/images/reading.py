@@ -42,6 +42,7 @@ _LOADERS = {"PNG": "png", "JPEG": "jpeg", "TIFF": "tiff", "GIF": "gif", "AVIF": 
 _PILLOW = ["BMP", "DIB", "DDS", "ICNS", "ICO", "JPEG2000", "PCX", "PPM", "PSD", "QOI", "SGI", "TGA", "XBM", "XPM"]
 _DTYPES = {"uchar": np.uint8, "ushort": np.uint16, "float": np.float32}
 _MIN_IS_WHITE, _CIELAB = 0, 8  # TIFF's photometric interpretations
+_LZMA, _ZSTD = 34925, 50000  # compressions of TIFF that libvips' wheel leaves out and Pillow's has
 _BAND, _BAND_BYTES = 256, 1 << 24  # rows decoded at once; fewer, if they are wide
 _LARGEST_BUFFER = 1 << 28  # bytes of a turned picture; larger ones lie in a temporary file
 
@@ -158,7 +159,8 @@ def _open(path: Path, name: str, folder: Any, max_pixels: int | None, whole: boo
         if path.is_dir():
             raise ImageError(f"{name} is a folder, not an image file.")
         header = headers.inspect(path)
-        if header.kind not in _LOADERS or (header.photometric, header.bits) == (_CIELAB, 8):
+        by_pillow = (header.photometric, header.bits) == (_CIELAB, 8) or header.compression in (_LZMA, _ZSTD)
+        if header.kind not in _LOADERS or by_pillow:
             return _open_with_pillow(path, name, header, max_pixels)
         options = {"page": header.page, "subifd": header.subifd} if header.kind == "TIFF" else {}
         load = getattr(pyvips.Image, f"{_LOADERS[header.kind]}load")

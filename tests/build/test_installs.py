@@ -71,7 +71,7 @@ def test_installation_with_a_compiler(name, sources, environment, tmp_path):
     result = run(*installer(name, environment), *options, cwd=tmp_path, LIIF_FAST_BUILD="cpu")
     assert result.returncode == 0, result.stderr
     result = run(environment, "-W", "error::RuntimeWarning", "-c", SCRIPT, cwd=tmp_path)
-    assert (result.stdout, result.returncode) == ("['cpu', 'reference'] (3, 16, 16)\n", 0), result.stderr
+    assert (result.stdout, result.returncode) == ("['cpu', 'torch', 'reference'] (3, 16, 16)\n", 0), result.stderr
 
 
 @pytest.mark.parametrize("name", ["pip", "uv"])
@@ -85,7 +85,7 @@ def test_installation_without_a_compiler(name, sources, environment, tmp_path):
     chosen = run(*command, *options, cwd=tmp_path, PATH="/nowhere", LIIF_FAST_BUILD="none")
     assert chosen.returncode == 0, chosen.stderr
     result = run(environment, "-W", "ignore", "-c", SCRIPT, cwd=tmp_path)
-    assert (result.stdout, result.returncode) == ("['reference'] (3, 16, 16)\n", 0), result.stderr
+    assert (result.stdout, result.returncode) == ("['torch', 'reference'] (3, 16, 16)\n", 0), result.stderr
 
 
 def test_the_wheel_of_make_wheel_becomes_a_manylinux_wheel(sources, tmp_path):

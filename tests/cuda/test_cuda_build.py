@@ -77,10 +77,9 @@ def reports() -> dict[Path, str]:
 
 def kernel_name(mangled: str) -> str:
     """The part of a mangled name that ends in _kernel: a length, then that many characters."""
-    for digits in re.finditer(r"(?=(\d+)([a-z]\w*))", mangled):
-        name = digits.group(2)[: int(digits.group(1))]
-        if name.endswith("_kernel"):
-            return name
+    found = [digits[2][: int(digits[1])] for digits in re.finditer(r"(?=(\d+)([a-z]\w*))", mangled)]
+    if kernels := [name for name in found if name.endswith("_kernel")]:
+        return min(kernels, key=len)  # digits of the hash of a file's path may look like a length too
     raise AssertionError(f"{mangled} is no kernel of ours: kernels' names end in _kernel")
 
 

@@ -109,7 +109,8 @@ def _tiff(path: Path, file: BinaryIO) -> Header:
         [index for index, page in enumerate(some) if not first(page, tags.NEW_SUBFILE_TYPE, 0) & (_REDUCED | _MASK)]
         for some in (pages, below)
     )
-    page, subifd = (whole[0], -1) if whole or not whole_below else (0, whole_below[0])
+    page = whole[0] if whole else 0  # a file of reduced pages only: its first one
+    subifd = -1 if whole or not whole_below else whole_below[0]
     used = below[subifd] if subifd >= 0 else pages[page]
     height, width, samples = first(used, 257, 0), first(used, 256, 0), max(1, first(used, 277, 1))
     size = _TIFF_RATIOS.get(first(used, 259, 1), 1 << 20) * file.seek(0, 2)

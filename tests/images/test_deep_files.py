@@ -100,3 +100,9 @@ def test_every_lossless_compression_of_tiff(tmp_path, compression, mode):
     values = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint16 if mode == "I;16" else np.uint8)
     Image.fromarray(values).save(tmp_path / "a.tif", compression=compression)
     assert np.array_equal(files.read(tmp_path / "a.tif").samples().reshape(shape), values)
+
+
+def test_a_file_of_reduced_pages_only(tmp_path):
+    values = samples(3, np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", subfiletype=1)
+    np.testing.assert_array_equal(files.read(tmp_path / "a.tif").color, values)

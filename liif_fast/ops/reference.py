@@ -8,7 +8,7 @@ is Hu et al., CVPR 2019).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -148,18 +148,14 @@ def render(
     local_ensemble: bool = True,
     feat_unfold: bool = True,
     cell_decode: bool = True,
-    decode: Callable[..., Tensor] = query,
 ) -> Tensor:
-    """The whole decode on a window of a regular grid -> [B,O,h,w]; see `liif_fast.ops.render`.
-
-    decode: the function that decodes a chunk of queries, with the arguments of `query`.
-    """
+    """The whole decode on a window of a regular grid -> [B,O,h,w]; see `liif_fast.ops.render`."""
     feat = _whole_map(feat, feat_region)
     coord = window_coord(size, window, dtype=geometry_dtype(feat), device=feat.device)
     coord = coord.unsqueeze(0).expand(feat.shape[0], -1, 2)
     cells = coord.new_tensor(cell).expand(coord.shape)
     parts = [
-        decode(
+        query(
             feat,
             coord[:, begin : begin + _RENDER_CHUNK],
             cells[:, begin : begin + _RENDER_CHUNK],

@@ -373,11 +373,13 @@ __device__ __forceinline__ void consume_layers(const HopperTask& task, HopperWor
       multiply_block<T, 1, false>(space, parity, empty, gives, low, right);
       multiply_block<T, 2, true>(space, parity, empty, gives, high, left);
       multiply_block<T, 3, true>(space, parity, empty, gives, high, right);
+      const bool is_last = layer == task.hidden;
+      // Under the fourth group.
+      if (!is_last) pack_half<T>(left, bias, quad, low);
       wait_products<0>();
       has_before = true;
       parity ^= 1;
-      if (layer == task.hidden) break;
-      pack_half<T>(left, bias, quad, low);
+      if (is_last) break;
       pack_half<T>(right, bias + T::kHalf, quad, high);
       bias += T::kWidth;
     }

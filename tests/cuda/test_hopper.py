@@ -11,7 +11,9 @@ from liif_fast import ops
 from tests.backends import KINDS, TABLE, hopper_emulated, set_device
 from tests.cuda.emulator import build
 from tests.cuda.test_ring import SEEDS, outcomes
+from tests.gpu import hopper
 from tests.helpers import Case, norm_error, random_problem
+from tests.ops import tolerances
 from tests.ops.decoding import decode, make_problem
 from tests.ops.tolerances import check_decode
 
@@ -68,7 +70,7 @@ def test_the_hopper_kernel_is_the_one_that_runs(kernels):
 def test_a_window_from_a_part_of_the_map(kernels, kind):
     """The grid's cell, regions, batches; the window is wider than a tile."""
     feat, _, _, weights, biases = random_problem(Case(2, 3, 12, 9, hidden=(256, 256)), kind.dtype)
-    arguments = {"window": (11, 6, 3, 23), "feat_region": (2, 1, 12, 9), "cell": (0.3, 0.2)}
+    arguments = {"window": (11, 12, 5, 16), "feat_region": (2, 1, 12, 9), "cell": (0.3, 0.2)}
     with torch.autocast("cpu", kind.narrow, enabled=kind.autocast):
         image, plain = (
             ops.render(feat[:, :, 2:10, 1:8], (31, 40), weights, biases, backend=name, **arguments)
@@ -81,12 +83,25 @@ def test_a_window_from_a_part_of_the_map(kernels, kind):
     assert norm_error(image, exact) <= 2 * norm_error(plain, exact) + 1e-3
 
 
+def test_the_check_on_a_gpu_compares_with_float64(kernels, monkeypatch):
+    """tests.gpu.hopper on the emulator: it passes right results, and names a wrong one."""
+    backend, cases = hopper.BACKEND._replace(device="cpu", most_queries=40), hopper.CASES[::7]
+    assert len(hopper.CASES) == 20
+    assert hopper.check(backend, cases) == []
+    scale = {"cuda": 1.03, "reference": 1.0}
+    monkeypatch.setattr(tolerances, "decode", lambda problem, name: decode(problem, name) * scale[name])
+    (wrong,) = hopper.check(backend, cases[:1])
+    assert wrong.startswith("bfloat16, points, Case(")
+
+
 # The file, the text that is replaced, and what replaces it; then a part of the emulator's message, "" for wrong values.
 HOPPER, LAYOUT = "hopper.cuh", "launch.h"
 FIRST_GROUP = (
     "      multiply_block<T, 0, false>(space, parity, empty, gives && (layer > 0 || before >= 0), low, left);\n"
 )
-LAST_GROUP = "      multiply_block<T, 3, true>(space, parity, empty, gives, high, right);\n      // `left` is final"
+LAST_GROUP = "      multiply_block<T, 3, true>(space, parity, empty, gives, high, right);\n"
+FINAL_LEFT = "      // `left` is final, and `low` is read no more.\n"
+PACK_LEFT = "      if (layer + 1 < T::kHidden) pack_half<T>(left, bias, quad, low);\n"
 LOAD_HIGH = "        load_half<T>(first + T::kSteps, thread, high);\n"
 LOAD_LOW = "    load_half<T>(first, thread, low);\n"
 GIVE_BACK = "        arrive(&space.taken[consumer]);\n"
@@ -111,7 +126,7 @@ MISTAKES = {
                 "arrive_and_expect(&space.full[stage], 16384)",
             )
         ],
-        "bytes",
+        "a product reads shared memory that a copy still fills",
     ),
     "multiplies without wgmma.fence": ([(HOPPER, "  fence_operands();\n", "")], "without wgmma.fence"),
     "does not commit its products": ([(HOPPER, "  commit_products();\n", "")], "not committed"),
@@ -121,14 +136,14 @@ MISTAKES = {
     ),
     "overwrites weights before they are read": (
         [(HOPPER, "        wait_barrier(&space.empty[stage], parity);\n", "")],
-        "a copy to memory that a product still reads",
+        "",
     ),
     "packs the right half under its own group": (
         [(HOPPER, FIRST_GROUP, f"if (layer > 0) pack_half<T>(right, bias - T::kHalf, quad, high);\n{FIRST_GROUP}")],
         "",
     ),
     "packs the left half under its own group": (
-        [(HOPPER, LAST_GROUP, f"if (layer + 1 < T::kHidden) pack_half<T>(left, bias, quad, low);\n{LAST_GROUP}")],
+        [(HOPPER, LAST_GROUP + FINAL_LEFT + PACK_LEFT, PACK_LEFT + LAST_GROUP)],
         "",
     ),
     "uses barriers before they are initialized": (

@@ -85,7 +85,7 @@ sys.path.append(sys.argv[1])
 ours = importlib.import_module("liif_fast.ops")
 copy = importlib.import_module(f"{sys.argv[2]}.ops")
 space = sys.argv[2].replace(".", "_")
-assert copy.registration.NAMESPACE == space and copy.backends.extension.path().parent.parts[-1] in sys.argv[2]
+assert copy.namespace.NAMESPACE == space and copy.backends.extension.path().parent.parts[-1] in sys.argv[2]
 assert copy.backends.extension.is_available(), copy.backends.extension.reason()
 assert copy.backends.cpu._C is getattr(torch.ops, f"{space}_C") is not ours.backends.cpu._C
 for mine, theirs in zip(run(ours), run(copy)):

@@ -119,7 +119,7 @@ def test_compile_does_not_change_the_result(backend):
         image = ops.render(feat, (4, 5), layers[:3], layers[3:], backend=name)
         return blended.sum() + (decoded + 1).square().sum() + image.square().sum()
 
-    dynamic = name != "reference"  # minutes of symbolic shapes
+    dynamic = name not in ("reference", "torch")  # PyTorch's own calls take minutes of symbolic shapes
     compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for queries in (20, 13) if dynamic else (20,):
         feat, coord, cell, *layers = leaves

@@ -198,11 +198,12 @@ MISTAKES = {
     ),
     "loads the first layer before it is made": (
         [
+            (HOPPER, "  wait_barrier(&space.made[consumer], 0);\n", ""),
             (
                 HOPPER,
                 f"    wait_barrier(&space.made[consumer], buffer);\n{LOAD_LOW}    wait_products",
                 f"{LOAD_LOW}    wait_products",
-            )
+            ),
         ],
         "",
     ),

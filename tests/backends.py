@@ -160,9 +160,9 @@ _TRITON["chunks"] = tuple(
 )
 _ROWS = [
     Backend("reference", "reference", _reference),
-    Backend("torch", "torch", _reference, rounds_biases=True),
+    Backend("torch", "torch", _reference, rounds_biases=True, most_queries=4000),
     *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ("avx512", "avx2", "portable")),
-    Backend("cuda-emulated", activate=emulated, every=3, every_proof=2, most_queries=40, **_CUDA),
+    Backend("cuda-emulated", activate=emulated, every=6, every_proof=2, most_queries=40, **_CUDA),
     Backend("triton-interpreted", activate=interpreted, every=60, every_proof=24, most_queries=9, **_TRITON),
     Backend("cuda", activate=_on_device("cuda"), device="cuda", **_CUDA),
     Backend("triton", activate=_on_device("triton"), device="cuda", **_TRITON),

@@ -121,6 +121,7 @@ def _child(send: Callable[[Any], None], end: str) -> None:
         raise RuntimeError("boom")
 
 
+@pytest.mark.prove
 def test_a_crash_a_hang_and_an_error_of_a_child_have_reasons() -> None:
     messages: list[str] = []
     for end, reason in (("crash", "ended by signal 6"), ("error", "RuntimeError: boom")):

@@ -21,9 +21,10 @@ from tests.gpu import report
 BUDGET_S = 470.0
 SHARES = {
     "check": 0.14,
-    "tests": 0.46,
-    "benchmarks": 0.28,
-    "hopper": 0.12,
+    "tests": 0.43,
+    "benchmarks": 0.25,
+    "cycles": 0.08,
+    "hopper": 0.1,
 }  # of the budget; seconds left over go to the next steps
 LOG = "log.txt"
 _TAIL = 3000  # characters of a step's output in the report
@@ -39,7 +40,8 @@ def steps(out: Path, processes: int, backends: str) -> dict[str, list[str]]:
     tests += ["--report-log", str(out / report.TESTS), "--report-log-exclude-logs-on-passed-tests"]
     timings = ["bench.run", "--device", "cuda", "--budget", "{seconds}", "--out", str(out), "--name", "gpu"]
     check = ["liif_fast", "doctor", "--check", "--output", str(out / "check.txt")]
-    modules = {"check": check, "tests": tests, "benchmarks": timings, "hopper": ["bench.hopper"]}
+    modules = {"check": check, "tests": tests, "benchmarks": timings}
+    modules |= {"cycles": ["tests.gpu.cycles"], "hopper": ["bench.hopper"]}
     return {name: [sys.executable, "-m", *words] for name, words in modules.items()}
 
 

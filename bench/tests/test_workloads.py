@@ -65,7 +65,7 @@ def test_every_backend_takes_part_or_has_a_reason(name: str, device: str) -> Non
     assert found[0].name == "original" and found[0].dtype == "float32" and not found[0].refusal
     for backend in backends.BACKENDS:
         entries = [method for method in found if method.name.startswith(f"{backend}-")]
-        assert entries or (backend == "reference" and WORKLOADS[name].compared == "few"), backend
+        assert entries or (backend == "reference" and WORKLOADS[name].compared != "all"), backend
         if backend == "cpu" and device == "cuda":
             assert all(entry.refusal for entry in entries)
 

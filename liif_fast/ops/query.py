@@ -96,8 +96,11 @@ def _choose(
 
 
 def _gather_is_cheaper(feat: Tensor, coord: Tensor) -> bool:
-    """Whether few queries gather their latents faster than feat is folded; an exported program serves any number."""
-    return not torch.compiler.is_exporting() and 4 * coord.shape[1] < feat.shape[2] * feat.shape[3]
+    """Whether few queries gather their latents faster than feat is folded; a traced program serves any number."""
+    sizes = (coord.shape[1], *feat.shape[2:])
+    if torch.compiler.is_exporting() or any(isinstance(size, torch.SymInt) for size in sizes):
+        return False
+    return 4 * sizes[0] < sizes[1] * sizes[2]
 
 
 def _query_by_layers(

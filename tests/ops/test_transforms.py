@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from liif_fast import ops
 from liif_fast.models import LIIF
@@ -202,6 +203,14 @@ def test_an_exported_program_takes_few_queries_and_many():
     for count in (2, 7, 20):
         expected = ops.query(feat, coord[:, :count], cell[:, :count], layers[:3], layers[3:])
         torch.testing.assert_close(program(feat, coord[:, :count], cell[:, :count]), expected)
+
+
+def test_a_symbolic_trace_does_not_compare_queries_with_the_map():
+    function, (feat, coord, cell, *layers) = functions("torch")["query"]
+    feat = feat.repeat(1, 1, 7, 11)
+    traced = make_fx(function, tracing_mode="symbolic")(feat, coord[:, :5], cell[:, :5], *layers)
+    assert not [guard for guard in traced.shape_env.guards if "4*" in str(guard.expr)]
+    torch.testing.assert_close(traced(feat, coord, cell, *layers), function(feat, coord, cell, *layers))
 
 
 def test_the_table_ends_with_pytorchs_calls(monkeypatch):

@@ -137,10 +137,9 @@ def _decode_tile(inputs: DecodeInputs, latents: Tensor, first: int, last: int) -
     if inputs.coord is None:
         image, (top, left), columns, region = inputs.grid[:2], inputs.grid[2:4], inputs.grid[5], inputs.grid[6:]
         pixel = query - entry * inputs.entry_queries
-        coord = [
-            _center((pixel // columns + top).to(dtype), image[0]),
-            _center((pixel % columns + left).to(dtype), image[1]),
-        ]
+        row = pixel // columns
+        col = pixel - row * columns  # a remainder by a symbolic number has no counterpart in ONNX
+        coord = [_center((row + top).to(dtype), image[0]), _center((col + left).to(dtype), image[1])]
         cell = [torch.full_like(coord[0], size) for size in inputs.grid_cell]
     else:
         region = [0, 0, height, width]

@@ -68,7 +68,7 @@ def decode_arguments(leaves, mode):
     points, grid = (
         (leaves[1:3], ([], [])) if mode == "points" else ((None, None), ([6, 8, 0, 0, 4, 5, 0, 0, 3, 4], [0.3, 0.2]))
     )
-    return latent_map, *points, geometry, leaves[4:6], leaves[6:], *grid, True
+    return latent_map, *points, geometry, leaves[4:6], leaves[6:], *grid, True, None
 
 
 def require_registered(backend):

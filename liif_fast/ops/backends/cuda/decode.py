@@ -61,9 +61,9 @@ def _kernel_inputs(inputs: DecodeInputs) -> DecodeInputs:
 
 
 def _arguments(inputs: DecodeInputs) -> tuple[object, ...]:
-    """The arguments that both bindings share: the inputs, with the number of an MmaPolicy as matmul_dtype."""
+    """The arguments that both bindings share: the inputs without query_term, and the number of an MmaPolicy."""
     float_policy = 2 if allows_tf32() else 3
-    return *inputs[:-1], {torch.float16: 0, torch.bfloat16: 1}.get(inputs.matmul_dtype, float_policy)
+    return *inputs[:-2], {torch.float16: 0, torch.bfloat16: 1}.get(inputs.matmul_dtype, float_policy)
 
 
 def decode(inputs: DecodeInputs, save: bool | None, coord_grad: bool) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,14 @@ def functions(backend=None):
     def render(feat, *layers):
         return ops.render(feat, (7, 9), layers[:3], layers[3:], window=(1, 2, 5, 6), backend=backend)
 
+    def decode(latent_map, coord, cell, geometry, term, *layers):
+        weights, biases = layers[:2], layers[2:]
+        options = {"coord": coord, "cell": cell, "query_term": term, "backend": backend}
+        return ops.decode(latent_map, geometry, weights, biases, **options)
+
+    general = [ops.fold(points[0], points[3]), *points[1:3], points[3][:, -4:].clone(), torch.rand(1, 20, 8).double()]
     return {
+        "decode": (decode, [*general, *points[4:]]),
         "gather": (lambda *t: ops.gather(*t, backend=backend)[0], points[:3]),
         "weights": (lambda *t: ops.gather(*t, backend=backend)[1], points[:3]),
         "ensemble": (lambda *t: ops.ensemble(*t, backend=backend), blend),
@@ -50,7 +57,7 @@ def functions(backend=None):
     }
 
 
-NAMES = ["gather", "weights", "ensemble", "query", "render", "metasr"]
+NAMES = ["decode", "gather", "weights", "ensemble", "query", "render", "metasr"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -265,6 +265,7 @@ BLOCKS: dict[str, Callable[[Results], str | None]] = {
     "headline": headline,
     "results": results_table,
     "decode": partial(methods_table, workload=DECODE["cpu"], columns=[*_TIMES, _FMA, _PSNR]),
+    "engines": partial(methods_table, workload="engines", columns=[*_TIMES, _FMA, _PSNR]),
     "training": partial(methods_table, workload="training-step", columns=[*_TIMES, _FMA, _GRADIENTS]),
     "train-step": train_step_block,
     "memory": partial(methods_table, workload="size-2048", columns=[_MEMORY, _LIMIT]),

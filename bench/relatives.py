@@ -1,7 +1,9 @@
-"""Times whole models of LIIF's relatives with decoders of plain PyTorch and around `ops.gather` and `ops.ensemble`.
+"""Times whole models of LIIF's relatives with decoders of plain PyTorch and around the ops.
 
-`python -m bench.relatives [--device cuda]`: LTE (CVPR 2022), SRNO (CVPR 2023) and LMF (CVPR 2024, LM-LIIF), from the
-formulas of the papers, with the published sizes and EDSR-baseline. Inference enlarges 64x64 to 256x256; a training step
+`python -m bench.relatives [--device cuda]`: LTE (CVPR 2022), SRNO (CVPR 2023) and LMF (CVPR 2024, LM-LIIF) around
+`gather` and `ensemble`, from the formulas of the papers, with the published sizes. Around `decode`: a guided upsampler
+of depth with the MLP of JIIF (ACM MM 2021), a downscaler of climate data with a topography, and an unfolding of 5x5.
+All have EDSR-baseline. Inference enlarges 64x64 to 256x256; a training step
 has crops of 48x48 with 2304 samples each, and Adam. Both decoders of a relative have the same parameters and give the
 same results; only the formulation differs. They take turns, so the ratios come from one run. The result is saved next
 to those of bench.run.
@@ -9,11 +11,9 @@ to those of bench.run.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +22,11 @@ from torch import Tensor, nn
 
 from bench import results
 from bench.loader import SPEC
-from bench.measure import log, validity_warnings
+from bench.turns import parser, start, take_turns
 from liif_fast import ops
-from liif_fast.benchmark import original, peak_rates
-from liif_fast.benchmark.cuda_timing import CudaClock
+from liif_fast.benchmark import original
 from liif_fast.benchmark.problem import CHANNELS, OUTS
-from liif_fast.benchmark.timing import Candidate, Clock, CpuClock, in_words, interleave, pair_ratios, summary
+from liif_fast.benchmark.timing import Clock, in_words
 from liif_fast.models import make_model
 from liif_fast.utils import tables
 
@@ -242,7 +241,83 @@ class LMF(Decoder):
         return ops.ensemble(self.predict(x, modulations), area_weight)
 
 
-RELATIVES: dict[str, type[Decoder]] = {"LTE": LTE, "SRNO": SRNO, "LMF": LMF}
+class General(Decoder):
+    """LIIF's blend of an MLP that reads latents, coordinates and cells, and more of each latent or each query.
+
+    The latents are unfolded `unfold` x `unfold`. A topography is one more channel of them; a guide is a map of finer
+    resolution, interpolated at every query.
+    """
+
+    chunk = (original.CHUNK, 4096)
+    hidden: tuple[int, ...] = (256, 256, 256, 256)
+    unfold, topography, guide = 1, 0, 0  # the last two: channels
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = CHANNELS * self.unfold**2 + self.topography
+        self.imnet = mlp(self.latents + 4 + self.guide, *self.hidden, OUTS)
+        self.ground = nn.Parameter(torch.rand(1, self.topography, 16, 16)) if self.topography else None
+        self.guide_map = nn.Parameter(torch.rand(1, self.guide, 96, 96) - 0.5) if self.guide else None
+
+    def maps(self, feat: Tensor, cell: Tensor) -> Tensor:
+        margin = self.unfold // 2
+        if not self.around_ops:
+            unfolded = F.unfold(feat, self.unfold, padding=margin).unflatten(2, feat.shape[2:])
+            return torch.cat([unfolded, *self._ground(feat)], 1)
+        of_feat, of_ground = (
+            self.imnet[0].weight[:, : self.latents].split([self.latents - self.topography, self.topography], 1)
+        )
+        out = F.conv2d(feat, of_feat.unflatten(1, (-1, self.unfold, self.unfold)), padding=margin)
+        return sum((F.conv2d(each, of_ground[..., None, None]) for each in self._ground(feat)), out)
+
+    def _ground(self, feat: Tensor) -> list[Tensor]:
+        if self.ground is None:
+            return []
+        resized = F.interpolate(self.ground, feat.shape[2:], mode="bilinear", align_corners=False)
+        return [resized.expand(feat.shape[0], -1, -1, -1)]
+
+    def _guide(self, coord: Tensor) -> Tensor:
+        """[B, Q, guide]."""
+        maps = self.guide_map.expand(coord.shape[0], -1, -1, -1)
+        return F.grid_sample(maps, coord.flip(-1).unsqueeze(1), align_corners=False)[:, :, 0].transpose(1, 2)
+
+    def plain(self, maps: Tensor, coord: Tensor, rel_cell: Tensor) -> Tensor:
+        preds, areas = [], []
+        guide = [] if self.guide_map is None else [self._guide(coord)]
+        for (latent,), rel_coord in corners([maps], coord):
+            preds.append(self.imnet(torch.cat([latent, rel_coord, rel_cell, *guide], -1)))
+            areas.append(area(rel_coord))
+        return original.blend(preds, areas)
+
+    def with_ops(self, maps: Tensor, coord: Tensor, cell: Tensor) -> Tensor:
+        first, *others = (layer for layer in self.imnet if isinstance(layer, nn.Linear))
+        _, geometry, of_guide = first.weight.split([self.latents, 4, self.guide], 1)
+        term = None if self.guide_map is None else F.linear(self._guide(coord), of_guide)
+        weights, biases = [layer.weight for layer in others], [layer.bias for layer in (first, *others)]
+        latent_map = maps.permute(0, 2, 3, 1)
+        return ops.decode(latent_map, geometry, weights, biases, coord=coord, cell=cell, query_term=term)
+
+
+class GuidedDepth(General):
+    hidden, guide = (1024, 512, 256, 128), 128
+
+
+class Climate(General):
+    topography = 1
+
+
+class Unfolding5x5(General):
+    unfold = 5
+
+
+RELATIVES: dict[str, type[Decoder]] = {
+    "LTE": LTE,
+    "SRNO": SRNO,
+    "LMF": LMF,
+    "guided depth": GuidedDepth,
+    "climate with topography": Climate,
+    "5x5 unfolding": Unfolding5x5,
+}
 ADD_INPUT = ("LTE", "SRNO")  # to their decodes they add the input, enlarged bilinearly
 
 
@@ -295,26 +370,13 @@ def make_loops(relative: str, around_ops: bool, device: torch.device) -> dict[st
 def measure(clock: Clock, rounds: int, relatives: list[str]) -> dict[str, Any]:
     """Seconds of both loops of every relative, plain and around the ops, as a result to be saved."""
     result = results.begin(NAME, clock.device.type, "bench.relatives")
-    candidates = {}
-    for relative in relatives:
-        by_code = {code: make_loops(relative, code == "ops", clock.device) for code in ("plain", "ops")}
-        for loop in LOOPS:
-            for code in by_code:
-                candidates[f"{relative}: {loop}: {code}"] = Candidate(f"{relative}: {loop}", by_code[code][loop])
-    for name, candidate in candidates.items():
-        candidate.run()
-        clock.warm_up(candidate)
-        log(f"{name}: ready")
-    rates = peak_rates.matmul_rates(clock)
-    done = interleave(clock, list(candidates.values()), rounds, rates)
-    entries: dict[str, Any] = {}
-    for name, candidate in candidates.items():
-        if candidate.error:
-            raise RuntimeError(f"{name} failed: {candidate.error}")
-        ratios = pair_ratios(candidates[f"{candidate.name}: plain"].samples, candidate.samples)
-        entries[name] = {"seconds": summary(candidate.samples), "speedup": summary(ratios)}
-        log(f"{name}: {in_words(entries[name]['seconds']['median'])} {entries[name]['speedup']['median']:.2f}x")
-    return {**result, "rounds": done, "warnings": validity_warnings(rates, entries), "entries": entries}
+    runs = {
+        f"{relative}: {loop}: {code}": run
+        for relative in relatives
+        for code in ("plain", "ops")
+        for loop, run in make_loops(relative, code == "ops", clock.device).items()
+    }
+    return {**result, **take_turns(clock, runs, rounds, lambda name: f"{name.rpartition(': ')[0]}: plain")}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -323,25 +385,17 @@ def table(result: dict[str, Any]) -> str:
     for relative in RELATIVES:
         for loop, label in LOOPS.items():
             found = [result["entries"].get(f"{relative}: {loop}: {code}") for code in ("plain", "ops")]
-            if all(found):
+            if all(entry and "seconds" in entry for entry in found):
                 seconds = [in_words(entry["seconds"]["median"]) for entry in found]
                 rows.append([f"{relative}, {label}", *seconds, f"{found[1]['speedup']['median']:.2f}x"])
-    return tables.markdown(["EDSR-baseline, float32", "plain PyTorch", "gather and ensemble", "speedup"], rows)
+    return tables.markdown(["EDSR-baseline, float32", "plain PyTorch", "around the ops", "speedup"], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.relatives", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", nargs="+", choices=RELATIVES, default=list(RELATIVES))
-    parser.add_argument("--rounds", type=int, help="default: 5 on a CPU, 50 on a GPU")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--results", type=Path, default=results.FOLDER)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    clock: Clock = CpuClock() if args.device == "cpu" else CudaClock(graphs=False)
-    result = measure(clock, args.rounds or (5 if args.device == "cpu" else 50), args.only)
+    options = parser("relatives", __doc__)
+    options.add_argument("--only", nargs="+", choices=RELATIVES, default=list(RELATIVES))
+    args = options.parse_args(arguments)
+    result = measure(*start(args), args.only)
     print(table(result))
     print(results.save(result, args.results))
 

@@ -5,6 +5,7 @@ One row of TABLE gives a backend every test of tests/ops.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -21,6 +22,8 @@ from tests.cuda.emulator.ops import Ops
 from tests.helpers import Case, reason_against
 
 _MODULES = "liif_fast.ops.backends"
+# The instruction sets of the CPU kernels.
+ISAS = ("neon", "portable") if platform.machine() in ("aarch64", "arm64") else ("avx512", "avx2", "portable")
 
 
 def _require(name: str, device: str) -> None:
@@ -179,10 +182,10 @@ _TRITON["chunks"] = tuple(
 )
 _ROWS = [
     Backend("reference", "reference", _reference),
-    Backend("torch", "torch", _reference, rounds_biases=True),
-    *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ("avx512", "avx2", "portable")),
-    Backend("cuda-emulated", activate=emulated, every=3, every_proof=2, most_queries=40, **_CUDA),
-    Backend("hopper-emulated", "cuda", hopper_emulated, every=2, most_queries=70, infers=True),
+    Backend("torch", "torch", _reference, rounds_biases=True, most_queries=4000),
+    *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ISAS),
+    Backend("cuda-emulated", activate=emulated, every=6, every_proof=2, most_queries=40, **_CUDA),
+    Backend("hopper-emulated", "cuda", hopper_emulated, every=12, most_queries=70, infers=True),
     Backend("triton-interpreted", activate=interpreted, every=60, every_proof=24, most_queries=9, **_TRITON),
     Backend("cuda", activate=_on_device("cuda"), device="cuda", **_CUDA),
     Backend("triton", activate=_on_device("triton"), device="cuda", **_TRITON),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 # "liif_fast", and for a copy under another name (a kernel of the Hub, a vendored package) that name with underscores:
 # copies run side by side.
@@ -20,13 +21,13 @@ if "library" in vars(_home):  # the package was imported before, and removed fro
 LIBRARY = _home.library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def register_op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def register_op(schema: str) -> Callable[[Callable[..., Any]], OpOverload[..., Any]]:
     """A decorator that makes a function the op `name(arguments) -> results`, on every device.
 
     torch.library.custom_op does the same, but its first call imports PyTorch's compiler, which takes two seconds.
     """
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    def register(function: Callable[..., Any]) -> OpOverload[..., Any]:
         @functools.wraps(function)
         def kernel(*arguments: Any) -> Any:
             # The compiler must not look into the kernel where PyTorch calls it from a function that is compiled.
@@ -40,6 +41,7 @@ def register_op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any
         LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
         name = schema.partition("(")[0]
         LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-        return getattr(_home, name).default
+        overload: OpOverload[..., Any] = getattr(_home, name).default
+        return overload
 
     return register

@@ -193,19 +193,21 @@ def _decode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     fields = DecodeInputs(*inputs[:_FIELDS])
     _save, ctx.coord_grad, ctx.backend = inputs[_FIELDS:]
     ctx.layers = len(fields.weights)
-    tensors = (fields.latent_map, fields.coord, fields.cell, fields.weight_geometry, *fields.weights, *fields.biases)
+    firsts = (fields.latent_map, fields.coord, fields.cell, fields.weight_geometry, fields.query_term)
     # Kept without its tensors: those must go through save_for_backward.
-    ctx.fields = fields._replace(latent_map=None, coord=None, cell=None, weight_geometry=None, weights=[], biases=[])  # type: ignore[arg-type]
-    ctx.save_for_backward(output[1], *tensors)
+    none: Any = dict.fromkeys(("latent_map", "coord", "cell", "weight_geometry", "query_term"))
+    ctx.fields = fields._replace(**none, weights=[], biases=[])
+    ctx.save_for_backward(output[1], *firsts, *fields.weights, *fields.biases)
 
 
 def _decode_backward(ctx: Any, grad_out: Tensor, _grad_saved: Tensor) -> tuple[Any, ...]:
-    saved, latent_map, coord, cell, weight_geometry, *layers = ctx.saved_tensors
+    saved, latent_map, coord, cell, weight_geometry, query_term, *layers = ctx.saved_tensors
     fields = ctx.fields._replace(
         latent_map=latent_map,
         coord=coord,
         cell=cell,
         weight_geometry=weight_geometry,
+        query_term=query_term,
         weights=layers[: ctx.layers],
         biases=layers[ctx.layers :],
     )
@@ -215,11 +217,12 @@ def _decode_backward(ctx: Any, grad_out: Tensor, _grad_saved: Tensor) -> tuple[A
     else:
         grads = _match(decode_backward(grad_out, saved, *fields, ctx.coord_grad, ctx.backend), tensors)
     first, geometry, *rest = grads
+    grad_term = None if query_term is None else rest.pop()
     points = 2 * ctx.layers + 1
     grad_coord, grad_cell = [*rest[points:], None, None][:2]
     # PyTorch takes an empty list for a list of tensors, so an empty `grid` needs a list of gradients, not None.
     by_field: dict[str, Any] = {name: [] if value == [] else None for name, value in fields._asdict().items()}
-    by_field.update(latent_map=first, coord=grad_coord, cell=grad_cell, weight_geometry=geometry)
+    by_field.update(latent_map=first, coord=grad_coord, cell=grad_cell, weight_geometry=geometry, query_term=grad_term)
     by_field.update(weights=rest[: ctx.layers], biases=rest[ctx.layers : points])
     return *by_field.values(), None, None, None
 

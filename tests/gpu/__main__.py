@@ -22,8 +22,9 @@ BUDGET_S = 470.0
 SHARES = {
     "hopper-kernel": 0.08,
     "check": 0.12,
-    "tests": 0.42,
-    "benchmarks": 0.28,
+    "tests": 0.4,
+    "benchmarks": 0.24,
+    "cycles": 0.06,
     "hopper": 0.1,
 }  # of the budget; seconds left over go to the next steps
 LOG = "log.txt"
@@ -40,13 +41,8 @@ def steps(out: Path, processes: int, backends: str) -> dict[str, list[str]]:
     tests += ["--report-log", str(out / report.TESTS), "--report-log-exclude-logs-on-passed-tests"]
     timings = ["bench.run", "--device", "cuda", "--budget", "{seconds}", "--out", str(out), "--name", "gpu"]
     check = ["liif_fast", "doctor", "--check", "--output", str(out / "check.txt")]
-    modules = {
-        "hopper-kernel": ["tests.gpu.hopper"],
-        "check": check,
-        "tests": tests,
-        "benchmarks": timings,
-        "hopper": ["bench.hopper"],
-    }
+    modules = {"hopper-kernel": ["tests.gpu.hopper"], "check": check, "tests": tests, "benchmarks": timings}
+    modules |= {"cycles": ["tests.gpu.cycles"], "hopper": ["bench.hopper"]}
     return {name: [sys.executable, "-m", *words] for name, words in modules.items()}
 
 

@@ -150,7 +150,7 @@ DecodeVariant choose_variant(MmaPolicy policy, int width, int64_t total_rows, co
   const bool small = padded == 256 &&
                      (is_small_problem || has_small_tiles_only(limits.arch) || limits.block_bytes < kLargeSharedBytes);
   const int rows = small ? small_rows(bytes) : large;
-  const int blocks = limits.processors * (padded == 64 && limits.sm_bytes >= kLargeSharedBytes ? 2 : 1);
+  const int blocks = limits.processors * (limits.sm_bytes >= kLargeSharedBytes ? blocks_per_sm(padded, bytes) : 1);
   return {policy, padded, rows, blocks, warp_rows(rows, padded, bytes)};
 }
 

@@ -59,6 +59,12 @@ constexpr int kLargeSharedBytes = 160 << 10;
 // GPUs of the second kind, by compute capability * 10. Their machine code holds only the small tiles.
 LIIF_HOST_DEVICE constexpr bool has_small_tiles_only(int arch) { return (arch > 800 && arch < 900) || arch >= 1200; }
 
+// Blocks that share a multiprocessor with kLargeSharedBytes: one's products run under the other's first layer and
+// blend. With 16-bit operands a block of width 128 has twice the rows, and does not fit half of the registers.
+LIIF_HOST_DEVICE constexpr int blocks_per_sm(int width, int operand_bytes) {
+  return width == 64 || (width == 128 && operand_bytes == 4) ? 2 : 1;
+}
+
 // Warp rows of a tile. Each has its own partial sums of a column.
 LIIF_HOST_DEVICE constexpr int warp_rows(int rows, int width, int operand_bytes) {
   return rows == 32 ? 1 : (width * operand_bytes < 256 ? 4 : 2);

@@ -147,6 +147,11 @@ def probes() -> Path:
     return _compile("probes", [HERE / "probes.cpp"], [*FLAGS, "-O1", *SANITIZERS], [])
 
 
+def cycles() -> Path:
+    """The program of tests/gpu/cycles.cu."""
+    return _compile("cycles", [ROOT / "tests" / "gpu" / "cycles.cu"], [*FLAGS, "-O1"], [])
+
+
 def ring(csrc: Path, target: Path, hopper: bool = False) -> Path:
     """The program of ring.cpp, with the kernels of a copy of csrc. Packing is compiled once if it is the same."""
     command = compiler()

@@ -40,6 +40,12 @@ T __ldg(const T* address) {
 inline void __syncthreads() { cuda_on_cpu::block.wait_block(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::block.wait_warp(mask, "__syncwarp"); }
 
+// Counts its calls: the order of events, not their time.
+inline long long clock64() {
+  static long long calls = 0;
+  return ++calls;
+}
+
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   const unsigned lane = cuda_on_cpu::block.thread() % cuda_on_cpu::kWarpSize;

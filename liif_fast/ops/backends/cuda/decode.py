@@ -62,13 +62,13 @@ def _kernel_inputs(inputs: DecodeInputs) -> DecodeInputs:
 
 
 def _arguments(inputs: DecodeInputs, policy: int | None = None) -> tuple[object, ...]:
-    """The arguments that all bindings share: the inputs, with the number of an MmaPolicy as matmul_dtype.
+    """The arguments that all bindings share: the inputs without query_term, an MmaPolicy's number as matmul_dtype.
 
     policy: that number, None for the kernels that run on every GPU.
     """
     float_policy = 2 if allows_tf32() else 3
     every = {torch.float16: 0, torch.bfloat16: 1}.get(inputs.matmul_dtype, float_policy)
-    return *inputs[:-1], every if policy is None else policy
+    return *inputs[:-2], every if policy is None else policy
 
 
 def _hopper_policy(inputs: DecodeInputs, trains: bool) -> int | None:

@@ -1,7 +1,9 @@
-"""Times whole models of LIIF's relatives with decoders of plain PyTorch and around `ops.gather` and `ops.ensemble`.
+"""Times whole models of LIIF's relatives with decoders of plain PyTorch and around the ops.
 
-`python -m bench.relatives [--device cuda]`: LTE (CVPR 2022), SRNO (CVPR 2023) and LMF (CVPR 2024, LM-LIIF), from the
-formulas of the papers, with the published sizes and EDSR-baseline. Inference enlarges 64x64 to 256x256; a training step
+`python -m bench.relatives [--device cuda]`: LTE (CVPR 2022), SRNO (CVPR 2023) and LMF (CVPR 2024, LM-LIIF) around
+`gather` and `ensemble`, from the formulas of the papers, with the published sizes. Around `decode`: a guided upsampler
+of depth with the MLP of JIIF (ACM MM 2021), a downscaler of climate data with a topography, and an unfolding of 5x5.
+All have EDSR-baseline. Inference enlarges 64x64 to 256x256; a training step
 has crops of 48x48 with 2304 samples each, and Adam. Both decoders of a relative have the same parameters and give the
 same results; only the formulation differs. They take turns, so the ratios come from one run. The result is saved next
 to those of bench.run.
@@ -239,7 +241,83 @@ class LMF(Decoder):
         return ops.ensemble(self.predict(x, modulations), area_weight)
 
 
-RELATIVES: dict[str, type[Decoder]] = {"LTE": LTE, "SRNO": SRNO, "LMF": LMF}
+class General(Decoder):
+    """LIIF's blend of an MLP that reads latents, coordinates and cells, and more of each latent or each query.
+
+    The latents are unfolded `unfold` x `unfold`. A topography is one more channel of them; a guide is a map of finer
+    resolution, interpolated at every query.
+    """
+
+    chunk = (original.CHUNK, 4096)
+    hidden: tuple[int, ...] = (256, 256, 256, 256)
+    unfold, topography, guide = 1, 0, 0  # the last two: channels
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = CHANNELS * self.unfold**2 + self.topography
+        self.imnet = mlp(self.latents + 4 + self.guide, *self.hidden, OUTS)
+        self.ground = nn.Parameter(torch.rand(1, self.topography, 16, 16)) if self.topography else None
+        self.guide_map = nn.Parameter(torch.rand(1, self.guide, 96, 96) - 0.5) if self.guide else None
+
+    def maps(self, feat: Tensor, cell: Tensor) -> Tensor:
+        margin = self.unfold // 2
+        if not self.around_ops:
+            unfolded = F.unfold(feat, self.unfold, padding=margin).unflatten(2, feat.shape[2:])
+            return torch.cat([unfolded, *self._ground(feat)], 1)
+        of_feat, of_ground = (
+            self.imnet[0].weight[:, : self.latents].split([self.latents - self.topography, self.topography], 1)
+        )
+        out = F.conv2d(feat, of_feat.unflatten(1, (-1, self.unfold, self.unfold)), padding=margin)
+        return sum((F.conv2d(each, of_ground[..., None, None]) for each in self._ground(feat)), out)
+
+    def _ground(self, feat: Tensor) -> list[Tensor]:
+        if self.ground is None:
+            return []
+        resized = F.interpolate(self.ground, feat.shape[2:], mode="bilinear", align_corners=False)
+        return [resized.expand(feat.shape[0], -1, -1, -1)]
+
+    def _guide(self, coord: Tensor) -> Tensor:
+        """[B, Q, guide]."""
+        maps = self.guide_map.expand(coord.shape[0], -1, -1, -1)
+        return F.grid_sample(maps, coord.flip(-1).unsqueeze(1), align_corners=False)[:, :, 0].transpose(1, 2)
+
+    def plain(self, maps: Tensor, coord: Tensor, rel_cell: Tensor) -> Tensor:
+        preds, areas = [], []
+        guide = [] if self.guide_map is None else [self._guide(coord)]
+        for (latent,), rel_coord in corners([maps], coord):
+            preds.append(self.imnet(torch.cat([latent, rel_coord, rel_cell, *guide], -1)))
+            areas.append(area(rel_coord))
+        return original.blend(preds, areas)
+
+    def with_ops(self, maps: Tensor, coord: Tensor, cell: Tensor) -> Tensor:
+        first, *others = (layer for layer in self.imnet if isinstance(layer, nn.Linear))
+        _, geometry, of_guide = first.weight.split([self.latents, 4, self.guide], 1)
+        term = None if self.guide_map is None else F.linear(self._guide(coord), of_guide)
+        weights, biases = [layer.weight for layer in others], [layer.bias for layer in (first, *others)]
+        latent_map = maps.permute(0, 2, 3, 1)
+        return ops.decode(latent_map, geometry, weights, biases, coord=coord, cell=cell, query_term=term)
+
+
+class GuidedDepth(General):
+    hidden, guide = (1024, 512, 256, 128), 128
+
+
+class Climate(General):
+    topography = 1
+
+
+class Unfolding5x5(General):
+    unfold = 5
+
+
+RELATIVES: dict[str, type[Decoder]] = {
+    "LTE": LTE,
+    "SRNO": SRNO,
+    "LMF": LMF,
+    "guided depth": GuidedDepth,
+    "climate with topography": Climate,
+    "5x5 unfolding": Unfolding5x5,
+}
 ADD_INPUT = ("LTE", "SRNO")  # to their decodes they add the input, enlarged bilinearly
 
 
@@ -310,7 +388,7 @@ def table(result: dict[str, Any]) -> str:
             if all(entry and "seconds" in entry for entry in found):
                 seconds = [in_words(entry["seconds"]["median"]) for entry in found]
                 rows.append([f"{relative}, {label}", *seconds, f"{found[1]['speedup']['median']:.2f}x"])
-    return tables.markdown(["EDSR-baseline, float32", "plain PyTorch", "gather and ensemble", "speedup"], rows)
+    return tables.markdown(["EDSR-baseline, float32", "plain PyTorch", "around the ops", "speedup"], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -85,8 +85,6 @@ def _window(method: Method, workload: Workload) -> tuple[int, int, int, int] | N
     """The window whose coordinates a method needs: the original's first chunks; one row for an op that renders."""
     assert workload.out_size is not None
     height, width = workload.out_size
-    if method.name.startswith("folded"):
-        return None
     rows = -(-ORIGINAL_CHUNKS * original.CHUNK // width) if method.name.startswith("original") else 1
     return (0, 0, min(rows, height), width)
 

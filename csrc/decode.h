@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "geometry.h"
+
 namespace liif_fast {
 
 constexpr int kMaxLayers = 64;  // after the first; the bindings refuse a longer imnet
@@ -35,6 +37,8 @@ struct DecodeQueries {
 
 template <class T>
 struct DecodeProblem : DecodeQueries<T> {
+  PixelAxis rows, cols;      // of a grid's whole image
+  const T* query_term;       // [batch, queries, width], added before the first activation; null: nothing. Only on a CPU
   const T* weight_geometry;  // [width, 2 or 4]: the first layer's columns for rel_coord (and rel_cell)
   int layers;                // layers after the first
   const T* weights[kMaxLayers];
@@ -54,6 +58,7 @@ struct DecodeGrads {
   T* biases[kMaxLayers + 1];
   T* coord;  // null for a grid, and where the gradients of coordinates and cells are not wanted
   T* cell;   // null without per-query cells
+  T* query_term;
 };
 
 // A decode's sizes, without its pointers and layers. latent_map: batch, height, width, channels in memory. grid: image
@@ -73,6 +78,8 @@ DecodeProblem<T> make_decode_problem(const int64_t (&latent_map)[4], int64_t que
   if (!grid) return p;
   p.image_height = grid[0];
   p.image_width = grid[1];
+  p.rows = PixelAxis::of_image(p.image_height);
+  p.cols = PixelAxis::of_image(p.image_width);
   p.window_top = grid[2];
   p.window_left = grid[3];
   p.window_height = grid[4];

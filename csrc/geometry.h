@@ -33,11 +33,26 @@ LIIF_HOST_DEVICE double mul_rounded(double a, double b) { return a * b; }
 constexpr double kEpsShift = 1e-6;  // breaks ties between two equally near latents, as in the original
 constexpr double kEpsArea = 1e-9;   // keeps the weights finite where all areas vanish
 
+// Pixels along an axis: the center of the first one, and the distance between neighbors.
+struct PixelAxis {
+  double origin, step;
+  // Of `size` pixels that tile [-1, 1].
+  LIIF_HOST_DEVICE PixelAxis of_image(int64_t size) {
+    const double half = 1.0 / static_cast<double>(size);
+    return {-1.0 + half, 2.0 * half};
+  }
+};
+
+// Center of pixel `index` of an axis.
+template <class T>
+LIIF_HOST_DEVICE T pixel_center(int64_t index, const PixelAxis& axis) {
+  return add_rounded(static_cast<T>(axis.origin), mul_rounded(static_cast<T>(axis.step), static_cast<T>(index)));
+}
+
 // Center of pixel `index` of `size` pixels that tile [-1, 1].
 template <class T>
 LIIF_HOST_DEVICE T pixel_center(int64_t index, int64_t size) {
-  const double half = 1.0 / static_cast<double>(size);
-  return add_rounded(static_cast<T>(-1.0 + half), mul_rounded(static_cast<T>(2.0 * half), static_cast<T>(index)));
+  return pixel_center<T>(index, PixelAxis::of_image(size));
 }
 
 // Keeps a coordinate inside the map; NaN stays NaN.

@@ -5,6 +5,7 @@ large = liif_fast.upscale(image, scale=3.7)      # Pillow image, numpy array or 
 model = liif_fast.load("epoch-best.pth")         # the original's, MMagic's or our own checkpoints
 rgb = model(inp, coord, cell)                    # the original's interface
 liif_fast.patch()                                # or: existing LIIF code, imported before, decodes with the ops
+liif_fast.export(model, "model.onnx")            # for programs without PyTorch
 out = liif_fast.ops.query(feat, coord, cell, weights, biases)   # the kernels themselves, differentiable
 """
 
@@ -15,6 +16,7 @@ from liif_fast.images.upscaling import upscale
 from liif_fast.integrations.patching import patch, patched, unpatch
 from liif_fast.models import LIIF, MLP, MetaSR
 from liif_fast.models.checkpoints import load, save
+from liif_fast.models.export import export
 from liif_fast.models.registry import make_model, register
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "MLP",
     "MetaSR",
     "__version__",
+    "export",
     "load",
     "make_model",
     "ops",

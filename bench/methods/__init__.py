@@ -1,1 +1,1 @@
-"""The methods that a workload compares: the original formulation, the folded baseline and every backend of the ops."""
+"""The methods that a workload compares: the original formulation and every backend of the ops."""

@@ -1,14 +1,15 @@
-"""Methods that decode an image without gradients: original, folded, and the ops' backends."""
+"""Methods that decode an image without gradients: original, and the ops' backends."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from bench.methods import folded
 from bench.methods.method import Job, Prepared, compiled
+from liif_fast import ops
 from liif_fast.benchmark import original, runs, timing
 from liif_fast.benchmark.runs import DTYPES, matmul_in
 
@@ -17,7 +18,6 @@ CHUNKS = {  # the fastest of these sizes is timed
     "cuda": (original.CHUNK, 65_536, 131_072, 262_144),  # larger ones would not fit next to the other methods
 }
 COMPILED_CHUNK = {"cpu": 32_768, "cuda": 262_144}  # powers of two leave no smaller last chunk
-TILES = {"cpu": (folded.TILE,), "cuda": (65_536, 262_144)}  # queries per tile of the folded baseline
 
 
 def _best(job: Job, sizes: tuple[int, ...], make: Callable[[int], runs.Run], unit: str) -> Prepared:
@@ -54,22 +54,19 @@ def original_tuned(job: Job, dtype: str) -> Prepared:
     return _best(job, sizes, lambda chunk: runs.original_decode(job.problem, dtype, chunk=chunk), "chunks")
 
 
-def folded_decode(job: Job, dtype: str, compile_it: bool = False) -> Prepared:
-    """The folded baseline with tensors of `dtype`, in tiles of the best size, or compiled."""
-    problem = job.problem.to(DTYPES[dtype])
-    decode = compiled(folded.decode_tile) if compile_it else folded.decode_tile
+def torch_compiled(job: Job, dtype: str) -> Prepared:
+    """The `torch` backend with tensors of `dtype`, compiled, in chunks that share the latent map."""
+    feat, coord, cell, weights, biases = job.problem.to(DTYPES[dtype])
+    chunk = min(COMPILED_CHUNK[job.device.type], coord.shape[1])
+    query = compiled(partial(ops.query, backend="torch"))
 
-    def make(tile: int) -> runs.Run:
-        def run() -> Tensor:
-            with torch.no_grad(), matmul_in(dtype, job.device, autocast=False):
-                return folded.query(*problem, tile=tile, decode=decode)
+    def run() -> Tensor:
+        with torch.no_grad(), matmul_in(dtype, job.device, autocast=False):
+            latent_map = ops.fold(feat, weights[0])
+            parts = zip(coord.split(chunk, 1), cell.split(chunk, 1))
+            return torch.cat([query(feat, *part, weights, biases, latent_map=latent_map) for part in parts], 1)
 
-        return run
-
-    if compile_it:
-        tile = min(COMPILED_CHUNK[job.device.type], problem.coord.shape[1])
-        return make(tile), f"tiles of {tile}"
-    return _best(job, TILES[job.device.type], make, "tiles")
+    return run, f"chunks of {chunk}"
 
 
 def fused(job: Job, backend: str, dtype: str) -> Prepared:

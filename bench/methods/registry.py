@@ -56,48 +56,44 @@ def with_backends(op: str, device: str, prepare: Callable[..., Any], *, label: s
 
 
 def _baselines(device: str, prepare: dict[str, Callable[..., Any]]) -> list[Method]:
-    """Original and folded in every dtype, then compiled; the original in float32 comes first.
+    """The original in every dtype, float32 first, then the original and the `torch` backend compiled.
 
-    prepare: by original, folded and, for decodes without gradients, tuned. On a CPU compiling the folded backward takes
-    longer than the whole run.
+    prepare: by original, torch and, for decodes without gradients, tuned. On a CPU compiling the backward of the
+    backend takes longer than the whole run.
     """
     gpu, gradients = device == "cuda", "tuned" not in prepare
-    originals, folds = [], []
+    found = []
     for dtype in matmul_dtypes(device):
         how = ", autocast" if is_16_bit(dtype) else ""
         short, why_not = SHORT[dtype], refusal(dtype, device)
         name = "original" if dtype == "float32" else f"original-{short}"
         few = dtype == "float32" or (gpu and dtype == "bfloat16")
         eager = partial(prepare["original"], dtype=dtype)
-        originals.append(Method(name, f"original, eager{how}", dtype, eager, refusal=why_not, few=few))
+        found.append(Method(name, f"original, eager{how}", dtype, eager, refusal=why_not, few=few))
         if not gradients:
             tuned = partial(prepare["tuned"], dtype=dtype)
             label = f"original, eager{how}, best chunk"
-            originals.append(Method(f"original-tuned-{short}", label, dtype, tuned, refusal=why_not))
-        few = dtype == ("bfloat16" if gpu else "float32")
-        folded = partial(prepare["folded"], dtype=dtype)
-        label = "folded, PyTorch calls" + (how if gradients else "")
-        folds.append(Method(f"folded-{short}", label, dtype, folded, True, why_not, few=few))
-    compiled = []
+            found.append(Method(f"original-tuned-{short}", label, dtype, tuned, refusal=why_not))
     for dtype in ("tf32", "bfloat16") if gpu else ("float32",):
-        for name in ("original", "folded"):
-            if name == "folded" and gradients and not gpu:
-                continue
-            label = f"{name}, torch.compile" + (", autocast" if is_16_bit(dtype) else "")
-            run = partial(prepare[name], dtype=dtype, compile_it=True)
-            folded = name == "folded"
-            compiled.append(Method(f"{name}-compiled-{SHORT[dtype]}", label, dtype, run, folded, late=True))
-    return [*originals, *folds, *compiled]
+        short, how = SHORT[dtype], ", torch.compile" + (", autocast" if is_16_bit(dtype) else "")
+        run = partial(prepare["original"], dtype=dtype, compile_it=True)
+        found.append(Method(f"original-compiled-{short}", f"original{how}", dtype, run, late=True))
+        if gpu or not gradients:
+            run = partial(prepare["torch"], dtype=dtype)
+            found.append(
+                Method(f"torch-compiled-{short}", f"{_LABEL.format('torch')}{how}", dtype, run, True, late=True)
+            )
+    return found
 
 
 def _decode(device: str) -> list[Method]:
-    prepare = {"original": decode.original_decode, "tuned": decode.original_tuned, "folded": decode.folded_decode}
+    prepare = {"original": decode.original_decode, "tuned": decode.original_tuned, "torch": decode.torch_compiled}
     engines = peers.methods() if device == "cpu" else []
     return [*_baselines(device, prepare), *engines, *with_backends("decode", device, decode.fused, label=_LABEL)]
 
 
 def _train(device: str) -> list[Method]:
-    prepare = {"original": train.original_training, "folded": train.folded_training}
+    prepare = {"original": train.original_training, "torch": train.torch_compiled}
     fused = with_backends("decode", device, train.fused, label=_LABEL, label_16=f"{_LABEL}, autocast")
     return [*_baselines(device, prepare), *fused]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from bench.methods import folded
 from bench.methods.method import Job, Prepared, compiled
 from liif_fast import ops
 from liif_fast.benchmark import original, runs
@@ -16,10 +15,9 @@ def original_training(job: Job, dtype: str, compile_it: bool = False) -> Prepare
     return runs.original_training(job.problem, dtype, passes=job.workload.passes, query=query), ""
 
 
-def folded_training(job: Job, dtype: str, compile_it: bool = False) -> Prepared:
-    """The folded baseline with gradients, without tiles; 16 bits by autocast."""
-    decode = compiled(folded.decode_tile) if compile_it else folded.decode_tile
-    query = partial(folded.query, tile=None, decode=decode)
+def torch_compiled(job: Job, dtype: str) -> Prepared:
+    """The `torch` backend with gradients, compiled; 16 bits by autocast."""
+    query = compiled(partial(ops.query, backend="torch"))
     return runs.training(job.problem, dtype, passes=job.workload.passes, query=query), ""
 
 

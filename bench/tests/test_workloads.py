@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from bench import child, machine, measure, results, run, sizes
-from bench.methods import folded
 from bench.methods.method import Method
 from bench.methods.registry import methods_for
-from bench.workloads import WORKLOADS, flop, least_bytes, make_problem
-from liif_fast.benchmark import original, peak_rates, timing
+from bench.workloads import WORKLOADS, flop, least_bytes
+from liif_fast.benchmark import peak_rates, timing
 from liif_fast.benchmark.timing import CpuClock
 from liif_fast.ops import backends
 
@@ -88,14 +87,6 @@ def test_every_method_computes_the_workload(name: str, fast: None) -> None:
         assert entry.get("fraction_of", {}).keys() == kinds, "a processor without bfloat16 products has no such rate"
 
 
-@pytest.mark.parametrize("tile", [50, None])
-def test_the_folded_baseline_is_the_original(tile: int | None) -> None:
-    problem = make_problem(tiny("training-step")).to(torch.float64)
-    feat, coord, cell, weights, biases = problem
-    expected = original.query(feat, coord, cell, original.make_imnet(weights, biases))
-    assert (folded.query(*problem, tile=tile) - expected).norm() < 1e-11 * expected.norm()
-
-
 def test_failures_and_lack_of_time_are_results_with_reasons(fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(job: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 38 GiB")
@@ -121,6 +112,7 @@ def _child(send: Callable[[Any], None], end: str) -> None:
         raise RuntimeError("boom")
 
 
+@pytest.mark.prove
 def test_a_crash_a_hang_and_an_error_of_a_child_have_reasons() -> None:
     messages: list[str] = []
     for end, reason in (("crash", "ended by signal 6"), ("error", "RuntimeError: boom")):
@@ -157,7 +149,7 @@ def test_a_run_saves_a_file_and_prints_its_path(tmp_path: Any, capsys: pytest.Ca
 
 def test_the_memory_of_a_decode_is_measured_in_a_process_of_its_own() -> None:
     workload = replace(WORKLOADS["size-256"], map_size=(32, 32), out_size=(32, 32))
-    method = next(method for method in methods_for(workload, "cpu") if method.name == "folded-fp32")
+    method = next(method for method in methods_for(workload, "cpu") if method.name == "torch-fp32")
     entry = sizes.measure(method, workload, CpuClock())
     latent_map = 32 * 32 * 256 * 4
     assert entry["status"] == "ok" and entry["seconds"]["median"] > 0

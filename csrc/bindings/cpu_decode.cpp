@@ -15,6 +15,19 @@ void check_decode(const DecodeInputs& inputs, bool bf16) {
   STD_TORCH_CHECK(!bf16 || bf16_kernels(), "this processor has no AVX-512-BF16: multiply in float32");
 }
 
+// The problem with what only the CPU's kernels take: a query term, and a grid with positions of its own.
+template <class T>
+DecodeProblem<T> cpu_problem(const DecodeInputs& inputs, const MaybeTensor& query_term) {
+  DecodeProblem<T> p = decode_problem<T>(inputs);
+  p.query_term = checked<T>(query_term, "query_term", kCpu, {p.batch, p.queries, p.width});
+  const std::vector<double>& cell = inputs.grid_cell;
+  if (!p.coord && cell.size() == 6) {
+    p.rows = {cell[2], cell[3]};
+    p.cols = {cell[4], cell[5]};
+  }
+  return p;
+}
+
 // The slab that a tensor of bytes holds, or null if it is empty.
 char* checked_slab(const Tensor& saved) {
   if (saved.numel() == 0) return nullptr;
@@ -50,20 +63,21 @@ void cpu_set_slab_limit(int64_t bytes) { set_slab_limit(bytes); }
 
 Tensor decode(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTensor& cell,
               const Tensor& weight_geometry, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-              const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble, bool bf16,
-              const Tensor& saved, bool skips_corners) {
+              const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble,
+              const MaybeTensor& query_term, bool bf16, const Tensor& saved, bool skips_corners) {
   const DecodeInputs inputs{latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble};
   check_decode(inputs, bf16);
   return with_geometry(latent_map, [&](auto zero) {
     using T = decltype(zero);
-    DecodeProblem<T> p = decode_problem<T>(inputs);
+    DecodeProblem<T> p = cpu_problem<T>(inputs, query_term);
     const ScalarType dtype = latent_map.scalar_type();
     const bool bf16_map = bf16 && dtype == ScalarType::BFloat16;
     STD_TORCH_CHECK(bf16_map || dtype == kDtype<T>, "latent_map has the wrong dtype");
     Tensor out = empty<T>(latent_map, out_sizes(p));
     p.out = data<T>(out);
     // In double the rounding is smaller than the 1e-9 that every area has at least.
-    p.skips_corners = skips_corners && !p.coord && p.corners == 4 && sizeof(T) == sizeof(float);
+    p.skips_corners =
+        skips_corners && !p.coord && grid_cell.size() == 2 && p.corners == 4 && sizeof(T) == sizeof(float);
     decode_forward(p, bf16, bf16_map, checked_slab(saved));
     return out;
   });
@@ -73,16 +87,18 @@ std::vector<Tensor> boxed_decode_backward(const Tensor& grad_out, const Tensor& 
                                           const MaybeTensor& cell, const Tensor& weight_geometry,
                                           const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                                           const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble,
-                                          bool bf16, const Tensor& saved, bool coord_grad) {
+                                          const MaybeTensor& query_term, bool bf16, const Tensor& saved,
+                                          bool coord_grad) {
   const DecodeInputs inputs{latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble};
   check_decode(inputs, bf16);
   return with_geometry(latent_map, [&](auto zero) {
     using T = decltype(zero);
-    const DecodeProblem<T> p = decode_problem<T>(inputs);
+    const DecodeProblem<T> p = cpu_problem<T>(inputs, query_term);
     STD_TORCH_CHECK(latent_map.scalar_type() == kDtype<T>, "latent_map has the wrong dtype");
     DecodeGrads<T> grads{};
     grads.grad_out = checked<T>(grad_out, "grad_out", kCpu, out_sizes(p));
-    // In the order of DecodeInputs.differentiable: latent_map, weight_geometry, weights, biases, coord, cell.
+    // In the order of DecodeInputs.differentiable: latent_map, weight_geometry, weights, biases, coord, cell,
+    // query_term.
     std::vector<Tensor> out;
     const auto make = [&](const Sizes& sizes) {
       out.push_back(zeros<T>(latent_map, sizes));
@@ -94,6 +110,7 @@ std::vector<Tensor> boxed_decode_backward(const Tensor& grad_out, const Tensor& 
     for (int layer = 0; layer <= p.layers; ++layer) grads.biases[layer] = make({p.widths[layer]});
     if (p.coord && coord_grad) grads.coord = make({p.batch, p.queries, 2});
     if (p.cell && coord_grad) grads.cell = make({p.batch, p.queries, 2});
+    if (p.query_term) grads.query_term = make({p.batch, p.queries, p.width});
     decode_backward(p, grads, bf16, checked_slab(saved));
     return out;
   });

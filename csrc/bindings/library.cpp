@@ -42,11 +42,13 @@ void register_shared(Registry& ops) {
   ops.def("ensemble_backward(Tensor grad_out, Tensor pred, Tensor area_weight) -> (Tensor, Tensor)");
   ops.def(
       "decode(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, "
-      "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, bool bf16, Tensor(a!) saved, "
+      "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, Tensor? query_term, bool bf16, "
+      "Tensor(a!) saved, "
       "bool skips_corners) -> Tensor");
   ops.def(
       "decode_backward(Tensor grad_out, Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, "
-      "Tensor[] weights, Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, bool bf16, "
+      "Tensor[] weights, Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, Tensor? query_term, "
+      "bool bf16, "
       "Tensor saved, bool coord_grad) -> Tensor[]");
   ops.def(
       "metasr_query(Tensor latent_map, Tensor coord, Tensor cell, Tensor weight, Tensor bias, int[] region) -> Tensor");

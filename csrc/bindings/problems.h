@@ -63,8 +63,9 @@ DecodeProblem<T> decode_problem(const DecodeInputs& in) {
   STD_TORCH_CHECK(map.size(1) > 0 && map.size(2) > 0 && map.size(3) > 0, "latent_map must not be empty");
   STD_TORCH_CHECK(in.weight_geometry.dim() == 2, "weight_geometry must have 2 dimensions");
   STD_TORCH_CHECK(!in.coord || in.coord->dim() == 3, "coord must have 3 dimensions");
-  STD_TORCH_CHECK(in.coord || (in.grid.size() == 10 && in.grid_cell.size() == 2),
-                  "a grid is ten sizes and a cell of two");
+  STD_TORCH_CHECK(in.coord || (in.grid.size() == 10 && (in.grid_cell.size() == 2 || in.grid_cell.size() == 6)),
+                  "a grid is ten sizes and a cell of two, with origin and step of rows and columns if they are not the "
+                  "image's own");
   DecodeProblem<T> p =
       make_decode_problem<T>({map.size(0), map.size(1), map.size(2), map.size(3)}, in.coord ? in.coord->size(1) : 0,
                              in.coord ? nullptr : in.grid.data(), in.grid_cell.data(), in.local_ensemble);

@@ -130,11 +130,11 @@ static void hidden_backward(const DecodeProblem<T>& p, const Packed<Op>& packed,
   multiply<Op, false, Start::kZero, Finish::kMask>(below);
 }
 
-// Through the first layer: latent rows for the scatter, weight_geometry, its bias, and grad_rel (row, col, cell row,
-// cell col).
+// Through the first layer: latent rows for the scatter, weight_geometry, its bias, grad_rel (row, col, cell row, cell
+// col), and the gradient of query_term in `term` unless that is null.
 template <class Op, class T = typename Op::Acc>
 static void first_layer_backward(const DecodeProblem<T>& p, const Packed<Op>& packed, const TileSpan& span,
-                                 bool coord_grad, BackwardScratch<Op>& s, Sums<T>& sums, T* latent_rows) {
+                                 bool coord_grad, BackwardScratch<Op>& s, Sums<T>& sums, T* latent_rows, T* term) {
   using V = Vec<T>;
   const int64_t count = span.count * p.corners, width = round_up(p.width, V::kLanes);
   for (int64_t at = 0; at < count; ++at) {
@@ -153,6 +153,10 @@ static void first_layer_backward(const DecodeProblem<T>& p, const Packed<Op>& pa
     }
     add_scaled(sums.biases[0], T(1), grad, width);
     for (int64_t i = 0; i < p.width; ++i) latent_rows[at * p.width + i] = grad[i];
+    if (term) {
+      T* sum = term + (span.batch * p.queries + span.first + q) * p.width;
+      for (int64_t i = 0; i < p.width; ++i) sum[i] += grad[i];
+    }
   }
 }
 
@@ -243,7 +247,8 @@ static void backward_tiles(const DecodeProblem<T>& p, const DecodeGrads<T>& grad
     locate(p, span.batch, span.first, span.first + span.count, s.geometry);
     find_activations<Op, Latent>(p, packed, span, saved.tile(tile), s);
     layers_backward(p, grads, packed, span, s, sums);
-    first_layer_backward(p, packed, span, grads.coord != nullptr, s, sums, tiles.latent_rows + first_row * p.width);
+    first_layer_backward(p, packed, span, grads.coord != nullptr, s, sums, tiles.latent_rows + first_row * p.width,
+                         grads.query_term);
     if (grads.coord) geometry_backward(p, grads, span, s);
     for (int64_t row = 0; row < kTileRows; ++row)
       tiles.row_latent[first_row + row] = row < count ? s.geometry.latent[row] : -1;

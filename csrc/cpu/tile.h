@@ -169,8 +169,8 @@ LIIF_INLINE void locate_query(const DecodeProblem<T>& p, int64_t batch, int64_t 
   const int64_t in_batch = batch * p.queries + at;
   const int64_t row_pixel = p.coord ? 0 : p.window_top + at / p.window_width;
   const int64_t col_pixel = p.coord ? 0 : p.window_left + at % p.window_width;
-  const T center_row = p.coord ? p.coord[2 * in_batch] : pixel_center<T>(row_pixel, p.image_height);
-  const T center_col = p.coord ? p.coord[2 * in_batch + 1] : pixel_center<T>(col_pixel, p.image_width);
+  const T center_row = p.coord ? p.coord[2 * in_batch] : pixel_center<T>(row_pixel, p.rows);
+  const T center_col = p.coord ? p.coord[2 * in_batch + 1] : pixel_center<T>(col_pixel, p.cols);
   const int sides = p.corners == 4 ? 2 : 1;
   T rel_row[2], rel_col[2], weight[4];
   int64_t row[2], col[2];
@@ -247,6 +247,16 @@ static void first_layer(const DecodeProblem<typename Op::Acc>& p, const Packed<O
       for (int64_t i = 0; i < padded; i += V::kLanes) {
         auto x = V::fma(cell_row, V::load(packed.geometry[2] + i), V::load(packed.first_bias + i));
         V::store(base + i, V::fma(cell_col, V::load(packed.geometry[3] + i), x));
+      }
+      query_base = base;
+    }
+    if (p.query_term) {
+      const T* term = p.query_term + (span.batch * p.queries + span.first + q) * p.width;
+      for (int64_t i = 0; i < whole; i += V::kLanes)
+        V::store(base + i, V::add(V::load(query_base + i), V::load(term + i)));
+      if (whole < p.width) {
+        const auto rest = V::load_partial(term + whole, static_cast<int>(p.width - whole));
+        V::store(base + whole, V::add(V::load(query_base + whole), rest));
       }
       query_base = base;
     }

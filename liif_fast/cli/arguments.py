@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
+
+MODEL = "a .safetensors or .pth file, or a name that `liif-fast models` lists"
 
 
 def whole_number(text: str, most: int | None = None) -> int:
@@ -62,3 +65,32 @@ def _setting(text: str) -> tuple[str, Any]:
     except ValueError:
         known = "res_scale=0.1 or local_ensemble=false"
         raise argparse.ArgumentTypeError(f"'{text}' is not NAME=VALUE such as {known}") from None
+
+
+def add_target(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Add --scale and --size, one of which may be given."""
+    target = parser.add_mutually_exclusive_group(required=required)
+    scale = "a factor such as 3.7, or one for the width and one for the height such as 2x3"
+    target.add_argument("--scale", type=_scale, help=scale)
+    size = "WIDTHxHEIGHT of the result, such as 1920x1080 pixels; of 1920x (or 1920) and x1080 the other side follows"
+    target.add_argument("--size", type=_size, help=size)
+
+
+def _scale(text: str) -> float | tuple[float, float]:
+    parts = text.lower().split("x")
+    try:
+        factors = [float(part) for part in parts]
+    except ValueError:
+        factors = []
+    if len(factors) not in (1, 2) or not all(math.isfinite(factor) and factor > 0 for factor in factors):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number such as 3.7, nor two such as 2x3")
+    return factors[0] if len(factors) == 1 else (factors[1], factors[0])
+
+
+def _size(text: str) -> tuple[int | None, int | None]:
+    """(rows, columns), None for a side that follows from the other."""
+    width, _, height = text.lower().partition("x")
+    sides = [side for side in (width, height) if side]
+    if not sides or not all(side.isascii() and side.isdigit() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"'{text}' is not WIDTHxHEIGHT such as 1920x1080, 1920x or x1080")
+    return int(height) if height else None, int(width) if width else None

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import liif_fast
-from liif_fast.cli import bench, doctor, evaluate, messages, models, train, upscale
+from liif_fast.cli import bench, doctor, evaluate, export, messages, models, train, upscale
 from liif_fast.cli.messages import EXPECTED_ERRORS, Parser, print_error
 
-COMMANDS = (upscale.add, train.add, evaluate.add, models.add, bench.add, doctor.add)
+COMMANDS = (upscale.add, train.add, evaluate.add, models.add, export.add, bench.add, doctor.add)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

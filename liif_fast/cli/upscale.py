@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from liif_fast.cli.arguments import add_imports, add_settings, path, threads, whole_number
+from liif_fast.cli.arguments import MODEL, add_imports, add_settings, add_target, path, threads, whole_number
 from liif_fast.cli.messages import EXPECTED_ERRORS, print_error
 from liif_fast.images import files, tiles, upscaling
 from liif_fast.images.folders import list_pictures
@@ -53,13 +52,8 @@ def add(commands: Any) -> None:
     parser.add_argument("inputs", nargs="+", type=path, metavar="INPUT", help=inputs)
     output = f"a file ({_KNOWN}) for one input, a folder for any number of inputs, or - for a pipe"
     parser.add_argument("-o", "--output", required=True, type=_output, help=output)
-    target = parser.add_mutually_exclusive_group(required=True)
-    scale = "a factor such as 3.7, or one for the width and one for the height such as 2x3"
-    target.add_argument("--scale", type=_scale, help=scale)
-    size = "WIDTHxHEIGHT of the result, such as 1920x1080 pixels; of 1920x (or 1920) and x1080 the other side follows"
-    target.add_argument("--size", type=_size, help=size)
-    model = "a .safetensors or .pth file, or a name that `liif-fast models` lists (default: the best of these)"
-    parser.add_argument("--model", help=model)
+    add_target(parser, required=True)
+    parser.add_argument("--model", help=f"{MODEL} (default: the best of these)")
     add_settings(parser)
     add_imports(parser)
     parser.add_argument("--ensemble", action="store_true", help="average the results of all 8 flips and turns")
@@ -277,23 +271,3 @@ def _suffix(text: str) -> str:
     if Path(f"x{text}").name != f"x{text}":
         raise argparse.ArgumentTypeError(f"'{text}' cannot be part of a file's name")
     return text
-
-
-def _scale(text: str) -> upscaling.Scale:
-    parts = text.lower().split("x")
-    try:
-        factors = [float(part) for part in parts]
-    except ValueError:
-        factors = []
-    if len(factors) not in (1, 2) or not all(math.isfinite(factor) and factor > 0 for factor in factors):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number such as 3.7, nor two such as 2x3")
-    return factors[0] if len(factors) == 1 else (factors[1], factors[0])
-
-
-def _size(text: str) -> tuple[int | None, int | None]:
-    """(rows, columns), None for a side that follows from the other."""
-    width, _, height = text.lower().partition("x")
-    sides = [side for side in (width, height) if side]
-    if not sides or not all(side.isascii() and side.isdigit() and int(side) > 0 for side in sides):
-        raise argparse.ArgumentTypeError(f"'{text}' is not WIDTHxHEIGHT such as 1920x1080, 1920x or x1080")
-    return int(height) if height else None, int(width) if width else None

@@ -157,15 +157,18 @@ class ImplicitModel(Pretrained, nn.Module):
         if feat_region is not None:
             validation.check_reach(size, (top, left, rows, cols), region, feat, self._reach())
         geometry = geometry_dtype(feat)
-        cells = torch.tensor(cell or (2 / size[0], 2 / size[1]), dtype=geometry, device=feat.device)
-        step = max(1, _RENDER_CHUNK // max(cols, 1))
+        cells = cell or (2 / size[0], 2 / size[1])
+        # One pass even for an empty window, to get its shape. An exported program decodes all rows at once.
+        step = rows if torch.compiler.is_exporting() else max(1, _RENDER_CHUNK // max(cols, 1))
+        starts = [top] if torch.compiler.is_exporting() else range(top, top + max(rows, 1), step)
         chunks = []
-        for row in range(top, top + max(rows, 1), step):  # one pass even for an empty window, to get its shape
-            chunk = (row, left, min(step, top + rows - row), cols)
-            coord = window_coord(size, chunk, dtype=geometry, device=feat.device)
-            shape = (feat.shape[0], coord.shape[0], 2)
-            out = self._query_region(coord.expand(shape), cells.expand(shape), region)
-            chunks.append(out.transpose(1, 2).reshape(feat.shape[0], out.shape[-1], chunk[2], cols))
+        for row in starts:
+            count = rows if torch.compiler.is_exporting() else min(step, top + rows - row)
+            coord = window_coord(size, (row, left, count, cols), dtype=geometry, device=feat.device)
+            coord = coord.expand(feat.shape[0], -1, 2)
+            steps = torch.stack([torch.full_like(coord[..., 0], side) for side in cells], dim=-1)
+            out = self._query_region(coord, steps, region)
+            chunks.append(out.transpose(1, 2).reshape(feat.shape[0], out.shape[-1], count, cols))
         return torch.cat(chunks, dim=2)
 
     def _query_region(self, coord: Tensor, cell: Tensor, region: tuple[int, int, int, int]) -> Tensor:

@@ -4,11 +4,25 @@ from .backends import extension
 
 extension.load()
 
-from . import backends, reference  # noqa: E402
+from . import backends, flops, reference  # noqa: E402
+from .decode import decode  # noqa: E402
 from .ensemble import ensemble  # noqa: E402
 from .fold import fold, metasr_fold  # noqa: E402
 from .gather import gather  # noqa: E402
 from .metasr import metasr_query  # noqa: E402
 from .query import query, render  # noqa: E402
 
-__all__ = ["backends", "ensemble", "fold", "gather", "metasr_fold", "metasr_query", "query", "reference", "render"]
+flops.watch()
+
+__all__ = [
+    "backends",
+    "decode",
+    "ensemble",
+    "fold",
+    "gather",
+    "metasr_fold",
+    "metasr_query",
+    "query",
+    "reference",
+    "render",
+]

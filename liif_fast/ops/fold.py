@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import register_autograd, register_fake
 
 from .dtypes import allows_tf32, autocast_dtype, cpu_multiplies, latent_dtype, needs_grad, no_autocast
-from .namespace import NAMESPACE
+from .namespace import LIBRARY, register_op
 from .transforms import is_transformed
 
 _CPU_MULTIPLIES_BF16 = cpu_multiplies(torch.bfloat16)  # a constant for torch.compile
@@ -75,17 +76,20 @@ def _backward_in_bf16(grad_out: Tensor, feat: Tensor, kernels: Tensor, wanted: l
     return grad_feat, grad_kernels
 
 
-@torch.library.custom_op(f"{NAMESPACE}::convolution", mutates_args=())
+@register_op("convolution(Tensor feat, Tensor kernels, bool tf32) -> Tensor")
 def _convolution(feat: Tensor, kernels: Tensor, tf32: bool) -> Tensor:
     return _run(feat, kernels, tf32, transposed=False)
 
 
-@_convolution.register_fake
+@register_fake(_convolution, lib=LIBRARY)
 def _(feat: Tensor, kernels: Tensor, tf32: bool) -> Tensor:
     return F.conv2d(feat, kernels, padding=kernels.shape[-1] // 2)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::convolution_backward", mutates_args=())
+@register_op(
+    "convolution_backward(Tensor grad_out, Tensor feat, Tensor kernels, bool tf32, bool with_feat, bool with_kernels)"
+    " -> (Tensor, Tensor)"
+)
 def _convolution_backward(
     grad_out: Tensor, feat: Tensor, kernels: Tensor, tf32: bool, with_feat: bool, with_kernels: bool
 ) -> tuple[Tensor, Tensor]:
@@ -97,7 +101,7 @@ def _convolution_backward(
     return grad_feat, grad_kernels
 
 
-@_convolution_backward.register_fake
+@register_fake(_convolution_backward, lib=LIBRARY)
 def _(
     grad_out: Tensor, feat: Tensor, kernels: Tensor, tf32: bool, with_feat: bool, with_kernels: bool
 ) -> tuple[Tensor, Tensor]:
@@ -125,7 +129,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None,
     return grad_feat if with_feat else None, grad_kernels if with_kernels else None, None
 
 
-_convolution.register_autograd(_backward, setup_context=_setup)
+register_autograd(_convolution, _backward, setup_context=_setup, lib=LIBRARY)
 
 
 def _convolve(feat: Tensor, kernels: Tensor, tf32: bool) -> Tensor:

@@ -75,8 +75,11 @@ class DecodeInputs(NamedTuple):
     weights: list[Tensor]  # of the layers after the first, [out, in] each
     biases: list[Tensor]  # of all layers, [out] each
     grid: list[int]  # image height, width; window top, left, height, width; region top, left, map height, width; or []
-    grid_cell: list[float]  # row, col size of a pixel of the grid; or []
+    # Row, col size of a pixel of the grid; then, for another grid than the image's own, the center of its first pixel
+    # and the distance to the next one, of rows, of columns; or [].
+    grid_cell: list[float]
     local_ensemble: bool
+    query_term: Tensor | None  # [B, Q, K], added before the first activation
     matmul_dtype: torch.dtype  # of the operands of matrix products
 
     @property
@@ -113,6 +116,7 @@ class DecodeInputs(NamedTuple):
             latent_map=latent_map.contiguous(),
             coord=None if self.coord is None else self.coord.contiguous(),
             cell=None if self.cell is None else self.cell.contiguous(),
+            query_term=None if self.query_term is None else self.query_term.to(dtype).contiguous(),
             weight_geometry=self.weight_geometry.to(dtype).contiguous(),
             weights=[weight.to(dtype).contiguous() for weight in self.weights],
             biases=[bias.to(dtype).contiguous() for bias in self.biases],
@@ -125,4 +129,5 @@ class DecodeInputs(NamedTuple):
     def differentiable(self, coord_grad: bool) -> list[Tensor]:
         """The tensors that `decode_backward` returns a gradient for, in its order."""
         points = [tensor for tensor in (self.coord, self.cell) if tensor is not None] if coord_grad else []
-        return [self.latent_map, self.weight_geometry, *self.weights, *self.biases, *points]
+        term = [] if self.query_term is None else [self.query_term]
+        return [self.latent_map, self.weight_geometry, *self.weights, *self.biases, *points, *term]

@@ -3,101 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import first_use, reference, registration
-from .backends import OpRequest, calls, choose
-from .dtypes import autocast_dtype, geometry_dtype, needs_grad
+from . import first_use, reference
+from .backends import OpRequest, choose
+from .decode import Layers, Place, check_with, choose_decode, decode_on, grid_place
+from .dtypes import autocast_dtype, needs_grad
 from .ensemble import ensemble_on
 from .fold import fold, fold_for
 from .gather import gather_on
-from .inputs import DecodeInputs
-from .validation import (
-    check_cell,
-    check_feat,
-    check_latent_map,
-    check_layers,
-    check_points,
-    check_reach,
-    check_region,
-    check_size,
-    check_window,
-    in_dim,
-)
+from .validation import check_cell, check_feat, check_latent_map, check_layers, check_points, in_dim
 
 
-class _Imnet(NamedTuple):
-    """The imnet of a decode and the paper's switches, validated."""
-
-    weights: Sequence[Tensor]
-    biases: Sequence[Tensor]
-    local_ensemble: bool
-    feat_unfold: bool
-    cell_decode: bool
-    matmul_dtype: torch.dtype  # autocast's, otherwise feat's
-    out_dtype: torch.dtype  # float32 under autocast, otherwise feat's
-
-    @property
-    def switches(self) -> tuple[bool, bool, bool]:
-        return self.local_ensemble, self.feat_unfold, self.cell_decode
-
-    @property
-    def flags(self) -> dict[str, bool]:
-        return dict(zip(("local_ensemble", "feat_unfold", "cell_decode"), self.switches))
-
-
-def _checked_imnet(
+def _checked_layers(
     feat: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     latent_map: Tensor | None,
     switches: tuple[bool, bool, bool],  # local_ensemble, feat_unfold, cell_decode
-) -> _Imnet:
-    autocast = autocast_dtype(feat)
-    check_layers(weights, biases, in_dim(feat, *switches[1:]), feat, autocast=autocast is not None)
+) -> Layers:
+    local_ensemble, feat_unfold, cell_decode = switches
+    autocast = autocast_dtype(feat) is not None
+    check_layers(weights, biases, in_dim(feat, feat_unfold, cell_decode), feat, autocast=autocast)
     if latent_map is not None:
         check_latent_map(latent_map, feat, weights)
-    matmul_dtype, out_dtype = (feat.dtype, feat.dtype) if autocast is None else (autocast, torch.float32)
-    return _Imnet(weights, biases, *switches, matmul_dtype, out_dtype)
-
-
-def _choose(
-    feat: Tensor, imnet: _Imnet, others: Sequence[Tensor | None], recompute: bool, backend: str | None, queries: int
-) -> str:
-    """As `choose`, for a decode with these arguments; checks a GPU's kernels at their first use.
-
-    others: latent_map, and coord and cell if they are tensors.
-    """
-    widths = tuple(weight.shape[0] for weight in imnet.weights)
-    layer_grads = needs_grad(feat, *imnet.weights, *imnet.biases)
-    point_grads = needs_grad(*others[1:])
-    request = OpRequest.on(feat, "decode", widths, [*others, *imnet.weights, *imnet.biases])
-    request = request._replace(matmul_dtype=imnet.matmul_dtype, trains=layer_grads or point_grads, queries=queries)
-    kernels = first_use.Combination(
-        "",
-        request.device,
-        request.device_index,
-        feat.dtype,
-        imnet.matmul_dtype,
-        imnet.switches,
-        layer_grads,
-        point_grads,
-        recompute,
-        widths,
-    )
-
-    def against(name: str, _: OpRequest) -> str:
-        return first_use.against(kernels._replace(backend=name), first_use.Decoders(query, render))
-
-    return choose(request, backend, against)
+    return Layers.of(weights[0][:, -(4 if cell_decode else 2) :], weights[1:], biases, local_ensemble, feat)
 
 
 def _gather_is_cheaper(feat: Tensor, coord: Tensor) -> bool:
-    """Whether few queries gather their latents faster than feat is folded; an exported program serves any number."""
-    return not torch.compiler.is_exporting() and 4 * coord.shape[1] < feat.shape[2] * feat.shape[3]
+    """Whether few queries gather their latents faster than feat is folded; a traced program serves any number."""
+    sizes = (coord.shape[1], *feat.shape[2:])
+    if torch.compiler.is_exporting() or any(isinstance(size, torch.SymInt) for size in sizes):
+        return False
+    return 4 * sizes[0] < sizes[1] * sizes[2]
 
 
 def _query_by_layers(
@@ -117,38 +58,20 @@ def _query_by_layers(
 
 
 def _decode(
-    feat: Tensor,
-    imnet: _Imnet,
-    latent_map: Tensor | None,
-    points: tuple[Tensor | None, Tensor | None],
-    grid: tuple[list[int], list[float]],
-    keep: bool,
     backend: str,
+    feat: Tensor,
+    first: Tensor,  # weights[0]
+    latent_map: Tensor | None,
+    layers: Layers,
+    place: Place,
+    feat_unfold: bool,
+    keep: bool,
 ) -> Tensor:
-    """The registered op: either points are (coord, cell) and grid is empty, or the reverse.
-
-    keep: whether the forward keeps activations for its backward.
-    """
-    weights, biases = imnet.weights, imnet.biases
-    recorded = needs_grad(feat, *points, *weights, *biases)
+    """`decode_on` of the latent map, which is made of feat unless it is given."""
+    recorded = needs_grad(feat, *place.tensors, first, *layers.tensors)
     if latent_map is None:
-        latent_map = fold_for(feat, weights[0], imnet.feat_unfold, imnet.matmul_dtype, recorded)
-    dtype = geometry_dtype(latent_map)
-    coord, cell = (None if tensor is None else tensor.to(dtype) for tensor in points)
-    inputs = DecodeInputs(
-        latent_map,
-        coord,
-        cell,
-        weights[0][:, -(4 if imnet.cell_decode else 2) :],
-        list(weights[1:]),
-        list(biases),
-        *grid,
-        imnet.local_ensemble,
-        imnet.matmul_dtype,
-    )
-    if backend == "torch":
-        return calls.decode(inputs)
-    return registration.decode(*inputs, keep if recorded else None, needs_grad(*points), backend)[0]
+        latent_map = fold_for(feat, first, feat_unfold, layers.matmul_dtype, recorded)
+    return decode_on(backend, latent_map, layers, place, keep, recorded)
 
 
 def query(
@@ -195,17 +118,17 @@ def query(
         check_cell(cell, coord, feat)
     else:
         cell = None
-    imnet = _checked_imnet(feat, weights, biases, latent_map, (local_ensemble, feat_unfold, cell_decode))
-
-    queries = coord.shape[0] * coord.shape[1]
-    name = _choose(feat, imnet, (latent_map, coord, cell), recompute, backend, queries)
+    layers = _checked_layers(feat, weights, biases, latent_map, (local_ensemble, feat_unfold, cell_decode))
+    place = Place(coord, cell)
+    name = choose_decode(feat, layers, place, latent_map, feat_unfold, recompute, backend)
+    flags = {"local_ensemble": local_ensemble, "feat_unfold": feat_unfold, "cell_decode": cell_decode}
     if name == "reference":
-        out = reference.query(feat, coord, cell, weights, biases, **imnet.flags)
+        out = reference.query(feat, coord, cell, weights, biases, **flags)
     elif latent_map is None and _gather_is_cheaper(feat, coord):
-        out = _query_by_layers(feat, coord, cell, weights, biases, backend=name, **imnet.flags)
+        out = _query_by_layers(feat, coord, cell, weights, biases, backend=name, **flags)
     else:
-        out = _decode(feat, imnet, latent_map, (coord, cell), ([], []), not recompute, name)
-    return out.to(imnet.out_dtype)
+        out = _decode(name, feat, weights[0], latent_map, layers, place, feat_unfold, not recompute)
+    return out.to(layers.out_dtype)
 
 
 def render(
@@ -217,6 +140,7 @@ def render(
     window: Sequence[int] | None = None,
     cell: Sequence[float] | None = None,
     feat_region: Sequence[int] | None = None,
+    source: Sequence[float] | None = None,
     local_ensemble: bool = True,
     feat_unfold: bool = True,
     cell_decode: bool = True,
@@ -234,6 +158,8 @@ def render(
         cell: (row, col) size of a query pixel in [-1, 1] units; None is the grid's own, (2/rows, 2/columns).
         feat_region: (top, left, H, W): feat is the part of an H x W feature map that begins at latent (top, left). It
             must hold every latent that the window reaches, and one more on each side with feat_unfold. None: all of it.
+        source: (top, left, height, width) of the part of the input that the image of `size` shows, in input pixels
+            (latents of the whole map). The numbers need not be whole; the part may lie beyond the border. None: all.
         local_ensemble, feat_unfold, cell_decode: the paper's switches.
         latent_map: `fold(feat, weights[0])` if precomputed, [B, H, W, K].
         recompute: whether the backward computes activations again instead of keeping them: less memory, more time.
@@ -248,24 +174,20 @@ def render(
         the window. RuntimeError: the named backend cannot run this.
     """
     check_feat(feat)
-    image = check_size("size", size)
-    area = check_window(window, image)
-    region = check_region(feat_region, feat)
-    if feat_region is not None:
-        check_reach(image, area, region, feat, 1 if feat_unfold else 0)
-    if cell is not None and len(cell) != 2:
-        raise ValueError(f"cell must be (row, col), two numbers in [-1, 1] units, got {tuple(cell)}")
-    cells = (2 / image[0], 2 / image[1]) if cell is None else (float(cell[0]), float(cell[1]))
-    imnet = _checked_imnet(feat, weights, biases, latent_map, (local_ensemble, feat_unfold, cell_decode))
-
-    name = _choose(feat, imnet, (latent_map,), recompute, backend, feat.shape[0] * area[2] * area[3])
+    place = grid_place(feat, size, window, cell, source, feat_region, 1 if feat_unfold else 0)
+    layers = _checked_layers(feat, weights, biases, latent_map, (local_ensemble, feat_unfold, cell_decode))
+    name = choose_decode(feat, layers, place, latent_map, feat_unfold, recompute, backend)
     if name == "reference":
-        place: dict[str, Any] = {"window": area, "cell": cells, "feat_region": region, **imnet.flags}
-        out = reference.render(feat, image, weights, biases, **place)
+        image, area, region = (tuple(place.grid[part]) for part in (slice(2), slice(2, 6), slice(6, 10)))
+        flags = {"local_ensemble": local_ensemble, "feat_unfold": feat_unfold, "cell_decode": cell_decode}
+        where: dict[str, Any] = {"window": area, "cell": place.grid_cell[:2], "feat_region": region, "source": source}
+        out = reference.render(feat, image, weights, biases, **where, **flags)  # type: ignore[arg-type]
     else:
-        grid = ([*image, *area, *region], list(cells))
-        out = _decode(feat, imnet, latent_map, (None, None), grid, not recompute, name)
-    return out.to(imnet.out_dtype)
+        out = _decode(name, feat, weights[0], latent_map, layers, place, feat_unfold, not recompute)
+    return out.to(layers.out_dtype)
+
+
+check_with(first_use.Decoders(query, render))
 
 
 def latent_map_for(

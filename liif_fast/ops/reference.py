@@ -120,13 +120,52 @@ def query(
     return ensemble(imnet(x, weights, biases), area_weight)
 
 
-def window_coord(
-    size: tuple[int, int], window: tuple[int, int, int, int], *, dtype: torch.dtype, device: torch.device | str | None
+def decode(
+    latent_map: Tensor,  # [B, H, W, K]
+    coord: Tensor,  # [B, Q, 2]
+    cell: Tensor | None,  # [B, Q, 2]
+    weight_geometry: Tensor,  # [K, 2 or 4]
+    weights: Sequence[Tensor],  # of the layers after the first
+    biases: Sequence[Tensor],  # of all layers
+    query_term: Tensor | None,  # [B, Q, K]
+    *,
+    local_ensemble: bool = True,
 ) -> Tensor:
-    """Pixel centers [h*w, 2] of window (top, left, h, w) of an image of `size`, row by row."""
+    """The decode of any latent map -> [B,Q,O]; see `liif_fast.ops.decode`."""
+    width = latent_map.shape[-1]
+    cell = cell if weight_geometry.shape[1] == 4 else None
+    feat = latent_map.permute(0, 3, 1, 2)
+    x, area_weight = gather(feat, coord, cell, feat_unfold=False, local_ensemble=local_ensemble)
+    x = x[..., :width] + F.linear(x[..., width:].to(weight_geometry.dtype), weight_geometry, biases[0])
+    if query_term is not None:
+        x = x + query_term.unsqueeze(2)
+    x = x.to(biases[0].dtype)
+    return ensemble(imnet(F.relu(x), weights, biases[1:]) if weights else x, area_weight)
+
+
+def window_coord(
+    size: Sequence[int],
+    window: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    source: tuple[Sequence[float], Sequence[int]] | None = None,
+) -> Tensor:
+    """Pixel centers [h*w, 2] of window (top, left, h, w) of an image of `size`, row by row.
+
+    source: ((top, left, height, width), (H, W)): the part of an H x W map that the image shows; None: all of it.
+    """
     top, left, height, width = window
-    rows = pixel_centers(size[0], dtype=dtype, device=device)[top : top + height]
-    cols = pixel_centers(size[1], dtype=dtype, device=device)[left : left + width]
+    axes = []
+    for axis in (0, 1):
+        if source is None:
+            axes.append(pixel_centers(size[axis], dtype=dtype, device=device))
+            continue
+        box, pixels = source
+        index = torch.arange(size[axis], dtype=torch.float64, device=device)
+        latent = box[axis] + (index + 0.5) * box[2 + axis] / size[axis]  # from the map's edge
+        axes.append((latent / pixels[axis] * 2 - 1).to(dtype))
+    rows, cols = axes[0][top : top + height], axes[1][left : left + width]
     return torch.stack(torch.meshgrid(rows, cols, indexing="ij"), dim=-1).view(-1, 2)
 
 
@@ -145,13 +184,15 @@ def render(
     window: tuple[int, int, int, int],
     cell: tuple[float, float],
     feat_region: tuple[int, int, int, int],
+    source: Sequence[float] | None = None,
     local_ensemble: bool = True,
     feat_unfold: bool = True,
     cell_decode: bool = True,
 ) -> Tensor:
     """The whole decode on a window of a regular grid -> [B,O,h,w]; see `liif_fast.ops.render`."""
     feat = _whole_map(feat, feat_region)
-    coord = window_coord(size, window, dtype=geometry_dtype(feat), device=feat.device)
+    box = None if source is None else (source, feat_region[2:])
+    coord = window_coord(size, window, dtype=geometry_dtype(feat), device=feat.device, source=box)
     coord = coord.unsqueeze(0).expand(feat.shape[0], -1, 2)
     cells = coord.new_tensor(cell).expand(coord.shape)
     parts = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -62,6 +63,60 @@ def check_layers(
                 )
 
 
+def check_general(
+    latent_map: Tensor, weight_geometry: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *, autocast: bool
+) -> None:
+    """The latent map and the layers of `decode`."""
+    if latent_map.dim() != 4 or 0 in latent_map.shape[1:]:
+        raise ValueError(f"latent_map must be [B, H, W, K] with latents, got shape {tuple(latent_map.shape)}")
+    if not latent_map.is_floating_point():
+        raise TypeError(f"latent_map must be a floating point tensor, got {latent_map.dtype}")
+    width = latent_map.shape[3]
+    if weight_geometry.dim() != 2 or weight_geometry.shape[0] != width or weight_geometry.shape[1] not in (2, 4):
+        raise ValueError(f"weight_geometry must be [{width}, 2] or [{width}, 4], got {tuple(weight_geometry.shape)}")
+    if len(biases) != len(weights) + 1:
+        raise ValueError(f"decode needs a bias for each of its 1 + {len(weights)} layers, got {len(biases)}")
+    layers = zip([weight_geometry, *weights], biases, strict=True)
+    for layer, (weight, bias) in enumerate(layers):
+        name = f"weights[{layer - 1}]" if layer else "weight_geometry"
+        if layer and (weight.dim() != 2 or weight.shape[1] != width):
+            raise ValueError(f"{name} must be [out, {width}], got {tuple(weight.shape)}")
+        width = weight.shape[0]
+        if bias.shape != (width,):
+            raise ValueError(f"biases[{layer}] must be [{width}], got {tuple(bias.shape)}")
+        for tensor, called in ((weight, name), (bias, f"biases[{layer}]")):
+            if tensor.device != latent_map.device:
+                raise ValueError(f"{called} is on {tensor.device} but latent_map is on {latent_map.device}: move it")
+            if not autocast and tensor.dtype != biases[0].dtype:
+                raise TypeError(f"{called} is {tensor.dtype} but biases[0] is {biases[0].dtype}: use one dtype")
+    narrow = biases[0].dtype.itemsize == 2
+    if not autocast and latent_map.dtype != biases[0].dtype and not (narrow and latent_map.dtype == torch.float32):
+        raise TypeError(f"latent_map is {latent_map.dtype} but the layers are {biases[0].dtype}: use one dtype")
+
+
+def check_query_term(query_term: Tensor, shape: Sequence[int], latent_map: Tensor) -> None:
+    if tuple(query_term.shape) != tuple(shape) or query_term.device != latent_map.device:
+        raise ValueError(
+            f"query_term must be {tuple(shape)} on {latent_map.device}, got {tuple(query_term.shape)} on "
+            f"{query_term.device}"
+        )
+    if not query_term.is_floating_point():
+        raise TypeError(f"query_term must be a floating point tensor, got {query_term.dtype}")
+
+
+def check_source(source: Sequence[float] | None) -> tuple[float, float, float, float] | None:
+    """source (top, left, height, width), in latents; any place, but not empty."""
+    if source is None:
+        return None
+    if len(source) != 4 or not all(map(math.isfinite, source)) or min(source[2:]) <= 0:
+        raise ValueError(
+            f"source must be (top, left, height, width) in input pixels with a positive height and width, got "
+            f"{tuple(source)}"
+        )
+    top, left, height, width = map(float, source)
+    return top, left, height, width
+
+
 def in_dim(feat: Tensor, feat_unfold: bool, with_cell: bool) -> int:
     """Inputs of an imnet: the latent (with its eight neighbors), rel_coord and rel_cell."""
     return feat.shape[1] * (9 if feat_unfold else 1) + 2 + (2 if with_cell else 0)
@@ -111,16 +166,21 @@ def check_region(region: Sequence[int] | None, feat: Tensor) -> tuple[int, int, 
     return top, left, height, width
 
 
-def latent_range(first: int, count: int, pixels: int, latents: int, reach: int) -> tuple[int, int]:
+def latent_range(
+    first: int, count: int, pixels: int, latents: int, reach: int, shown: tuple[float, float] | None = None
+) -> tuple[int, int]:
     """First and last latent that `count` pixels from `first` touch along an axis, widened by `reach` latents.
 
     The center of pixel p is at (p + 0.5) * latents / pixels - 0.5, in latents, and the pixel reads the latents on both
     sides of it. The margin covers centers that coincide: there the shift of 1e-6 and the rounding of float32 decide.
+    shown: (first, number) of the latents that all pixels show, which need not be whole; None: all of them.
     """
     margin = 0.01
-    low = (first + 0.5) * latents / pixels - 0.5 - margin
-    high = (first + count - 0.5) * latents / pixels - 0.5 + margin
-    return max(math.floor(low) - reach, 0), min(math.floor(high) + 1 + reach, latents - 1)
+    start, extent = shown or (0, latents)
+    low = start + (first + 0.5) * extent / pixels - 0.5 - margin
+    high = start + (first + count - 0.5) * extent / pixels - 0.5 + margin
+    last = latents - 1
+    return min(max(math.floor(low) - reach, 0), last), max(min(math.floor(high) + 1 + reach, last), 0)
 
 
 def check_reach(
@@ -129,12 +189,14 @@ def check_reach(
     region: tuple[int, int, int, int],
     feat: Tensor,
     reach: int,
+    source: tuple[float, float, float, float] | None = None,
 ) -> None:
     """Every latent the window needs lies in feat."""
     if window[2] == 0 or window[3] == 0:
         return
     for axis, name in enumerate(("rows", "columns")):
-        low, high = latent_range(window[axis], window[2 + axis], size[axis], region[2 + axis], reach)
+        shown = None if source is None else (source[axis], source[2 + axis])
+        low, high = latent_range(window[axis], window[2 + axis], size[axis], region[2 + axis], reach, shown)
         first, last = region[axis], region[axis] + feat.shape[2 + axis] - 1
         if low < first or high > last:
             raise ValueError(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from liif_fast.ops import backends
+from liif_fast.ops.backends.cuda import hopper
 from liif_fast.ops.inputs import DecodeInputs
 from tests.backends import set_device
 from tests.cuda.emulator import build
@@ -24,6 +25,9 @@ def test_limits_are_those_of_the_headers():
         "width_step": backends._FUSED_WIDTH_STEP,
         "outs": backends._FUSED_OUTS,
         "row_padding": cuda_decode._ROW_PADDING,
+        "wgmma_outs": hopper.MOST_OUTS,
+        "wgmma_hidden": hopper.MOST_HIDDEN,
+        "wgmma_queries": hopper.MOST_QUERIES,
     }
 
 
@@ -40,7 +44,7 @@ def test_saved_activations_fit_into_the_bytes_that_python_allocates(policy, devi
         latent_map = torch.empty(1, 2, 2, hidden[0])
         for ensemble, queries, coord_grad in itertools.product((False, True), (1, 33, 500), (False, True)):
             points = torch.empty(1, queries, 2), None, torch.empty(hidden[0], 2)
-            inputs = DecodeInputs(latent_map, *points, weights, [], [], [], ensemble, dtype)
+            inputs = DecodeInputs(latent_map, *points, weights, [], [], [], ensemble, None, dtype)
             rows = cuda_decode._padded_rows(inputs.rows)
             exact = kernels.saved_bytes(policy, max(hidden), len(hidden) - 1, ensemble, coord_grad, rows)
             spare = cuda_decode._SAVED_ALIGNMENT + 8 * len(hidden) * rows

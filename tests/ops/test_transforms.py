@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from liif_fast import ops
 from liif_fast.models import LIIF
@@ -39,7 +40,14 @@ def functions(backend=None):
     def render(feat, *layers):
         return ops.render(feat, (7, 9), layers[:3], layers[3:], window=(1, 2, 5, 6), backend=backend)
 
+    def decode(latent_map, coord, cell, geometry, term, *layers):
+        weights, biases = layers[:2], layers[2:]
+        options = {"coord": coord, "cell": cell, "query_term": term, "backend": backend}
+        return ops.decode(latent_map, geometry, weights, biases, **options)
+
+    general = [ops.fold(points[0], points[3]), *points[1:3], points[3][:, -4:].clone(), torch.rand(1, 20, 8).double()]
     return {
+        "decode": (decode, [*general, *points[4:]]),
         "gather": (lambda *t: ops.gather(*t, backend=backend)[0], points[:3]),
         "weights": (lambda *t: ops.gather(*t, backend=backend)[1], points[:3]),
         "ensemble": (lambda *t: ops.ensemble(*t, backend=backend), blend),
@@ -49,7 +57,7 @@ def functions(backend=None):
     }
 
 
-NAMES = ["gather", "weights", "ensemble", "query", "render", "metasr"]
+NAMES = ["decode", "gather", "weights", "ensemble", "query", "render", "metasr"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -202,6 +210,14 @@ def test_an_exported_program_takes_few_queries_and_many():
     for count in (2, 7, 20):
         expected = ops.query(feat, coord[:, :count], cell[:, :count], layers[:3], layers[3:])
         torch.testing.assert_close(program(feat, coord[:, :count], cell[:, :count]), expected)
+
+
+def test_a_symbolic_trace_does_not_compare_queries_with_the_map():
+    function, (feat, coord, cell, *layers) = functions("torch")["query"]
+    feat = feat.repeat(1, 1, 7, 11)
+    traced = make_fx(function, tracing_mode="symbolic")(feat, coord[:, :5], cell[:, :5], *layers)
+    assert not [guard for guard in traced.shape_env.guards if "4*" in str(guard.expr)]
+    torch.testing.assert_close(traced(feat, coord, cell, *layers), function(feat, coord, cell, *layers))
 
 
 def test_the_table_ends_with_pytorchs_calls(monkeypatch):

@@ -35,6 +35,7 @@ class OpRequest(NamedTuple):
     trains: bool = False  # decode: whether autograd records it
     queries: int | None = None  # decode: of the whole batch
     transformed: bool = False  # see transforms.is_transformed
+    extras: tuple[str, ...] = ()  # decode: what only some backends fuse, such as 'a query term'
 
     @classmethod
     def on(
@@ -101,8 +102,14 @@ def can_run_cpu(request: OpRequest, raise_error: bool = False) -> bool:
     return _result(reason, raise_error)
 
 
+def _against_extras(backend: str, request: OpRequest) -> str:
+    return f"backend '{backend}' decodes without {' and '.join(request.extras)}: use 'torch'" if request.extras else ""
+
+
 def _against_fused_cuda(request: OpRequest) -> str:
     """Why the fused CUDA kernels cannot decode with this imnet; '' where they can."""
+    if request.extras:
+        return _against_extras("cuda", request)
     if request.dtype == torch.float64:
         return "backend 'cuda' decodes in float32, bfloat16 or float16, not float64: use 'reference' or gather"
     hidden = request.widths[:-1]
@@ -154,8 +161,9 @@ def can_run_triton(request: OpRequest, raise_error: bool = False) -> bool:
         reason = "backend 'triton' needs a GPU, and torch finds none of Intel's that it can use"
     elif request.dtype not in _FLOATS:
         reason = f"backend 'triton' takes float64, float32, bfloat16 or float16 features, not {request.dtype}"
-    elif request.device == "cuda":
-        reason = gpu.against_age("triton", request.device_index)
+    else:
+        age = gpu.against_age("triton", request.device_index) if request.device == "cuda" else ""
+        reason = age or _against_extras("triton", request)
     return _result(reason, raise_error)
 
 
@@ -179,15 +187,26 @@ if _forced is not None:
     _checked(_forced, "LIIF_FAST_BACKEND")
 
 
+def against_hopper(request: OpRequest) -> str:
+    """Why the `cuda` backend would not decode with its Hopper kernel; '' where it would."""
+    reason = cuda.hopper.against_device(request.device, request.device_index)
+    dtype = request.matmul_dtype or request.dtype
+    return reason or cuda.hopper.against_imnet(request.widths, dtype, request.trains)
+
+
+def preference(request: OpRequest) -> preferences.Preference | None:
+    """The row of `preferences.TABLE` for the request; None where there is none."""
+    if request.device != "cuda":
+        return None
+    dtype, uses_hopper = request.matmul_dtype or request.dtype, request.op == "decode" and not against_hopper(request)
+    found = gpu.capability(request.device_index)
+    return preferences.find(found, request.op, dtype, request.trains, request.queries, uses_hopper)
+
+
 def in_order(request: OpRequest) -> list[str]:
     """The names of BACKENDS, beginning with the one that `preferences.TABLE` puts first for the request."""
-    names = list(BACKENDS)
-    if request.device == "cuda":
-        dtype = request.matmul_dtype or request.dtype
-        row = preferences.find(gpu.capability(request.device_index), request.op, dtype, request.trains, request.queries)
-        if row is not None:
-            names = [row.first, *(name for name in names if name != row.first)]
-    return names
+    names, row = list(BACKENDS), preference(request)
+    return names if row is None else [row.first, *(name for name in names if name != row.first)]
 
 
 def choose(request: OpRequest, backend: str | None = None, against: _Against = lambda *_: "") -> str:

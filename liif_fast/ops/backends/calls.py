@@ -137,11 +137,14 @@ def _decode_tile(inputs: DecodeInputs, latents: Tensor, first: int, last: int) -
     if inputs.coord is None:
         image, (top, left), columns, region = inputs.grid[:2], inputs.grid[2:4], inputs.grid[5], inputs.grid[6:]
         pixel = query - entry * inputs.entry_queries
-        coord = [
-            _center((pixel // columns + top).to(dtype), image[0]),
-            _center((pixel % columns + left).to(dtype), image[1]),
-        ]
-        cell = [torch.full_like(coord[0], size) for size in inputs.grid_cell]
+        row = pixel // columns
+        col = pixel - row * columns  # a remainder by a symbolic number has no counterpart in ONNX
+        if len(inputs.grid_cell) == 2:
+            coord = [_center((row + top).to(dtype), image[0]), _center((col + left).to(dtype), image[1])]
+        else:
+            _, _, row_origin, row_step, col_origin, col_step = inputs.grid_cell
+            coord = [row_origin + row_step * (row + top).to(dtype), col_origin + col_step * (col + left).to(dtype)]
+        cell = [torch.full_like(coord[0], size) for size in inputs.grid_cell[:2]]
     else:
         region = [0, 0, height, width]
         coord, cell = (
@@ -158,6 +161,8 @@ def _decode_tile(inputs: DecodeInputs, latents: Tensor, first: int, last: int) -
         found = torch.where(unknown[:, None, None], 0, found)
     # In 16 bits a coordinate would lose its place.
     x = F.linear(_rel(rows, cols, cell), inputs.weight_geometry.to(dtype), inputs.biases[0].to(dtype)) + found
+    if inputs.query_term is not None:
+        x = x + inputs.query_term.flatten(0, 1)[first:last].unsqueeze(1)
     for weight, bias in zip(inputs.weights[:-1], inputs.biases[1:-1]):
         x = F.linear(F.relu(x).to(matmul_dtype), weight.to(matmul_dtype), bias.to(matmul_dtype))
     # The blend and the last layer, which is small, round nothing to 16 bits.

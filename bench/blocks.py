@@ -77,6 +77,7 @@ def where(result: dict[str, Any]) -> str:
 def _source(result: dict[str, Any], warnings: list[str]) -> str:
     """The line below a table: the device, the saved file, and the warnings about the numbers."""
     path = result["path"]
+    warnings = [*warnings, *[machine.SHARED] * (result["machine"]["load_before"] > machine.BUSY_LOAD)]
     warning = f" **{' '.join(sorted(set(warnings)))}**" if warnings else ""
     return f"{where(result)}: [{path}](bench/results/{path}).{warning}\n"
 
@@ -220,10 +221,7 @@ def patch_table(found: Results) -> str | None:
 def relatives_table(found: Results) -> str | None:
     """The models of LIIF's relatives with decoders of plain PyTorch and around the ops."""
     result = _newest(found, relatives.NAME)
-    if result is None:
-        return None
-    busy = result["machine"]["load_before"] > machine.BUSY_LOAD
-    return f"{relatives.table(result)}\n{_source(result, [*result['warnings'], *[machine.SHARED] * busy])}"
+    return f"{relatives.table(result)}\n{_source(result, result['warnings'])}" if result else None
 
 
 def loader_block(found: Results) -> str | None:

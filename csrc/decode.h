@@ -78,8 +78,8 @@ DecodeProblem<T> make_decode_problem(const int64_t (&latent_map)[4], int64_t que
   if (!grid) return p;
   p.image_height = grid[0];
   p.image_width = grid[1];
-  p.rows = PixelAxis::of_image(p.image_height);
-  p.cols = PixelAxis::of_image(p.image_width);
+  p.rows = image_axis(p.image_height);
+  p.cols = image_axis(p.image_width);
   p.window_top = grid[2];
   p.window_left = grid[3];
   p.window_height = grid[4];

@@ -36,12 +36,13 @@ constexpr double kEpsArea = 1e-9;   // keeps the weights finite where all areas 
 // Pixels along an axis: the center of the first one, and the distance between neighbors.
 struct PixelAxis {
   double origin, step;
-  // Of `size` pixels that tile [-1, 1].
-  LIIF_HOST_DEVICE PixelAxis of_image(int64_t size) {
-    const double half = 1.0 / static_cast<double>(size);
-    return {-1.0 + half, 2.0 * half};
-  }
 };
+
+// The axis of `size` pixels that tile [-1, 1]. No member: nvcc's LIIF_HOST_DEVICE does not make it static.
+LIIF_HOST_DEVICE PixelAxis image_axis(int64_t size) {
+  const double half = 1.0 / static_cast<double>(size);
+  return {-1.0 + half, 2.0 * half};
+}
 
 // Center of pixel `index` of an axis.
 template <class T>
@@ -52,7 +53,7 @@ LIIF_HOST_DEVICE T pixel_center(int64_t index, const PixelAxis& axis) {
 // Center of pixel `index` of `size` pixels that tile [-1, 1].
 template <class T>
 LIIF_HOST_DEVICE T pixel_center(int64_t index, int64_t size) {
-  return pixel_center<T>(index, PixelAxis::of_image(size));
+  return pixel_center<T>(index, image_axis(size));
 }
 
 // Keeps a coordinate inside the map; NaN stays NaN.

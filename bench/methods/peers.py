@@ -1,6 +1,6 @@
-"""Inference engines as peers of the decode: the folded baseline's tile as an ONNX graph, run by the engines' kernels.
+"""Inference engines as peers of the decode: a tile of the backend `torch` as an ONNX graph, run by each engine.
 
-`pip install '.[bench]'` brings them. The latent map is PyTorch's convolution, as in the folded baseline.
+`pip install '.[bench]'` brings them. The latent map is PyTorch's convolution, as in that backend.
 """
 
 from __future__ import annotations
@@ -14,23 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.methods import folded
 from bench.methods.method import Job, Method, Prepared
+from liif_fast import ops
+from liif_fast.benchmark.problem import DecodeProblem
 
 Engine = Callable[..., Any]  # arrays of the graph's inputs -> the array of its output
-_INPUTS = ("latents", "coord", "cell", "entry")
+TILE = 2048  # queries at most: the activations fit into the cache
+_INPUTS = ("latent_map", "coord", "cell")
 _NEEDED = {"onnxruntime": ("onnxruntime", "onnxscript"), "openvino": ("openvino", "onnxscript")}
 
 
 class _Tile(nn.Module):
-    """`folded.decode_tile` with the weights inside."""
+    """The decode of some queries, with the weights inside."""
 
-    def __init__(self, map_size: tuple[int, int], *layers: Any) -> None:
+    def __init__(self, problem: DecodeProblem) -> None:
         super().__init__()
-        self.map_size, self.layers = map_size, layers
+        channels = problem.feat.shape[1]
+        self.layers = problem.weights[0][:, 9 * channels :], problem.weights[1:], problem.biases
 
-    def forward(self, latents: Tensor, coord: Tensor, cell: Tensor, entry: Tensor) -> Tensor:
-        return folded.decode_tile(latents, coord, cell, entry, self.map_size, *self.layers)
+    def forward(self, latent_map: Tensor, coord: Tensor, cell: Tensor) -> Tensor:
+        return ops.decode(latent_map, *self.layers, coord=coord, cell=cell, backend="torch")
 
 
 def _onnxruntime(file: Path, threads: int) -> Engine:
@@ -55,33 +58,27 @@ NAMES = [f"{name}-fp32" for name in _ENGINES]
 
 
 def decode(job: Job, name: str) -> Prepared:
-    """The folded decode in tiles of one size, because engines are fastest with constant shapes."""
-    queries, problem = job.problem.coord.shape[1], job.problem
-    tile = max(size for size in range(1, folded.TILE + 1) if queries % size == 0)
-    engine: Engine | None = None
+    """The decode in tiles of one size, because engines are fastest with constant shapes."""
+    feat, coord, cell, weights, _ = problem = job.problem
+    tile = max(size for size in range(1, TILE + 1) if coord.shape[1] % size == 0)
 
-    def run_tile(*arguments: Any) -> Tensor:
-        nonlocal engine
-        arrays, (map_size, *layers) = arguments[: len(_INPUTS)], arguments[len(_INPUTS) :]
-        if engine is None:
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder) / "tile.onnx"
-                graph = torch.onnx.export(
-                    _Tile(map_size, *layers).eval(),
-                    arrays,
-                    input_names=_INPUTS,
-                    dynamo=True,
-                    optimize=True,
-                    verbose=False,
-                )
-                assert graph is not None
-                graph.save(file)
-                engine = _ENGINES[name](file, torch.get_num_threads())
-        return torch.from_numpy(engine(**{key: each.numpy() for key, each in zip(_INPUTS, arrays)}))
+    def tiles() -> list[dict[str, Tensor]]:
+        latent_map, parts = ops.fold(feat, weights[0]), zip(coord.split(tile, 1), cell.split(tile, 1))
+        return [dict(zip(_INPUTS, (latent_map, *part))) for part in parts]
+
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        file, arrays = Path(folder) / "tile.onnx", tuple(tiles()[0].values())
+        graph = torch.onnx.export(_Tile(problem).eval(), arrays, input_names=_INPUTS, dynamo=True, verbose=False)
+        assert graph is not None
+        graph.save(file)
+        engine: Engine = _ENGINES[name](file, torch.get_num_threads())
 
     def run() -> Tensor:
+        out = coord.new_empty(*coord.shape[:2], problem.biases[-1].shape[0])
         with torch.no_grad():
-            return folded.query(*problem, tile=tile, decode=run_tile)
+            for part, arrays in zip(out.split(tile, 1), tiles()):
+                part.copy_(torch.from_numpy(engine(**{key: each.numpy() for key, each in arrays.items()})))
+        return out
 
     return run, f"tiles of {tile}"
 

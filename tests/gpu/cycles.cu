@@ -91,7 +91,7 @@ void run(int64_t side, int processors) {
   const int64_t tiles = (task.tiles + blocks - 1) / blocks, count = (tiles * kMarks + 1) * kWarps;
   auto* const clocks = allocate<long long>(count);
   float* outs[2];
-  constexpr int kBytes = static_cast<int>(sizeof(Workspace<T>));
+  constexpr int kBytes = forward_bytes<T>(kOuts);
   for (int clocked = 0; clocked < 2; ++clocked) {
     task.out = outs[clocked] = allocate<float>(queries * kOuts);
     if (!clocked) {

@@ -29,12 +29,18 @@ __device__ __forceinline__ void save_layer(const DecodeTask& task, const SavedAc
   mask.save(saved, layer, tile);
 }
 
+// The last layer's rows and its bias, which every tile reads, after the workspace in shared memory.
+template <class T>
+constexpr int forward_bytes(int outs) {
+  return static_cast<int>(sizeof(Workspace<T>)) + (outs + 1) * T::kWidth * 4;
+}
+
 // The blend over corners, and its products with the last layer's rows: sums over this warp's channels into
 // partial[warp column][slot of the team][out].
 template <class T, bool kSaves, int kCorners>
 __device__ __forceinline__ void blend_and_finish(const DecodeTask& task, const SavedActivations& saved, int64_t tile,
                                                  const Geometry<T>& geometry, const FragmentCoords<T>& coords,
-                                                 const Accumulators<T>& acc, float* partial) {
+                                                 const Accumulators<T>& acc, const float* last, float* partial) {
   constexpr int kSlots = T::kRowTiles / 2;  // of a lane at a time, which keeps them in registers
   const int warp_col = coords.first_group / T::kColGroups, slots = T::kTeamRows / kCorners;
 #pragma unroll
@@ -68,7 +74,7 @@ __device__ __forceinline__ void blend_and_finish(const DecodeTask& task, const S
     const auto load_next = [&](int o) {
 #pragma unroll
       for (int group = 0; group < T::kColGroups; ++group)
-        load_floats(last_vector<T>(task, o) + coords.channel(group), next[group]);
+        load_floats<true>(last + o * T::kWidth + coords.channel(group), next[group]);
     };
     load_next(0);
 #pragma unroll 1
@@ -99,11 +105,11 @@ __device__ __forceinline__ void blend_and_finish(const DecodeTask& task, const S
 // Adds the warp columns' sums and the bias, and writes the result to out.
 template <class T>
 __device__ __forceinline__ void write_out(const DecodeTask& task, int64_t tile, const FragmentCoords<T>& coords,
-                                          const float* partial) {
+                                          const float* last, const float* partial) {
   const int slots = T::kTeamRows / task.corners;
   for_each_output<T>(task, tile, coords, [&](int slot, int o, int64_t offset) {
     if (offset < 0) return;
-    float sum = __ldg(last_vector<T>(task, task.outs) + o);
+    float sum = last[task.outs * T::kWidth + o];
     for (int warp_col = 0; warp_col < T::kWarpCols; ++warp_col)
       sum += partial[(warp_col * slots + slot - coords.team * slots) * task.outs + o];
     task.out[offset] = sum;
@@ -204,6 +210,10 @@ __device__ __forceinline__ void forward_tiles(const DecodeTask& task, const Save
   float* const partial = reinterpret_cast<float*>(space.act + coords.team * (T::kActBytes / T::kTeams));
   static_assert(T::kWarpCols * T::kRows * kMaxFusedOuts * 4 <= T::kActBytes, "partial fits into act");
 
+  float* const last = reinterpret_cast<float*>(&space + 1);
+  for (int i = static_cast<int>(threadIdx.x); i < (task.outs + 1) * T::kWidth; i += kThreads)
+    last[i] = __ldg(last_vector<T>(task, 0) + i);  // read after the stream's first barrier
+
   WeightStream<T> stream(task.weights, task.hidden * T::kGroups, space.ring, space.barriers);
   int64_t tile = task.first_tile + blockIdx.x;
   locate_rows(task, tile, coords, space.geometry);
@@ -220,12 +230,12 @@ __device__ __forceinline__ void forward_tiles(const DecodeTask& task, const Save
     hidden_layers<T, kSaves>(task, saved, tile, coords, space.act, stream, acc);
     marks();
     if (task.corners == 4)
-      blend_and_finish<T, kSaves, 4>(task, saved, tile, space.geometry, coords, acc, partial);
+      blend_and_finish<T, kSaves, 4>(task, saved, tile, space.geometry, coords, acc, last, partial);
     else
-      blend_and_finish<T, kSaves, 1>(task, saved, tile, space.geometry, coords, acc, partial);
+      blend_and_finish<T, kSaves, 1>(task, saved, tile, space.geometry, coords, acc, last, partial);
     sync_team<T>(coords);  // partial has been written, geometry has been read
     marks();
-    if (task.out) write_out<T>(task, tile, coords, partial);
+    if (task.out) write_out<T>(task, tile, coords, last, partial);
     marks();
     locate_rows(task, tile + gridDim.x, coords, space.geometry);  // of the last query after the last tile
     sync_team<T>(coords);                                         // geometry has been written, partial has been read
@@ -245,11 +255,14 @@ const char* launch_forward(const DecodeTask& task, const DecodeVariant& variant,
                            void* stream) {
   return with_tile<kPolicy>(variant, [&](auto tile) {
     using T = decltype(tile);
+    constexpr bool kLarge = T::kWidth == 256 && T::kRows == large_rows(sizeof(typename T::Element));
+    static_assert(forward_bytes<T>(kMaxFusedOuts) <= (kLarge ? kLargeSharedBytes : 99 << 10), "as launch.h promises");
+    static_assert(min_blocks_per_sm<T>() * forward_bytes<T>(kMaxFusedOuts) <= kLargeSharedBytes, "blocks fit");
     const auto run = [&](auto saves) {
       constexpr auto kKernel = decode_forward_kernel<T, saves()>;
-      constexpr int kBytes = static_cast<int>(sizeof(Workspace<T>));
-      if (const char* error = allow_shared<kKernel>(kBytes)) return error;
-      return launch(kKernel, LaunchSize{block_count(variant, task), kBytes}, stream, task, saved);
+      if (const char* error = allow_shared<kKernel>(forward_bytes<T>(kMaxFusedOuts))) return error;
+      const LaunchSize size{block_count(variant, task), forward_bytes<T>(task.outs)};
+      return launch(kKernel, size, stream, task, saved);
     };
     return saved.masks ? run(std::true_type{}) : run(std::false_type{});
   });

@@ -11,12 +11,13 @@ __device__ __forceinline__ void sync_team(const FragmentCoords<T>& coords) {
   sync_threads<T::kTeamThreads>(1 + coords.team);
 }
 
-// kCount values of a packed vector.
-template <int kCount>
+// kCount values of a packed vector, from a shared or the global memory.
+template <bool kShared = false, int kCount>
 __device__ __forceinline__ void load_floats(const float* from, float (&values)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; i += 4) {
-    const float4 four = __ldg(reinterpret_cast<const float4*>(from + i));
+    const float4* const place = reinterpret_cast<const float4*>(from + i);
+    const float4 four = kShared ? *place : __ldg(place);
     values[i] = four.x;
     values[i + 1] = four.y;
     values[i + 2] = four.z;

@@ -45,7 +45,7 @@ TABLE = (
         _16_BITS,
         False,
         "triton",
-        "modeled for an H100: triton at 42 % (36 to 47) of cuBLAS's rate, cuda at 26 to 41 %",
+        "modeled for an H100: triton at 42 % (36 to 47) of cuBLAS's rate, cuda at 38 to 41 %",
     ),
     Preference(
         (8, 0),

@@ -128,7 +128,8 @@ uint64_t run() {
     return make_task(problem, variant, packed.data(), true, {0, kRows});
   };
   constexpr int kBytes = sizeof(Workspace<Probe>);
-  check(launch(decode_forward_kernel<Probe, true>, LaunchSize{1, kBytes}, nullptr, task(false), activations));
+  check(launch(decode_forward_kernel<Probe, true>, LaunchSize{1, forward_bytes<Probe>(kOuts)}, nullptr, task(false),
+               activations));
   check(launch(decode_backward_kernel<Probe>,
                LaunchSize{1, kBytes + Probe::kRows / 4 * static_cast<int>(kOuts) * 4 + row_dots_bytes<Probe>()},
                nullptr, task(true), activations, arrays));

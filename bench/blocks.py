@@ -217,13 +217,22 @@ def patch_table(found: Results) -> str | None:
     return f"{patched.table(result)}\n{_source(result, result['warnings'])}" if result else None
 
 
-def relatives_table(found: Results) -> str | None:
-    """The models of LIIF's relatives with decoders of plain PyTorch and around the ops."""
-    result = _newest(found, relatives.NAME)
+def _with_source(table: Callable[[dict[str, Any]], str], found: Results, name: str) -> str | None:
+    """The table of the newest result of a name, its source, and whether other programs ran."""
+    result = _newest(found, name)
     if result is None:
         return None
     busy = result["machine"]["load_before"] > machine.BUSY_LOAD
-    return f"{relatives.table(result)}\n{_source(result, [*result['warnings'], *[machine.SHARED] * busy])}"
+    return f"{table(result)}\n{_source(result, [*result['warnings'], *[machine.SHARED] * busy])}"
+
+
+def exported_table(result: dict[str, Any]) -> str:
+    """An exported model in other programs, next to the ops."""
+    rows = [
+        [name, in_words(entry["seconds"]["median"]), f"{entry['of_cpu']['median']:.1f}x"]
+        for name, entry in result["entries"].items()
+    ]
+    return tables.markdown(["64x64 to 256x256, float32", "time", "of backend `cpu`"], rows)
 
 
 def loader_block(found: Results) -> str | None:
@@ -271,7 +280,8 @@ BLOCKS: dict[str, Callable[[Results], str | None]] = {
     "loader": loader_block,
     "patch": patch_sentence,
     "patch-table": patch_table,
-    "relatives": relatives_table,
+    **{name: partial(_with_source, relatives.table, name=name) for name in relatives.GROUPS},
+    "exported": partial(_with_source, exported_table, name="exported"),
     "gpu": gpu_tables,
     "sizes": sizes_table,
     "psnr": psnr_table,

@@ -18,13 +18,12 @@ import onnxruntime
 import openvino
 import torch
 
-from bench import results
+from bench import blocks, results
 from bench.loader import SPEC
 from bench.measure import log, validity_warnings
 from liif_fast.benchmark import peak_rates
-from liif_fast.benchmark.timing import Candidate, CpuClock, in_words, interleave, pair_ratios, summary
+from liif_fast.benchmark.timing import Candidate, CpuClock, interleave, pair_ratios, summary
 from liif_fast.models import export, make_model
-from liif_fast.utils import tables
 from liif_fast.utils.normalization import normalizations
 
 SIZE, SCALE = 64, 4
@@ -86,8 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     result = {**result, "rounds": done, "warnings": validity_warnings(rates, entries), "entries": entries}
     versions = {"onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__.split("-")[0]}
     result["versions"] = {**result["versions"], **versions}
-    rows = [[name, in_words(e["seconds"]["median"]), f"{e['of_cpu']['median']:.1f}x"] for name, e in entries.items()]
-    print(tables.markdown(["64x64 to 256x256, float32", "time", "of backend `cpu`"], rows))
+    print(blocks.exported_table(result))
     print(results.save(result, args.results))
 
 

@@ -33,7 +33,6 @@ from liif_fast.benchmark.timing import Candidate, Clock, CpuClock, in_words, int
 from liif_fast.models import make_model
 from liif_fast.utils import tables
 
-NAME = "relatives"  # of the result file
 LOOPS = {"inference": "inference, 64x64 to 256x256", "training": "training step, 4 crops"}
 SIZE, SCALE, BATCH, CROP, SAMPLES = 64, 4, 4, 48, 2304
 
@@ -313,14 +312,17 @@ class Unfolding5x5(General):
     unfold = 5
 
 
-RELATIVES: dict[str, type[Decoder]] = {
-    "LTE": LTE,
-    "SRNO": SRNO,
-    "LMF": LMF,
-    "guided depth": GuidedDepth,
-    "climate with topography": Climate,
-    "5x5 unfolding": Unfolding5x5,
+# By the name of the result file.
+GROUPS: dict[str, dict[str, type[Decoder]]] = {
+    "relatives": {"LTE": LTE, "SRNO": SRNO, "LMF": LMF},
+    "relatives-decode": {
+        "guided depth": GuidedDepth,
+        "climate with topography": Climate,
+        "5x5 unfolding": Unfolding5x5,
+    },
 }
+OPS = {"relatives": "gather and ensemble", "relatives-decode": "ops.decode"}
+RELATIVES = {name: decoder for group in GROUPS.values() for name, decoder in group.items()}
 ADD_INPUT = ("LTE", "SRNO")  # to their decodes they add the input, enlarged bilinearly
 
 
@@ -370,9 +372,9 @@ def make_loops(relative: str, around_ops: bool, device: torch.device) -> dict[st
     return {"inference": inference, "training": training}
 
 
-def measure(clock: Clock, rounds: int, relatives: list[str]) -> dict[str, Any]:
-    """Seconds of both loops of every relative, plain and around the ops, as a result to be saved."""
-    result = results.begin(NAME, clock.device.type, "bench.relatives")
+def measure(clock: Clock, rounds: int, name: str, relatives: list[str]) -> dict[str, Any]:
+    """Seconds of both loops of every relative, plain and around the ops, as a result to be saved under a name."""
+    result = results.begin(name, clock.device.type, "bench.relatives")
     candidates = {}
     for relative in relatives:
         by_code = {code: make_loops(relative, code == "ops", clock.device) for code in ("plain", "ops")}
@@ -404,7 +406,7 @@ def table(result: dict[str, Any]) -> str:
             if all(found):
                 seconds = [in_words(entry["seconds"]["median"]) for entry in found]
                 rows.append([f"{relative}, {label}", *seconds, f"{found[1]['speedup']['median']:.2f}x"])
-    return tables.markdown(["EDSR-baseline, float32", "plain PyTorch", "around the ops", "speedup"], rows)
+    return tables.markdown(["EDSR-baseline, float32", "plain PyTorch", OPS[result["name"]], "speedup"], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -419,9 +421,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     clock: Clock = CpuClock() if args.device == "cpu" else CudaClock(graphs=False)
-    result = measure(clock, args.rounds or (5 if args.device == "cpu" else 50), args.only)
-    print(table(result))
-    print(results.save(result, args.results))
+    for name, group in GROUPS.items():
+        if relatives := [relative for relative in group if relative in args.only]:
+            result = measure(clock, args.rounds or (5 if args.device == "cpu" else 50), name, relatives)
+            print(table(result))
+            print(results.save(result, args.results))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=null,object-size,po
 SANITIZE_FLAGS = [*SANITIZERS, "-fno-sanitize-recover=undefined"] if SANITIZE else []
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"]
 LINK_FLAGS = ["-shared", "-Wl,-z,relro,-z,now", "-Wl,--version-script=csrc/exports.map"]
+# torch is loaded first, and its threads are used, not OpenMP. Not tried: there was no Mac.
+MAC_LINK_FLAGS = ["-bundle", "-undefined", "dynamic_lookup", "-Wl,-exported_symbol,_liif_fast_register"]
 CUDA_LIBRARIES = ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
@@ -191,8 +193,8 @@ def why_not() -> str:
     """The reason why the package is pure Python here; '' where it needs its extension."""
     if MODE == "none":
         return "LIIF_FAST_BUILD=none"
-    if platform.system() != "Linux":
-        return f"the extension is built on Linux only, and this is {platform.system()}"
+    if platform.system() not in ("Linux", "Darwin"):
+        return f"the extension is built on Linux and macOS only, and this is {platform.system()}"
     return ""
 
 
@@ -224,8 +226,9 @@ def write_ninja(folder: Path, toolkit: Toolkit | None) -> dict[str, object]:
     version = output_of(*compiler, "--version").splitlines()[0]
     tools = f"# {version}, torch {torch_version}"
     cxx = quoted(*compiler, *CXX_FLAGS, *SANITIZE_FLAGS, "-isystem", f"{torch}/include")
-    link = quoted(*compiler, *LINK_FLAGS, *SANITIZE_FLAGS)
-    libraries = [f"-L{torch}/lib", "-ltorch_cpu"]
+    mac = platform.system() == "Darwin"
+    link = quoted(*compiler, *(MAC_LINK_FLAGS if mac else LINK_FLAGS), *SANITIZE_FLAGS)
+    libraries = [] if mac else [f"-L{torch}/lib", "-ltorch_cpu"]
     compile_one = "-I csrc -MMD -MF $out.d -c $in -o $out"
     headers = "\n  depfile = $out.d\n  deps = gcc"
     cuda, objects = [], []
@@ -259,7 +262,8 @@ def run_ninja(folder: Path, target: str) -> None:
 
     If there are more jobs than .cu files, nvcc compiles for several architectures at a time.
     """
-    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jobs = os.environ.get("MAX_JOBS") or str(cores)
     if not re.fullmatch("[1-9][0-9]*", jobs):
         raise BuildError(f"MAX_JOBS is {jobs!r}: set it to a whole number above 0")
     threads = max(1, int(jobs) // max(1, len(sources("cuda/**/*.cu"))))

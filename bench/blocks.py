@@ -229,10 +229,10 @@ def _with_source(table: Callable[[dict[str, Any]], str], found: Results, name: s
 def exported_table(result: dict[str, Any]) -> str:
     """An exported model in other programs, next to the ops."""
     rows = [
-        [name, in_words(entry["seconds"]["median"]), f"{entry['of_cpu']['median']:.1f}x"]
+        [name, in_words(entry["seconds"]["median"]), f"{entry['speedup']['median']:.2f}x"]
         for name, entry in result["entries"].items()
     ]
-    return tables.markdown(["64x64 to 256x256, float32", "time", "of backend `cpu`"], rows)
+    return tables.markdown(["64x64 to 256x256, float32", "time", "speed, of backend `cpu`"], rows)
 
 
 def loader_block(found: Results) -> str | None:
@@ -274,6 +274,7 @@ BLOCKS: dict[str, Callable[[Results], str | None]] = {
     "headline": headline,
     "results": results_table,
     "decode": partial(methods_table, workload=DECODE["cpu"], columns=[*_TIMES, _FMA, _PSNR]),
+    "engines": partial(methods_table, workload="engines", columns=[*_TIMES, _FMA, _PSNR]),
     "training": partial(methods_table, workload="training-step", columns=[*_TIMES, _FMA, _GRADIENTS]),
     "train-step": train_step_block,
     "memory": partial(methods_table, workload="size-2048", columns=[_MEMORY, _LIMIT]),

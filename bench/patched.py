@@ -8,9 +8,7 @@ one run. The result is saved next to those of bench.run.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +17,10 @@ from torch import Tensor, nn
 import liif_fast
 from bench import results
 from bench.loader import BATCH, WRAPPER, make_stepper
-from bench.measure import log, validity_warnings
 from bench.training_step import OriginalLIIF
-from liif_fast.benchmark import original, peak_rates
-from liif_fast.benchmark.cuda_timing import CudaClock
-from liif_fast.benchmark.timing import Candidate, Clock, CpuClock, in_words, interleave, pair_ratios, summary
+from bench.turns import parser, start, take_turns
+from liif_fast.benchmark import original
+from liif_fast.benchmark.timing import Clock, in_words
 from liif_fast.training.step import StepOptions
 from liif_fast.utils import tables
 
@@ -71,22 +68,9 @@ def measure(clock: Clock, rounds: int) -> dict[str, Any]:
     result = results.begin(NAME, clock.device.type, "bench.patched")
     with liif_fast.patched(_Patched):
         by_code = {"original": make_loops(OriginalLIIF, clock.device), "patched": make_loops(_Patched, clock.device)}
-        candidates = {f"{loop}: {code}": Candidate(loop, by_code[code][loop]) for loop in LOOPS for code in by_code}
-        for name, candidate in candidates.items():
-            candidate.run()
-            clock.warm_up(candidate)
-            log(f"{name}: ready")
-        rates = peak_rates.matmul_rates(clock)
-        done = interleave(clock, list(candidates.values()), rounds, rates)
-    entries: dict[str, Any] = {}
-    for name, candidate in candidates.items():
-        if candidate.error:
-            raise RuntimeError(f"{name} failed: {candidate.error}")
-        first = candidates[f"{candidate.name}: original"]
-        ratios = pair_ratios(first.samples, candidate.samples)
-        entries[name] = {"seconds": summary(candidate.samples), "speedup": summary(ratios)}
-    warnings = validity_warnings(rates, entries)
-    return {**result, "rounds": done, "batch": BATCH, "warnings": warnings, "entries": entries}
+        runs = {f"{loop}: {code}": by_code[code][loop] for loop in LOOPS for code in by_code}
+        measured = take_turns(clock, runs, rounds, lambda name: f"{name.rpartition(': ')[0]}: original")
+    return {**result, "batch": BATCH, **measured}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -94,23 +78,16 @@ def table(result: dict[str, Any]) -> str:
     rows = []
     for loop, label in LOOPS.items():
         before, after = (result["entries"][f"{loop}: {code}"] for code in ("original", "patched"))
+        if failed := before.get("failed") or after.get("failed"):
+            raise RuntimeError(f"{label} failed: {failed}")
         seconds = [in_words(entry["seconds"]["median"]) for entry in (before, after)]
         rows.append([label, *seconds, f"{after['speedup']['median']:.2f}x"])
     return tables.markdown(["EDSR-baseline-LIIF, float32", "original", "after patch()", "speedup"], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.patched", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, help="default: 5 on a CPU, 50 on a GPU")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--results", type=Path, default=results.FOLDER)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    clock: Clock = CpuClock() if args.device == "cpu" else CudaClock(graphs=False)
-    result = measure(clock, args.rounds or (5 if args.device == "cpu" else 50))
+    args = parser("patched", __doc__).parse_args(arguments)
+    result = measure(*start(args))
     print(table(result))
     print(results.save(result, args.results))
 

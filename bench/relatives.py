@@ -11,11 +11,9 @@ to those of bench.run.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +22,11 @@ from torch import Tensor, nn
 
 from bench import results
 from bench.loader import SPEC
-from bench.measure import log, validity_warnings
+from bench.turns import parser, start, take_turns
 from liif_fast import ops
-from liif_fast.benchmark import original, peak_rates
-from liif_fast.benchmark.cuda_timing import CudaClock
+from liif_fast.benchmark import original
 from liif_fast.benchmark.problem import CHANNELS, OUTS
-from liif_fast.benchmark.timing import Candidate, Clock, CpuClock, in_words, interleave, pair_ratios, summary
+from liif_fast.benchmark.timing import Clock, in_words
 from liif_fast.models import make_model
 from liif_fast.utils import tables
 
@@ -375,26 +372,13 @@ def make_loops(relative: str, around_ops: bool, device: torch.device) -> dict[st
 def measure(clock: Clock, rounds: int, name: str, relatives: list[str]) -> dict[str, Any]:
     """Seconds of both loops of every relative, plain and around the ops, as a result to be saved under a name."""
     result = results.begin(name, clock.device.type, "bench.relatives")
-    candidates = {}
-    for relative in relatives:
-        by_code = {code: make_loops(relative, code == "ops", clock.device) for code in ("plain", "ops")}
-        for loop in LOOPS:
-            for code in by_code:
-                candidates[f"{relative}: {loop}: {code}"] = Candidate(f"{relative}: {loop}", by_code[code][loop])
-    for name, candidate in candidates.items():
-        candidate.run()
-        clock.warm_up(candidate)
-        log(f"{name}: ready")
-    rates = peak_rates.matmul_rates(clock)
-    done = interleave(clock, list(candidates.values()), rounds, rates)
-    entries: dict[str, Any] = {}
-    for name, candidate in candidates.items():
-        if candidate.error:
-            raise RuntimeError(f"{name} failed: {candidate.error}")
-        ratios = pair_ratios(candidates[f"{candidate.name}: plain"].samples, candidate.samples)
-        entries[name] = {"seconds": summary(candidate.samples), "speedup": summary(ratios)}
-        log(f"{name}: {in_words(entries[name]['seconds']['median'])} {entries[name]['speedup']['median']:.2f}x")
-    return {**result, "rounds": done, "warnings": validity_warnings(rates, entries), "entries": entries}
+    runs = {
+        f"{relative}: {loop}: {code}": run
+        for relative in relatives
+        for code in ("plain", "ops")
+        for loop, run in make_loops(relative, code == "ops", clock.device).items()
+    }
+    return {**result, **take_turns(clock, runs, rounds, lambda name: f"{name.rpartition(': ')[0]}: plain")}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -403,27 +387,20 @@ def table(result: dict[str, Any]) -> str:
     for relative in RELATIVES:
         for loop, label in LOOPS.items():
             found = [result["entries"].get(f"{relative}: {loop}: {code}") for code in ("plain", "ops")]
-            if all(found):
+            if all(entry and "seconds" in entry for entry in found):
                 seconds = [in_words(entry["seconds"]["median"]) for entry in found]
                 rows.append([f"{relative}, {label}", *seconds, f"{found[1]['speedup']['median']:.2f}x"])
     return tables.markdown(["EDSR-baseline, float32", "plain PyTorch", OPS[result["name"]], "speedup"], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.relatives", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", nargs="+", choices=RELATIVES, default=list(RELATIVES))
-    parser.add_argument("--rounds", type=int, help="default: 5 on a CPU, 50 on a GPU")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--results", type=Path, default=results.FOLDER)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    clock: Clock = CpuClock() if args.device == "cpu" else CudaClock(graphs=False)
+    options = parser("relatives", __doc__)
+    options.add_argument("--only", nargs="+", choices=RELATIVES, default=list(RELATIVES))
+    args = options.parse_args(arguments)
+    clock, rounds = start(args)
     for name, group in GROUPS.items():
         if relatives := [relative for relative in group if relative in args.only]:
-            result = measure(clock, args.rounds or (5 if args.device == "cpu" else 50), name, relatives)
+            result = measure(clock, rounds, name, relatives)
             print(table(result))
             print(results.save(result, args.results))
 

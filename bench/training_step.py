@@ -8,7 +8,6 @@ code. The result is saved next to those of bench.run and printed as two tables.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,11 +19,10 @@ from torch import Tensor
 
 from bench import results
 from bench.loader import BATCH, make_images, make_stepper, section
-from bench.measure import log, validity_warnings
+from bench.turns import parser, start, take_turns
 from liif_fast import data
-from liif_fast.benchmark import original, peak_rates
-from liif_fast.benchmark.cuda_timing import CudaClock
-from liif_fast.benchmark.timing import Candidate, Clock, CpuClock, in_words, interleave, pair_ratios, summary
+from liif_fast.benchmark import original
+from liif_fast.benchmark.timing import Clock, in_words
 from liif_fast.models import LIIF
 from liif_fast.training.step import AUTOCAST_DTYPES, StepOptions, Stepper
 from liif_fast.utils import tables
@@ -135,29 +133,8 @@ def measure(clock: Clock, folder: Path, names: list[str], rounds: int) -> dict[s
     for name in SPLIT:
         runs |= {f"{name}: {part}": run for part, run in parts(VARIANTS[name], batch, device).items()}
     runs["data"] = lambda: next(batches)
-    candidates = {name: Candidate(name, run) for name, run in runs.items()}
-    for candidate in candidates.values():
-        candidate.run()  # compiles, in variants with torch.compile
-        clock.warm_up(candidate)
-        log(f"{candidate.name}: ready")
-    rates = peak_rates.matmul_rates(clock)
-    done = interleave(clock, list(candidates.values()), rounds, rates)
-    entries: dict[str, Any] = {}
-    for name, candidate in candidates.items():
-        if candidate.error:
-            entries[name] = {"failed": candidate.error}
-            continue
-        entries[name] = {"seconds": summary(candidate.samples)}
-        if name in VARIANTS and candidates["original"].samples:
-            entries[name]["speedup"] = summary(pair_ratios(candidates["original"].samples, candidate.samples))
-    return {
-        **result,
-        "rounds": done,
-        "batch": BATCH,
-        "peak_rates": {rate.name: summary(rate.rates) for rate in rates if rate.rates},
-        "warnings": validity_warnings(rates, entries),
-        "entries": entries,
-    }
+    measured = take_turns(clock, runs, rounds, lambda name: "original" if name in VARIANTS else None)
+    return {**result, "batch": BATCH, **measured}
 
 
 def steps_table(result: dict[str, Any]) -> str:
@@ -188,21 +165,14 @@ def split_table(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.training_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="besides the original")
-    parser.add_argument("--rounds", type=int, help="default: 5 on a CPU, 50 on a GPU")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--results", type=Path, default=results.FOLDER)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    clock: Clock = CpuClock() if args.device == "cpu" else CudaClock(graphs=False)
+    options = parser("training_step", __doc__)
+    options.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="besides the original")
+    args = options.parse_args(arguments)
+    clock, rounds = start(args)
     with tempfile.TemporaryDirectory() as folder:
         make_images(Path(folder), IMAGES)
         names = [name for name in VARIANTS if name in ("original", *args.only)]
-        result = measure(clock, Path(folder), names, args.rounds or (5 if args.device == "cpu" else 50))
+        result = measure(clock, Path(folder), names, rounds)
     print(f"{steps_table(result)}\n{split_table(result)}")
     print(results.save(result, args.results))
 

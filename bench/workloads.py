@@ -21,7 +21,7 @@ class Workload:
     queries: number of random queries per map, without out_size.
     passes: forward | backward | both.
     device: the only device type that runs the workload, and why_not the reason elsewhere; '' is any.
-    compared: all methods, or only a few.
+    compared: all methods; only a few; or engines: few in float32, with the inference engines.
     rounds: on a CPU. limit_s: on a GPU no round starts after this many seconds of timing.
     """
 
@@ -88,6 +88,7 @@ _ALL = [
     _train("training-backward", 16, "backward", "backward", compared="few", rounds=4),
     _piece("gather", "gradients of imnet inputs, 16384 queries, 64x64 map", 16384, "backward", 6),
     _piece("ensemble", "gradients of the blend, 262144 queries, 3 values", 262144, "backward", 6),
+    _decode("engines", (64, 64), (256, 256), compared="engines", rounds=5, **_CPU),
     *(_size(out) for out in (256, 512, 1024)),
     *(_size(out, **_GPU) for out in (4096, 8192, 16384, 32768)),
 ]

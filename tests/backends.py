@@ -5,6 +5,7 @@ One row of TABLE gives a backend every test of tests/ops.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -15,12 +16,14 @@ import pytest
 import torch
 
 from liif_fast.ops import backends
-from liif_fast.ops.backends import extension
+from liif_fast.ops.backends import cuda, extension
 from tests.cuda.emulator import build
 from tests.cuda.emulator.ops import Ops
 from tests.helpers import Case, reason_against
 
 _MODULES = "liif_fast.ops.backends"
+# The instruction sets of the CPU kernels.
+ISAS = ("neon", "portable") if platform.machine() in ("aarch64", "arm64") else ("avx512", "avx2", "portable")
 
 
 def _require(name: str, device: str) -> None:
@@ -69,9 +72,25 @@ def emulated() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def hopper_emulated() -> Iterator[None]:
+    """emulated(), whose inference runs the Hopper kernel, in clusters of two and with imnets that are narrow for it."""
+    hopper = import_module(f"{_MODULES}.cuda.hopper")
+    with emulated(), pytest.MonkeyPatch.context() as patch:
+        set_device("sm_90-pair")
+        patch.setattr(hopper, "against_device", lambda *_: "")
+        patch.setattr(hopper, "_LEAST_WIDTH", 1)
+        yield
+
+
 # Processors, shared memory of a block and of a processor in KB, compute capability. With one processor a problem of two
 # tiles is not a small one, and a block has several tiles.
-DEVICES = {"sm_90": (1, 227, 228, 9, 0), "sm_80": (4, 163, 164, 8, 0), "sm_86": (2, 99, 100, 8, 6)}
+DEVICES = {
+    "sm_90": (1, 227, 228, 9, 0),
+    "sm_90-pair": (2, 227, 228, 9, 0),
+    "sm_80": (4, 163, 164, 8, 0),
+    "sm_86": (2, 99, 100, 8, 6),
+}
 
 
 def set_device(name: str) -> None:
@@ -132,6 +151,7 @@ class Backend(NamedTuple):
     every: int = 1  # a slow backend runs one of so many cases of each test,
     every_proof: int = 1  # one of so many with `-m prove`, and the others with `-m exhaustive`
     most_queries: int = 1 << 20  # of a random case
+    infers: bool = False  # a kernel for inference in 16 bits: only tests with the mark `inference` run on it
     has_tf32: bool = False  # follows torch's switch for TF32
     has_atomics: bool = False  # adds gradients in no fixed order unless torch.use_deterministic_algorithms is on
     widest: int = 256  # layer of an imnet that runs in one kernel,
@@ -143,6 +163,8 @@ class Backend(NamedTuple):
     def reason_against(self, op: str, dtype: torch.dtype, case: Case | None = None) -> str:
         """Why the backend refuses an op, or a decode with this case's imnet; '' where it runs it."""
         widths = () if case is None else (*case.hidden, case.outs)
+        if self.infers and widths and (reason := cuda.hopper.against_imnet(widths, torch.float16, trains=False)):
+            return reason
         return reason_against(self.op_backend, op, dtype, self.device, widths)
 
     def rounds_to_tf32(self, case: Case) -> bool:
@@ -160,15 +182,16 @@ _TRITON["chunks"] = tuple(
 )
 _ROWS = [
     Backend("reference", "reference", _reference),
-    Backend("torch", "torch", _reference, rounds_biases=True),
-    *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ("avx512", "avx2", "portable")),
-    Backend("cuda-emulated", activate=emulated, every=3, every_proof=2, most_queries=40, **_CUDA),
+    Backend("torch", "torch", _reference, rounds_biases=True, most_queries=4000),
+    *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ISAS),
+    Backend("cuda-emulated", activate=emulated, every=6, every_proof=2, most_queries=40, **_CUDA),
+    Backend("hopper-emulated", "cuda", hopper_emulated, every=12, most_queries=70, infers=True),
     Backend("triton-interpreted", activate=interpreted, every=60, every_proof=24, most_queries=9, **_TRITON),
     Backend("cuda", activate=_on_device("cuda"), device="cuda", **_CUDA),
     Backend("triton", activate=_on_device("triton"), device="cuda", **_TRITON),
 ]
 TABLE = {row.name: row for row in _ROWS}
-DEFAULT = ["reference", "torch", "cpu", "cuda-emulated"]
+DEFAULT = ["reference", "torch", "cpu", "cuda-emulated", "hopper-emulated"]
 
 
 def selected(option: str | None) -> list[Backend]:

@@ -30,6 +30,8 @@ def pytest_generate_tests(metafunc):
     rows = backends.selected(metafunc.config.getoption("--backend"))
     if not metafunc.definition.get_closest_marker("with_reference"):
         rows = [row for row in rows if row.name != "reference"]
+    if not metafunc.definition.get_closest_marker("inference"):
+        rows = [row for row in rows if not row.infers]
     if metafunc.definition.get_closest_marker("one_isa"):
         rows = [row for row in rows if row.op_backend != "cpu" or row.name == "cpu-portable"] or rows
     if "kind" not in metafunc.fixturenames:
@@ -38,6 +40,7 @@ def pytest_generate_tests(metafunc):
     wanted = metafunc.definition.get_closest_marker("kinds")
     kinds = [kind for kind in backends.KINDS if wanted is None or kind.name in wanted.args]
     pairs = [(row, kind) for row in rows for kind in kinds if row.has_tf32 or not kind.tf32]
+    pairs = [(row, kind) for row, kind in pairs if kind.narrow or not row.infers]
     metafunc.parametrize(("backend", "kind"), pairs, ids=lambda either: either.name, indirect=True)
 
 
@@ -52,7 +55,7 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if "backend" in item.fixturenames or item.path.parent.name != "ops"]
     for item in items:
         row = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-        if row is not None:
+        if isinstance(row, backends.Backend):  # not where no row runs a test
             groups.setdefault((item.function, row), []).append(item)
     for position, ((_, row), cases) in enumerate(groups.items()):
         if row.every > 10:  # the widest imnets and compiled graphs take long under an interpreter

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.methods import decode, gather, train
+from bench.methods import decode, gather, peers, train
 from bench.methods.method import SHORT, Job, Method, matmul_dtypes, refusal
 from bench.workloads import Workload
 from liif_fast.benchmark.problem import DecodeProblem, layer_widths
@@ -88,7 +88,8 @@ def _baselines(device: str, prepare: dict[str, Callable[..., Any]]) -> list[Meth
 
 def _decode(device: str) -> list[Method]:
     prepare = {"original": decode.original_decode, "tuned": decode.original_tuned, "torch": decode.torch_compiled}
-    return [*_baselines(device, prepare), *with_backends("decode", device, decode.fused, label=_LABEL)]
+    engines = peers.methods() if device == "cpu" else []
+    return [*_baselines(device, prepare), *engines, *with_backends("decode", device, decode.fused, label=_LABEL)]
 
 
 def _train(device: str) -> list[Method]:
@@ -114,6 +115,8 @@ _BY_KIND = {
 def methods_for(workload: Workload, device: str) -> list[Method]:
     """The methods that a workload compares on a device type; the original in float32 comes first."""
     found = _BY_KIND[workload.kind](device)
+    if workload.compared == "engines":
+        return [method for method in found if method.name in peers.NAMES or (method.few and method.dtype == "float32")]
     return [method for method in found if method.few] if workload.compared == "few" else found
 
 

@@ -64,7 +64,7 @@ def test_every_backend_takes_part_or_has_a_reason(name: str, device: str) -> Non
     assert found[0].name == "original" and found[0].dtype == "float32" and not found[0].refusal
     for backend in backends.BACKENDS:
         entries = [method for method in found if method.name.startswith(f"{backend}-")]
-        assert entries or (backend == "reference" and WORKLOADS[name].compared == "few"), backend
+        assert entries or (backend == "reference" and WORKLOADS[name].compared != "all"), backend
         if backend == "cpu" and device == "cuda":
             assert all(entry.refusal for entry in entries)
 
@@ -112,6 +112,7 @@ def _child(send: Callable[[Any], None], end: str) -> None:
         raise RuntimeError("boom")
 
 
+@pytest.mark.prove
 def test_a_crash_a_hang_and_an_error_of_a_child_have_reasons() -> None:
     messages: list[str] = []
     for end, reason in (("crash", "ended by signal 6"), ("error", "RuntimeError: boom")):

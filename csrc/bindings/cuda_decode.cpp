@@ -18,7 +18,9 @@ struct CudaDecode {
 };
 
 MmaPolicy to_policy(int64_t number) {
-  STD_TORCH_CHECK(number >= 0 && number <= 3, "policy must be 0 (float16), 1 (bfloat16), 2 (tf32) or 3 (float32)");
+  STD_TORCH_CHECK(
+      number >= 0 && number <= 5,
+      "policy must be 0 (float16), 1 (bfloat16), 2 (tf32), 3 (float32), or by wgmma 4 (float16), 5 (bfloat16)");
   return static_cast<MmaPolicy>(number);
 }
 
@@ -41,10 +43,14 @@ CudaDecode cuda_decode(const DecodeInputs& inputs, int64_t policy_number) {
   c.outs = static_cast<int>(p.out_width());
   const MmaPolicy policy = to_policy(policy_number);
   const ScalarType dtype = inputs.latent_map.scalar_type();
-  const ScalarType narrow = policy == MmaPolicy::kFloat16 ? ScalarType::Half : ScalarType::BFloat16;
+  const ScalarType narrow = is_float16(policy) ? ScalarType::Half : ScalarType::BFloat16;
   c.latent_is_float = dtype == ScalarType::Float;
   STD_TORCH_CHECK(c.latent_is_float || (is_16_bit(policy) && dtype == narrow),
                   "latent_map must be float32 or in the operands' 16 bits");
+  STD_TORCH_CHECK(!is_wgmma(policy) || (c.outs <= kMaxWgmmaOuts && c.hidden >= 1 && c.hidden <= kMaxWgmmaHidden &&
+                                        p.batch * p.queries <= kMaxWgmmaQueries),
+                  "the wgmma kernels take up to ", kMaxWgmmaOuts, " outputs, 1 to ", kMaxWgmmaHidden,
+                  " hidden layers after the first, and ", kMaxWgmmaQueries, " queries");
   const char* error = nullptr;
   const DeviceGuard guard(c.device);
   c.variant = choose_variant(policy, static_cast<int>(widest), p.batch * p.queries * p.corners, &error);
@@ -100,7 +106,9 @@ Tensor decode(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTen
   const RowRange range{first_row, rows};
   SavedActivations activations{};
   if (saved.numel() > 0) activations = unpack_saved(c, saved, last_layer, range);
-  check_launch(launch_decode_forward(make_task(c, packed, range), c.variant, activations, current_stream(c.device)));
+  Tensor workspace = torch::stable::new_empty(latent_map, {workspace_bytes(c.problem, c.variant)}, ScalarType::Byte);
+  check_launch(launch_decode_forward(make_task(c, packed, range), c.variant, activations, workspace.mutable_data_ptr(),
+                                     current_stream(c.device)));
   return out;
 }
 

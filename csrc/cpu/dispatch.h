@@ -74,15 +74,19 @@ const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Bf16Kernels& avx512_bf16_kernels();
+#elif defined(__aarch64__)
+const Kernels& neon_kernels();
+const Bf16Kernels& neon_bf16_kernels();
 #endif
 
 // The kernels that select_kernels chose, else those of the largest instruction set of this processor that
 // LIIF_FAST_CPU_ISA allows. Throws std::runtime_error if the variable names no set of this processor.
 const Kernels& kernels();
-const Bf16Kernels* bf16_kernels();  // null without AVX-512-BF16, or where another set than AVX-512 is chosen
+// Null where the processor does not multiply bfloat16, or where another set than AVX-512 or NEON is chosen.
+const Bf16Kernels* bf16_kernels();
 
-// "auto", "avx512", "avx2" or "portable": for tests and benchmarks. False where the processor or LIIF_FAST_CPU_ISA does
-// not allow it.
+// "auto", "avx512", "avx2", "neon" or "portable": for tests and benchmarks. False where the processor or
+// LIIF_FAST_CPU_ISA does not allow it.
 bool select_kernels(const char* name);
 
 }  // namespace liif_fast

@@ -39,11 +39,8 @@ LIIF_INLINE void store_columns(Acc* c, const typename Vec<Acc>::Reg (&acc)[kVecs
   for (int v = 0; v < kVecs; ++v) Vec<Acc>::store(c + v * Vec<Acc>::kLanes, acc[v]);
 }
 
-#if defined(LIIF_SIMD_AVX512_BF16)
-LIIF_INLINE void store_columns(Bf16* c, const __m512 (&acc)[kVecs]) {
-  static_assert(kVecs == 2, "one 64-byte store");
-  store_bf16(c, acc[0], acc[1]);
-}
+#if defined(LIIF_SIMD_BF16)
+LIIF_INLINE void store_columns(Bf16* c, const Vec<float>::Reg (&acc)[kVecs]) { store_bf16(c, acc); }
 #endif
 
 template <class Op, int R, bool kTransposed, Start kStart, Finish kFinish, class Out>
@@ -106,8 +103,9 @@ static void multiply_rest(const Gemm<Op, Out>& g, int64_t row) {
   }
 }
 
+// A function of its own: as a part of a whole tile, GCC's loops for ARM keep a counter on the stack.
 template <class Op, bool kTransposed, Start kStart, Finish kFinish, class Out>
-static void multiply(const Gemm<Op, Out>& g) {
+__attribute__((noinline)) static void multiply(const Gemm<Op, Out>& g) {
   int64_t row = 0;
   for (; row + kRows <= g.m; row += kRows)
     for (int64_t panel = 0; panel < g.panels; ++panel)
@@ -127,7 +125,7 @@ static void pack_panels(const T* weight, int64_t n, int64_t k, bool transposed, 
       }
 }
 
-#if defined(LIIF_SIMD_AVX512_BF16)
+#if defined(LIIF_SIMD_BF16)
 // The same for bfloat16: one Elem holds steps 2i and 2i + 1 of a column.
 static void pack_panels(const float* weight, int64_t n, int64_t k, bool transposed, uint32_t* packed) {
   const auto value = [&](int64_t step, int64_t column) -> uint32_t {

@@ -10,34 +10,45 @@ namespace liif_fast {
 namespace {
 
 // Multiply-adds on registers alone. The benchmarks time this loop for the peak rate of the arithmetic units.
-template <class T>
+template <class Op>
 static double multiply_add_loop(int64_t repetitions) {
-  using V = Vec<T>;
+  using V = Vec<typename Op::Acc>;
   constexpr int kChains = kRows * kVecs;
+  typename Op::Elem small;
+  std::memset(&small, 0x3c, sizeof small);
+  const auto a = Op::broadcast(&small), b = Op::broadcast(&small);
   typename V::Reg x[kChains];
 #pragma GCC unroll 32  // all three loops: with an index known only at run time x would stay in memory
-  for (int i = 0; i < kChains; ++i) x[i] = V::broadcast(T(i));
-  auto a = V::broadcast(T(0.999)), b = V::broadcast(T(0.001));
+  for (int i = 0; i < kChains; ++i) x[i] = V::broadcast(static_cast<typename Op::Acc>(i));
   for (int64_t n = 0; n < repetitions; ++n) {
 #pragma GCC unroll 32
-    for (int i = 0; i < kChains; ++i) x[i] = V::fma(x[i], a, b);
+    for (int i = 0; i < kChains; ++i) x[i] = Op::multiply_add(a, b, x[i]);
     asm volatile("" : : : "memory");  // keeps the compiler from folding repetitions
   }
   auto total = V::zero();
 #pragma GCC unroll 32
   for (int i = 0; i < kChains; ++i) total = V::add(total, x[i]);
-  volatile T sink = V::sum(total);
+  volatile typename Op::Acc sink = V::sum(total);
   (void)sink;
-  return 2.0 * kChains * V::kLanes * static_cast<double>(repetitions);
+  return 2.0 * kChains * Op::kPack * V::kLanes * static_cast<double>(repetitions);
+}
+
+template <class Op, class T = typename Op::Acc>
+constexpr DecodeKernels<T> decode_kernels() {
+  return {packed_bytes<Op>,
+          pack<Op>,
+          layout_bytes<ForwardScratch<Op>, DecodeProblem<T>>,
+          forward_tiles<Op, T>,
+          layout_bytes<SavedTile<Op>, DecodeProblem<T>>,
+          layout_bytes<BackwardScratch<Op>, DecodeProblem<T>>,
+          backward_tiles<Op, T>,
+          multiply_add_loop<Op>};
 }
 
 template <class T>
 constexpr MatrixKernels<T> make_table() {
-  using Op = FloatOp<T>;
   return {
-      {packed_bytes<Op>, pack<Op>, layout_bytes<ForwardScratch<Op>, DecodeProblem<T>>, forward_tiles<Op, T>,
-       layout_bytes<SavedTile<Op>, DecodeProblem<T>>, layout_bytes<BackwardScratch<Op>, DecodeProblem<T>>,
-       backward_tiles<Op, T>, multiply_add_loop<T>},
+      decode_kernels<FloatOp<T>>(),
       kTileRows,
       layout_bytes<Sums<T>, DecodeProblem<T>>,
       scatter_rows<T>,

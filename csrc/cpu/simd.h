@@ -1,10 +1,13 @@
 // Vectors of one instruction set. Included by each csrc/cpu/isa_*.cpp after it has set the compiler's target and
-// defined one of LIIF_SIMD_AVX512, LIIF_SIMD_AVX2, LIIF_SIMD_PORTABLE; everything stays inside that file's anonymous
-// namespace, because the same inline function compiled for two targets must never be merged by the linker.
+// defined one of LIIF_SIMD_AVX512, LIIF_SIMD_AVX2, LIIF_SIMD_NEON, LIIF_SIMD_PORTABLE; everything stays inside that
+// file's anonymous namespace, because the same inline function compiled for two targets must never be merged by the
+// linker.
 #pragma once
 
 #if defined(LIIF_SIMD_AVX512) || defined(LIIF_SIMD_AVX2)
 #include <immintrin.h>
+#elif defined(LIIF_SIMD_NEON)
+#include <arm_neon.h>
 #endif
 
 #include <cstdint>
@@ -126,6 +129,58 @@ struct Vec<double> {
   }
 };
 
+#elif defined(LIIF_SIMD_NEON)
+
+constexpr int kRows = 6, kVecs = 3;  // 18 of 32 registers accumulate: 4 pipes of 4 cycles need 16
+
+template <>
+struct Vec<float> {
+  using Reg = float32x4_t;
+  static constexpr int kLanes = 4;
+  LIIF_INLINE Reg zero() { return vdupq_n_f32(0); }
+  LIIF_INLINE Reg broadcast(float x) { return vdupq_n_f32(x); }
+  LIIF_INLINE Reg load(const float* p) { return vld1q_f32(p); }
+  LIIF_INLINE Reg load_partial(const float* p, int n) {
+    float a[kLanes] = {};
+    std::memcpy(a, p, static_cast<size_t>(n) * sizeof *p);
+    return load(a);
+  }
+  LIIF_INLINE Reg load(const Bf16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
+  LIIF_INLINE Reg load_partial(const Bf16* p, int n) {
+    Bf16 a[kLanes] = {};
+    std::memcpy(a, p, static_cast<size_t>(n) * sizeof *p);
+    return load(a);
+  }
+  LIIF_INLINE void store(float* p, Reg a) { vst1q_f32(p, a); }
+  LIIF_INLINE Reg add(Reg a, Reg b) { return vaddq_f32(a, b); }
+  LIIF_INLINE Reg mul(Reg a, Reg b) { return vmulq_f32(a, b); }
+  LIIF_INLINE Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
+  LIIF_INLINE Reg relu(Reg a) { return vmaxq_f32(zero(), a); }
+  LIIF_INLINE Reg keep_where_positive(Reg a, Reg sign) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a), vcgtzq_f32(sign)));
+  }
+  LIIF_INLINE float sum(Reg a) { return vaddvq_f32(a); }
+};
+
+template <>
+struct Vec<double> {
+  using Reg = float64x2_t;
+  static constexpr int kLanes = 2;
+  LIIF_INLINE Reg zero() { return vdupq_n_f64(0); }
+  LIIF_INLINE Reg broadcast(double x) { return vdupq_n_f64(x); }
+  LIIF_INLINE Reg load(const double* p) { return vld1q_f64(p); }
+  LIIF_INLINE Reg load_partial(const double* p, int) { return vsetq_lane_f64(*p, zero(), 0); }  // 1 of 2
+  LIIF_INLINE void store(double* p, Reg a) { vst1q_f64(p, a); }
+  LIIF_INLINE Reg add(Reg a, Reg b) { return vaddq_f64(a, b); }
+  LIIF_INLINE Reg mul(Reg a, Reg b) { return vmulq_f64(a, b); }
+  LIIF_INLINE Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f64(c, a, b); }
+  LIIF_INLINE Reg relu(Reg a) { return vmaxq_f64(zero(), a); }
+  LIIF_INLINE Reg keep_where_positive(Reg a, Reg sign) {
+    return vreinterpretq_f64_u64(vandq_u64(vreinterpretq_u64_f64(a), vcgtzq_f64(sign)));
+  }
+  LIIF_INLINE double sum(Reg a) { return vaddvq_f64(a); }
+};
+
 #else  // portable: 16-byte vectors in GCC's and Clang's own notation (SSE2, NEON, or scalar code)
 
 constexpr int kRows = 4, kVecs = 2;
@@ -174,6 +229,10 @@ struct FloatOp {
   LIIF_INLINE Reg multiply_add(Reg a, Reg b, Reg c) { return Vec<T>::fma(a, b, c); }
 };
 
+#if defined(LIIF_SIMD_AVX512_BF16) || defined(LIIF_SIMD_NEON_BF16)
+#define LIIF_SIMD_BF16
+#endif
+
 #if defined(LIIF_SIMD_AVX512_BF16)
 
 LIIF_INLINE uint16_t to_bf16(float x) {
@@ -191,8 +250,9 @@ struct Bf16Op {
   LIIF_INLINE Reg multiply_add(__m512bh a, __m512bh b, Reg c) { return _mm512_dpbf16_ps(c, a, b); }
 };
 
-LIIF_INLINE void store_bf16(Bf16* p, __m512 low, __m512 high) {
-  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+LIIF_INLINE void store_bf16(Bf16* p, const __m512 (&a)[kVecs]) {
+  static_assert(kVecs == 2, "one 64-byte store");
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(a[1], a[0]));
 }
 LIIF_INLINE void store_bf16(Bf16* p, __m512 a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a)); }
 
@@ -200,11 +260,38 @@ LIIF_INLINE __m512i pair_values(__m256i low, __m256i high) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
-// Stores Elems that pair 32 values of one row with those of the next row; zeros for the next row if `high` is null.
+// Stores Elems that pair kCols values of one row with those of the next row; zeros for the next row if `high` is null.
 LIIF_INLINE void store_pairs(uint32_t* p, const Bf16* low, const Bf16* high) {
   const __m512i a = _mm512_loadu_si512(low), b = high ? _mm512_loadu_si512(high) : _mm512_setzero_si512();
   _mm512_storeu_si512(p, pair_values(_mm512_castsi512_si256(a), _mm512_castsi512_si256(b)));
   _mm512_storeu_si512(p + 16, pair_values(_mm512_extracti64x4_epi64(a, 1), _mm512_extracti64x4_epi64(b, 1)));
+}
+
+#elif defined(LIIF_SIMD_NEON_BF16)
+
+LIIF_INLINE uint16_t to_bf16(float x) { return vget_lane_u16(vreinterpret_u16_bf16(vcvt_bf16_f32(vdupq_n_f32(x))), 0); }
+
+struct Bf16Op {
+  using Elem = uint32_t;
+  using Value = Bf16;
+  using Acc = float;
+  using Reg = float32x4_t;
+  static constexpr int kPack = 2;
+  LIIF_INLINE bfloat16x8_t load(const Elem* p) { return vreinterpretq_bf16_u32(vld1q_u32(p)); }
+  LIIF_INLINE bfloat16x8_t broadcast(const Elem* p) { return vreinterpretq_bf16_u32(vdupq_n_u32(*p)); }
+  LIIF_INLINE Reg multiply_add(bfloat16x8_t a, bfloat16x8_t b, Reg c) { return vbfdotq_f32(c, a, b); }
+};
+
+LIIF_INLINE void store_bf16(Bf16* p, float32x4_t a) { vst1_u16(&p->bits, vreinterpret_u16_bf16(vcvt_bf16_f32(a))); }
+LIIF_INLINE void store_bf16(Bf16* p, const float32x4_t (&a)[kVecs]) {
+  for (int v = 0; v < kVecs; ++v) store_bf16(p + 4 * v, a[v]);
+}
+
+LIIF_INLINE void store_pairs(uint32_t* p, const Bf16* low, const Bf16* high) {
+  for (int i = 0; i < 4 * kVecs; i += 4) {
+    const auto pairs = vzip_u16(vld1_u16(&low[i].bits), high ? vld1_u16(&high[i].bits) : vdup_n_u16(0));
+    vst1q_u32(p + i, vreinterpretq_u32_u16(vcombine_u16(pairs.val[0], pairs.val[1])));
+  }
 }
 
 #endif

@@ -2,7 +2,11 @@
 // included here, before BEGIN, so that nothing in them is compiled for that target.
 #pragma once
 
+#if defined(__x86_64__)
 #include <immintrin.h>
+#else
+#include <arm_neon.h>
+#endif
 
 #include <cmath>
 #include <cstddef>

@@ -227,8 +227,8 @@ template <class T>
 LIIF_INLINE void store_values(T* p, typename Vec<T>::Reg a) {
   Vec<T>::store(p, a);
 }
-#if defined(LIIF_SIMD_AVX512_BF16)
-LIIF_INLINE void store_values(Bf16* p, __m512 a) { store_bf16(p, a); }
+#if defined(LIIF_SIMD_BF16)
+LIIF_INLINE void store_values(Bf16* p, Vec<float>::Reg a) { store_bf16(p, a); }
 #endif
 
 // rows[query, corner] = latent + geometry terms + bias, with ReLU unless it is the only layer. Columns up to a whole

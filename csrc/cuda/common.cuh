@@ -27,20 +27,34 @@ inline unsigned blocks_for(int64_t warps) {
   return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
-// bytes: of dynamic shared memory.
+// bytes: of dynamic shared memory. cluster: blocks that run at the same time and may use each other's shared memory.
 struct LaunchSize {
   unsigned blocks;
-  int bytes;
+  int bytes, threads = kThreads;
+  unsigned cluster = 1;
 };
+
+// `cluster` outlives the configuration.
+inline cudaLaunchConfig_t launch_config(const LaunchSize& size, cudaLaunchAttribute& cluster, void* stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(size.blocks);
+  config.blockDim = dim3(static_cast<unsigned>(size.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(size.bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  if (size.cluster > 1) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {size.cluster, 1, 1};
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  return config;
+}
 
 // Returns nullptr, or CUDA's error message if the kernel was not launched.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), const LaunchSize& size, void* stream, const Arguments&... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(size.blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(size.bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute cluster = {};
+  const cudaLaunchConfig_t config = launch_config(size, cluster, stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

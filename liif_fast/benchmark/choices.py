@@ -86,7 +86,7 @@ def lines(choices: Sequence[Choice], device: torch.device) -> list[str]:
         if seconds[chosen] <= 1.03 * seconds[best]:
             text.append(f"{what}: {times}; {chosen}, the choice of the table, is right")
             continue
-        row = preferences.find(gpu.capability(device.index), "decode", runs.DTYPES[dtype], training, queries)
+        row = backends.preference(_request(device, training, dtype, queries))
         gain, source = seconds[chosen] / seconds[best], row.source if row else preferences.NO_ROW
         text.append(f"{what}: {times}; {best} would have been {gain:.2f}x as fast as the chosen {chosen}")
         text.append(

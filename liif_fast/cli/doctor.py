@@ -21,7 +21,10 @@ from liif_fast.ops.backends import extension
 from liif_fast.utils.files import write_atomically
 from liif_fast.utils.hardware import cpu_model
 
-VARIABLES = tuple(f"LIIF_FAST_{name}" for name in ("BACKEND", "CPU_ISA", "EXTENSION", "CACHE", "FIRST_USE_CHECK"))
+VARIABLES = tuple(
+    f"LIIF_FAST_{name}" for name in ("BACKEND", "CPU_ISA", "EXTENSION", "CACHE", "FIRST_USE_CHECK", "HOPPER")
+)
+_PAPER = (256, 256, 256, 256, 3)  # the layers of the paper's imnet
 
 
 def _installed(name: str) -> str:
@@ -73,6 +76,13 @@ def _devices() -> Iterator[tuple[str, str]]:
 def _backends() -> Iterator[tuple[str, str]]:
     for name, runs, reason in backends.report():
         yield name, "runs" if runs else f"cannot run: {reason}"
+        if name == "cuda" and runs:
+            request = backends.OpRequest("decode", "cuda", torch.bfloat16, _PAPER)
+            against = backends.against_hopper(request)
+            yield (
+                "cuda, Hopper kernel",
+                f"left out: {against}" if against else "runs; not yet run on a GPU by its authors",
+            )
 
 
 def _environment() -> Iterator[tuple[str, str]]:

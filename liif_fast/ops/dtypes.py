@@ -43,6 +43,13 @@ def latent_dtype(device: torch.device, matmul_dtype: torch.dtype, needs_grad: bo
     return matmul_dtype
 
 
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether PyTorch finds products of a 16-bit dtype in this processor, which is then of x86."""
+    names = ("avx512_bf16", "amx_bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
+    find = getattr(torch.cpu, "get_capabilities", None)  # an older torch cannot tell
+    return find is not None and any(find().get(name) for name in names)
+
+
 def allows_tf32() -> bool:
     """Whether float32 products on an accelerator may round their operands to TF32."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 and its successors set this

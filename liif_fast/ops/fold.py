@@ -2,7 +2,9 @@
 
 By default PyTorch rounds the operands of float32 convolutions on a GPU to TF32, but not those of float32 matrix
 products. A folded layer was a matrix product, so its convolution follows the switch of matrix products
-(`dtypes.allows_tf32`). It may use TF32 where the other layers multiply in 16 bits.
+(`dtypes.allows_tf32`). It may use TF32 where the other layers multiply in 16 bits. Where they multiply in
+bfloat16 on a CPU that has such products, the backward does too, but the forward stays in float32
+(`dtypes.latent_dtype`).
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import register_autograd, register_fake
 
-from .dtypes import allows_tf32, autocast_dtype, latent_dtype, needs_grad, no_autocast
-from .namespace import NAMESPACE
+from .dtypes import allows_tf32, autocast_dtype, cpu_multiplies, latent_dtype, needs_grad, no_autocast
+from .namespace import LIBRARY, register_op
 from .transforms import is_transformed
+
+_CPU_MULTIPLIES_BF16 = cpu_multiplies(torch.bfloat16)  # a constant for torch.compile
 
 # Registered ops, whose convolutions take their precision as an argument: torch's switch belongs to all threads, and
 # plain code would read it during tracing and not when the trace runs.
@@ -53,27 +58,50 @@ def _grad_kernels(grad_out: Tensor, feat: Tensor, size: int, tf32: bool) -> Tens
     return torch.stack(products, -1).view(outs, channels, size, size)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::convolution", mutates_args=())
+def _multiplies_bf16(feat: Tensor, tf32: bool) -> bool:
+    """Whether the backward rounds its operands to bfloat16, on a CPU."""
+    return tf32 and feat.device.type == "cpu" and feat.dtype == torch.float32 and _CPU_MULTIPLIES_BF16
+
+
+def _backward_in_bf16(grad_out: Tensor, feat: Tensor, kernels: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor]:
+    operands = (each.to(torch.bfloat16) for each in (grad_out, feat, kernels))
+    options = (None, [1, 1], [kernels.shape[-1] // 2] * 2, [1, 1], False, [0, 0], 1, [*wanted, False])
+    grads = torch.ops.aten.convolution_backward(*operands, *options)
+    grad_feat, grad_kernels = (
+        grad.to(like.dtype, copy=True).contiguous(memory_format=layout) if wants else like.new_empty(0)
+        for grad, like, layout, wants in zip(
+            grads, (feat, kernels), (torch.channels_last, torch.contiguous_format), wanted, strict=False
+        )
+    )
+    return grad_feat, grad_kernels
+
+
+@register_op("convolution(Tensor feat, Tensor kernels, bool tf32) -> Tensor")
 def _convolution(feat: Tensor, kernels: Tensor, tf32: bool) -> Tensor:
     return _run(feat, kernels, tf32, transposed=False)
 
 
-@_convolution.register_fake
+@register_fake(_convolution, lib=LIBRARY)
 def _(feat: Tensor, kernels: Tensor, tf32: bool) -> Tensor:
     return F.conv2d(feat, kernels, padding=kernels.shape[-1] // 2)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::convolution_backward", mutates_args=())
+@register_op(
+    "convolution_backward(Tensor grad_out, Tensor feat, Tensor kernels, bool tf32, bool with_feat, bool with_kernels)"
+    " -> (Tensor, Tensor)"
+)
 def _convolution_backward(
     grad_out: Tensor, feat: Tensor, kernels: Tensor, tf32: bool, with_feat: bool, with_kernels: bool
 ) -> tuple[Tensor, Tensor]:
+    if _multiplies_bf16(feat, tf32):
+        return _backward_in_bf16(grad_out, feat, kernels, [with_feat, with_kernels])
     grad_feat = _run(grad_out, kernels, tf32, transposed=True) if with_feat else feat.new_empty(0)
     size = kernels.shape[-1]
     grad_kernels = _grad_kernels(grad_out, feat, size, tf32) if with_kernels else kernels.new_empty(0)
     return grad_feat, grad_kernels
 
 
-@_convolution_backward.register_fake
+@register_fake(_convolution_backward, lib=LIBRARY)
 def _(
     grad_out: Tensor, feat: Tensor, kernels: Tensor, tf32: bool, with_feat: bool, with_kernels: bool
 ) -> tuple[Tensor, Tensor]:
@@ -101,19 +129,20 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None,
     return grad_feat if with_feat else None, grad_kernels if with_kernels else None, None
 
 
-_convolution.register_autograd(_backward, setup_context=_setup)
+register_autograd(_convolution, _backward, setup_context=_setup, lib=LIBRARY)
 
 
 def _convolve(feat: Tensor, kernels: Tensor, tf32: bool) -> Tensor:
     """feat [B, C, H, W] with kernels [K, C, k, k], k odd, zero padded -> [B, H, W, K], contiguous.
 
-    tf32: whether float32 may round to TF32 on a GPU even where matrix products may not.
+    tf32: whether float32 may round to TF32 on a GPU even where matrix products may not, and to bfloat16 in the backward
+        on a CPU that multiplies bfloat16.
     """
     transformed = is_transformed(feat, kernels)
     if not transformed:  # vmap has no rule for it
         feat = feat.contiguous(memory_format=torch.channels_last)
     on_gpu = feat.device.type == "cuda" and feat.dtype == torch.float32 and not torch.is_autocast_enabled("cuda")
-    if on_gpu and not transformed:
+    if (on_gpu or _multiplies_bf16(feat, tf32)) and not transformed:
         out = _convolution(feat, kernels, tf32)
     else:
         out = F.conv2d(feat, kernels, padding=kernels.shape[-1] // 2)
@@ -124,9 +153,10 @@ def fold_for(feat: Tensor, weight: Tensor, feat_unfold: bool, matmul_dtype: torc
     """`fold` for a decode that multiplies in `matmul_dtype`, and that autograd records or not."""
     dtype = latent_dtype(feat.device, matmul_dtype, needs_grad)
     channels, kernel = feat.shape[1], 3 if feat_unfold else 1
+    narrow = matmul_dtype == torch.bfloat16 or (matmul_dtype == torch.float16 and feat.device.type != "cpu")
     with no_autocast(feat.device):
         kernels = weight.to(dtype)[:, : channels * kernel * kernel].reshape(-1, channels, kernel, kernel)
-        return _convolve(feat.to(dtype), kernels, matmul_dtype.itemsize == 2)
+        return _convolve(feat.to(dtype), kernels, narrow)
 
 
 def fold(feat: Tensor, weight: Tensor, *, feat_unfold: bool = True) -> Tensor:

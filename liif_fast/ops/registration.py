@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import register_autograd, register_fake
 
 from .backends import calls, implementation
 from .dtypes import geometry_dtype
 from .inputs import DecodeInputs, GatherInputs, MetasrInputs
-from .namespace import NAMESPACE
+from .namespace import LIBRARY, register_op
 from .transforms import is_transformed
 
 
@@ -68,25 +69,21 @@ def _arguments(inputs: type) -> str:
 # ------------------------------------------------------------------------------------------------------------- gather
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::gather", mutates_args=(), schema=f"({_arguments(GatherInputs)}, str backend) -> (Tensor, Tensor)"
-)
+@register_op(f"gather({_arguments(GatherInputs)}, str backend) -> (Tensor, Tensor)")
 def gather(*arguments: Any) -> tuple[Tensor, Tensor]:
     *fields, backend = arguments
     return implementation(backend).gather(GatherInputs(*fields))
 
 
-@gather.register_fake
+@register_fake(gather, lib=LIBRARY)
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs = GatherInputs(*arguments[:-1])
     weight = inputs.coord.new_empty(inputs.x_shape[:3], dtype=geometry_dtype(inputs.feat))
     return inputs.feat.new_empty(inputs.x_shape), weight
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::gather_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_x, Tensor grad_area_weight, {_arguments(GatherInputs)}, str backend) "
+@register_op(
+    f"gather_backward(Tensor grad_x, Tensor grad_area_weight, {_arguments(GatherInputs)}, str backend) "
     "-> (Tensor, Tensor, Tensor)",
 )
 def gather_backward(grad_x: Tensor, grad_area_weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +91,7 @@ def gather_backward(grad_x: Tensor, grad_area_weight: Tensor, *arguments: Any) -
     return implementation(backend).gather_backward(grad_x, grad_area_weight, GatherInputs(*fields))
 
 
-@gather_backward.register_fake
+@register_fake(gather_backward, lib=LIBRARY)
 def _(grad_x: Tensor, grad_area_weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     feat, coord, cell = arguments[:3]
     return tuple(_empty_grads([feat, coord, coord.new_empty(0) if cell is None else cell], geometry_dtype(feat)))
@@ -113,28 +110,28 @@ def _gather_backward(ctx: Any, grad_x: Tensor, grad_area_weight: Tensor) -> tupl
     return *_match(gather_backward(grad_x, grad_area_weight, *tensors, *ctx.options), tensors), None, None, None
 
 
-gather.register_autograd(_gather_backward, setup_context=_gather_setup)
+register_autograd(gather, _gather_backward, setup_context=_gather_setup, lib=LIBRARY)
 
 # ----------------------------------------------------------------------------------------------------------- ensemble
 
 
-@torch.library.custom_op(f"{NAMESPACE}::ensemble", mutates_args=())
+@register_op("ensemble(Tensor pred, Tensor area_weight, str backend) -> Tensor")
 def ensemble(pred: Tensor, area_weight: Tensor, backend: str) -> Tensor:
     return implementation(backend).ensemble(pred, area_weight)
 
 
-@ensemble.register_fake
+@register_fake(ensemble, lib=LIBRARY)
 def _(pred: Tensor, area_weight: Tensor, backend: str) -> Tensor:
     batch, queries, _, out = pred.shape
     return pred.new_empty(batch, queries, out, dtype=geometry_dtype(pred))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::ensemble_backward", mutates_args=())
+@register_op("ensemble_backward(Tensor grad_out, Tensor pred, Tensor area_weight, str backend) -> (Tensor, Tensor)")
 def ensemble_backward(grad_out: Tensor, pred: Tensor, area_weight: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return implementation(backend).ensemble_backward(grad_out, pred, area_weight)
 
 
-@ensemble_backward.register_fake
+@register_fake(ensemble_backward, lib=LIBRARY)
 def _(grad_out: Tensor, pred: Tensor, area_weight: Tensor, backend: str) -> tuple[Tensor, ...]:
     return tuple(_empty_grads([pred, area_weight], geometry_dtype(pred)))
 
@@ -151,7 +148,7 @@ def _ensemble_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     return *_match(ensemble_backward(grad_out, *tensors, ctx.backend), tensors), None
 
 
-ensemble.register_autograd(_ensemble_backward, setup_context=_ensemble_setup)
+register_autograd(ensemble, _ensemble_backward, setup_context=_ensemble_setup, lib=LIBRARY)
 
 # ------------------------------------------------------------------------------------------------------------- decode
 # Both ops take the fields of DecodeInputs. With `save` the forward returns what its backward needs in one tensor of
@@ -163,34 +160,30 @@ _INPUTS = _arguments(DecodeInputs)
 _FIELDS = len(DecodeInputs._fields)
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::decode",
-    mutates_args=(),
-    schema=f"({_INPUTS}, bool? save, bool coord_grad, str backend) -> (Tensor, Tensor)",
+@register_op(
+    f"decode({_INPUTS}, bool? save, bool coord_grad, str backend) -> (Tensor, Tensor)",
 )
 def decode(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, (save, coord_grad, backend) = DecodeInputs(*arguments[:_FIELDS]), arguments[_FIELDS:]
     return implementation(backend).decode(inputs, save, coord_grad)
 
 
-@decode.register_fake
+@register_fake(decode, lib=LIBRARY)
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     inputs, (save, coord_grad, backend) = DecodeInputs(*arguments[:_FIELDS]), arguments[_FIELDS:]
     out = inputs.latent_map.new_empty(inputs.out_shape, dtype=geometry_dtype(inputs.latent_map))
     return out, inputs.empty_saved(implementation(backend).saved_bytes(inputs, coord_grad) if save else 0)
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::decode_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor saved, {_INPUTS}, bool coord_grad, str backend) -> Tensor[]",
+@register_op(
+    f"decode_backward(Tensor grad_out, Tensor saved, {_INPUTS}, bool coord_grad, str backend) -> Tensor[]",
 )
 def decode_backward(grad_out: Tensor, saved: Tensor, *arguments: Any) -> list[Tensor]:
     inputs, (coord_grad, backend) = DecodeInputs(*arguments[:_FIELDS]), arguments[_FIELDS:]
     return implementation(backend).decode_backward(grad_out, saved, inputs, coord_grad)
 
 
-@decode_backward.register_fake
+@register_fake(decode_backward, lib=LIBRARY)
 def _(grad_out: Tensor, saved: Tensor, *arguments: Any) -> list[Tensor]:
     inputs = DecodeInputs(*arguments[:_FIELDS])
     return _empty_grads(inputs.differentiable(arguments[_FIELDS]), geometry_dtype(inputs.latent_map))
@@ -234,36 +227,32 @@ def _decode_backward(ctx: Any, grad_out: Tensor, _grad_saved: Tensor) -> tuple[A
     return *by_field.values(), None, None, None
 
 
-decode.register_autograd(_decode_backward, setup_context=_decode_setup)
+register_autograd(decode, _decode_backward, setup_context=_decode_setup, lib=LIBRARY)
 
 # ------------------------------------------------------------------------------------------------------- metasr_query
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::metasr_query", mutates_args=(), schema=f"({_arguments(MetasrInputs)}, str backend) -> Tensor"
-)
+@register_op(f"metasr_query({_arguments(MetasrInputs)}, str backend) -> Tensor")
 def metasr_query(*arguments: Any) -> Tensor:
     *fields, backend = arguments
     return implementation(backend).metasr_query(MetasrInputs(*fields))
 
 
-@metasr_query.register_fake
+@register_fake(metasr_query, lib=LIBRARY)
 def _(*arguments: Any) -> Tensor:
     inputs = MetasrInputs(*arguments[:-1])
     return inputs.latent_map.new_empty(inputs.out_shape, dtype=geometry_dtype(inputs.latent_map))
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::metasr_query_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_out, {_arguments(MetasrInputs)}, str backend) -> Tensor[]",
+@register_op(
+    f"metasr_query_backward(Tensor grad_out, {_arguments(MetasrInputs)}, str backend) -> Tensor[]",
 )
 def metasr_query_backward(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
     *fields, backend = arguments
     return implementation(backend).metasr_query_backward(grad_out, MetasrInputs(*fields))
 
 
-@metasr_query_backward.register_fake
+@register_fake(metasr_query_backward, lib=LIBRARY)
 def _(grad_out: Tensor, *arguments: Any) -> list[Tensor]:
     return _empty_grads(arguments[:5], geometry_dtype(arguments[0]))
 
@@ -281,4 +270,4 @@ def _metasr_backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
     return *_match(metasr_query_backward(grad_out, *tensors, ctx.region, ctx.backend), tensors), None, None
 
 
-metasr_query.register_autograd(_metasr_backward, setup_context=_metasr_setup)
+register_autograd(metasr_query, _metasr_backward, setup_context=_metasr_setup, lib=LIBRARY)

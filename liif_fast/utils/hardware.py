@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from liif_fast.ops.dtypes import cpu_multiplies
+
 
 def cpu_model() -> str:
     """The processor's name as the system reports it."""
@@ -33,6 +35,4 @@ def emulates(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products of a 16-bit dtype on a device are far slower than those of float32: on x86 without them."""
     if device.type != "cpu" or dtype.itemsize != 2 or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
-    names = ("avx512_bf16", "amx_bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16")
-    find = getattr(torch.cpu, "get_capabilities", None)  # an older torch cannot tell
-    return find is not None and not any(find().get(name) for name in names)
+    return hasattr(torch.cpu, "get_capabilities") and not cpu_multiplies(dtype)

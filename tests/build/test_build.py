@@ -150,6 +150,16 @@ def test_ninja_is_found_when_the_programs_of_this_python_are_not_on_path(setup_p
     assert subprocess.run([setup_py.find_ninja(), "--version"]).returncode == 0
 
 
+@needs_compiler
+@pytest.mark.parametrize(("system", "kind"), [("Darwin", "-bundle"), ("Linux", "-shared")])
+def test_a_mac_has_a_linker_of_its_own(setup_py, monkeypatch, tmp_path, system, kind):
+    monkeypatch.setattr(setup_py.platform, "system", lambda: system)
+    monkeypatch.setattr(setup_py, "MODE", "auto")
+    setup_py.write_ninja(tmp_path, None)
+    link = (tmp_path / "build.ninja").read_text().split("rule link\n")[1].split("\nbuild")[0]
+    assert setup_py.why_not() == "" and kind in link and ("relro" in link) == (system == "Linux")
+
+
 # ---- compiling -------------------------------------------------------------------------------------------------------
 
 
@@ -363,7 +373,7 @@ for cap in ("auto", "portable", "avx2", "avx512", "sse9"):
     assert portable == "portable False False LIIF_FAST_CPU_ISA portable"
     assert avx2 == (lacks.format("avx2") if best == "portable" else "avx2 False False LIIF_FAST_CPU_ISA avx2")
     assert avx512.startswith(f"{best} " if best.startswith("avx512") else lacks.format("avx512"))
-    assert unknown == "LIIF_FAST_CPU_ISA is 'sse9': set it to one of auto, avx512, avx2, portable"
+    assert unknown == "LIIF_FAST_CPU_ISA is 'sse9': set it to one of auto, avx512, avx2, neon, portable"
 
 
 def test_unloadable_files_become_one_sentence(tmp_path, monkeypatch):

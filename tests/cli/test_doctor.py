@@ -88,33 +88,32 @@ def test_without_the_extension_the_reason_is_given_and_the_exit_code_is_zero() -
     assert found["LIIF_FAST_EXTENSION"] == "/nowhere/_C.abi3.so"
 
 
-# Runs a backend's check after a change of the backend: what a wrong kernel, a crash, a hang and a refusal look like.
+# Runs a check after a change of backend cpu: what a wrong kernel, a crash, a hang and a refusal look like.
 PLANTED = """
 import os, sys, time
 from liif_fast.benchmark import check
 from liif_fast.ops import backends
 from liif_fast.ops.backends import cpu
 
+mistake = sys.argv[1]
 right = cpu.decode
 def decode(inputs, save, coord_grad):
-    if sys.argv[1] == "crash" and save:
+    if mistake == "crash" and save:
         os.abort()
-    if sys.argv[1] == "error":
+    if mistake == "error":
         raise RuntimeError("a CUDA kernel could not be launched")
-    if sys.argv[1] == "hang":
+    if mistake == "hang":
         time.sleep(600)
     out, saved = right(inputs, save, coord_grad)
-    return out.roll(1, 1) if sys.argv[1] == "wrong" else out, saved
+    return out.roll(1, 1) if mistake == "wrong" else out, saved
 cpu.decode = decode
 check.HIDDEN = (16, 16)
 def refuse(request, raise_error=False):
     raise RuntimeError("backend 'cpu' takes another day off")
-if sys.argv[1] == "refuse":
+if mistake == "refuse":
     backends.BACKENDS["cpu"] = refuse
-if sys.argv[2] in ("torch", "reference"):  # the rows after the planted one
-    check._DECODES = ()
 check._rates = lambda backend, device: (2e12, 4e12)
-check.check(sys.argv[2], check.torch.device(sys.argv[3]))
+check.check("cpu", check.torch.device(sys.argv[2]))
 """
 RESULTS = {
     "wrong": ("wrong", "the result of query, float32 inference is off by "),
@@ -122,33 +121,42 @@ RESULTS = {
     "error": ("crashed", "in float32 inference with exit status 1: RuntimeError: a CUDA kernel could not be launched"),
     "hang": ("hung", "stopped in float32 inference after "),
     "refuse": ("refused", "backend 'cpu' takes another day off"),
+    "nothing": ("right", ""),
 }
 
 
 @needs_cpu
-@pytest.mark.parametrize("mistake", RESULTS)
-def test_the_check_of_a_backend_ends_in_a_row(
-    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("mistakes", [["crash", "nothing"], pytest.param([*RESULTS], marks=pytest.mark.prove)], ids=len)
+def test_every_check_ends_in_a_row(
+    mistakes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A backend that fails takes neither the next one nor the report with it."""
+    """A backend that fails takes neither the next one nor the report with it. Mistakes have the places of backends."""
     planted, file = tmp_path / "planted.py", tmp_path / "report.txt"
     planted.write_text(PLANTED)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("LIIF_FAST_BACKEND", "reference")  # is no reason to refuse a backend
-    command, found = [sys.executable, "-W", "ignore", str(planted), mistake], check.check_all
-    seconds = 30.0 if mistake == "hang" else 200.0
-    monkeypatch.setattr(check, "check_all", lambda places: found(["cpu"], command, seconds))
+    monkeypatch.setattr(check, "_BACKENDS", {"cpu": mistakes})
+    command, found = [sys.executable, "-W", "ignore", str(planted)], check.check_all
+    monkeypatch.setattr(check, "check_all", lambda places: found(["cpu"], command, seconds=90.0))
     begin = time.monotonic()
-    code = cli.main(["doctor", "--check", "--output", str(file)])
-    assert time.monotonic() - begin < seconds
-    result, detail = RESULTS[mistake]
+    assert cli.main(["doctor", "--check", "--output", str(file)]) == 1
+    assert time.monotonic() - begin < 90
     text = capsys.readouterr().out
-    lines = [line.split() for line in text.splitlines()]
-    assert lines[1][:3] == ["cpu", "cpu", result] and lines[2] == ["cpu", "torch", "right", "2", "4", "50", "%"]
-    assert f"cpu cpu {result}: {detail}" in text
-    assert code == (0 if result == "refused" else 1)
+    lines = [line.split() for line in text.splitlines()][1:]
+    for line, mistake in zip(lines, mistakes, strict=False):
+        result, detail = RESULTS[mistake]
+        assert line[:3] == ["cpu", mistake, result]
+        assert not detail or f"cpu {mistake} {result}: {detail}" in text
+    assert lines[len(mistakes) - 1][3:] == ["2", "4", "50", "%"]
     report = file.read_text()
     assert report.startswith("Versions\n") and "\nCheck\ndevice  backend" in report and str(Path.home()) not in report
+
+
+def test_a_refusal_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [check.Row("cpu", "cpu", "refused", "it is too old"), check.Row("cpu", "torch", "right", "")]
+    monkeypatch.setattr(check, "check_all", lambda places: rows)
+    assert cli.main(["doctor", "--check"]) == 0
+    assert "cpu cpu refused: it is too old" in capsys.readouterr().out
 
 
 def test_the_check_runs_every_backend_on_every_device_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,26 @@ def stores(code: list[Instruction], wide: bool) -> int:
     return sum(one.is_one("STG") and (".128" in one.name) == wide for one in code)
 
 
+def measure_hopper(code: list[Instruction]) -> dict[str, int]:
+    """The whole kernel, and the smallest loop with all products, which is the one over tiles or over layers."""
+
+    def count(instructions: list[Instruction], name: str) -> int:
+        return sum(one.name.startswith(name) for one in instructions)
+
+    products = count(code, "HGMMA")
+    loop = next(loop for loop in loops(code) if count(loop, "HGMMA") == products)
+    return {
+        "products": products,
+        "fences": count(code, "WARPGROUP.ARRIVE"),
+        "waits": count(code, "WARPGROUP.DEPBAR"),
+        "stores": count(code, "STG"),
+        "wide_loads": count(code, "LDG.E.128"),
+        "loads_in_flight": flights(code)[1],  # the map has two types, each with its own code
+        "instructions_of_the_loop": len(loop),
+        "moves_of_the_loop": count(loop, "MOV"),
+    }
+
+
 def measure(code: list[Instruction]) -> dict[str, int]:
     return {
         "block_barriers": sum(is_barrier(one) and one.operands in ("0x0", "") for one in code),

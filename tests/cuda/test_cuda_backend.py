@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from liif_fast import ops
 from liif_fast.ops import backends
 from liif_fast.ops.backends import extension, gpu, preferences
+from liif_fast.ops.backends.cuda import hopper
 from tests.backends import emulated
 from tests.helpers import Case, random_problem, reason_against
 
@@ -117,17 +118,22 @@ def test_gpu_and_driver_must_run_the_extensions_code(gpu_here, monkeypatch, capa
 
 
 def test_the_first_backend_comes_from_the_table(gpu_here, monkeypatch):
-    """Triton for 16-bit inference on 9.0, otherwise the order of the backends."""
+    """On 9.0, for 16-bit inference: cuda where it has a Hopper kernel, Triton elsewhere."""
     request = backends.OpRequest("decode", "cuda", torch.float32, (64, 256, 3), queries=1 << 20)
     narrow = request._replace(matmul_dtype=torch.bfloat16)
     expected = {
         request: "cuda",
-        narrow: "triton",
+        narrow: "cuda",
+        narrow._replace(widths=(64, 128, 3)): "triton",
+        narrow._replace(widths=(64, 256, 5)): "triton",
         narrow._replace(trains=True): "cuda",
         narrow._replace(op="gather"): "cuda",
     }
     monkeypatch.setattr(backends, "_TRITON_PROBLEM", "")
     assert {each: backends.choose(each) for each in expected} == expected
+    monkeypatch.setattr(hopper, "ENABLED", False)
+    assert backends.choose(narrow) == "triton"
+    assert backends.against_hopper(narrow) == "LIIF_FAST_HOPPER=0 leaves the Hopper kernel out"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
     assert backends.choose(narrow) == "cuda"
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -135,7 +141,7 @@ def test_the_first_backend_comes_from_the_table(gpu_here, monkeypatch):
 
 
 def test_a_trace_takes_the_first_backend_as_a_constant(monkeypatch):
-    narrow = backends.OpRequest("decode", "cuda", torch.float32, (64, 256, 3), matmul_dtype=torch.bfloat16)
+    narrow = backends.OpRequest("decode", "cuda", torch.float32, (64, 128, 3), matmul_dtype=torch.bfloat16)
     for name in ("cuda", "triton"):
         monkeypatch.setitem(backends.BACKENDS, name, lambda *_: True)
     found = {0: (9, 0), 1: (8, 0)}
@@ -156,7 +162,7 @@ def test_rows_of_the_table_name_backends_and_sources(monkeypatch):
     for row in preferences.TABLE:
         assert row.first in ("cuda", "triton") and row.least <= row.most
         assert row.source.startswith(("modeled for ", "measured on "))
-    small = preferences.TABLE[0]._replace(queries=(1, 4096), first="cuda")
+    small = preferences.TABLE[1]._replace(queries=(1, 4096), first="cuda")
     monkeypatch.setattr(preferences, "TABLE", (small, *preferences.TABLE))
     work = ((9, 0), "decode", torch.float16, False)
     assert [preferences.find(*work, queries).first for queries in (4096, 4097, None)] == ["cuda", "triton", "triton"]
@@ -187,6 +193,34 @@ def test_cuda_refuses_with_a_reason(gpu_here, device, dtype, widths, message):
     assert not backends.can_run_cuda(request)
     if widths:
         assert backends.can_run_cuda(request._replace(dtype=torch.float32, widths=(64, 256, 16)))
+
+
+HOPPER_REFUSALS = {
+    "training": ({"trains": True}, "is for inference, and saves nothing for a backward"),
+    "float32": ({"matmul_dtype": torch.float32}, "multiplies float16 or bfloat16, not torch.float32"),
+    "no hidden layer": ({"widths": (256, 3)}, "decodes with 3 to 18 layers, this imnet has 2"),
+    "narrow": ({"widths": (64, 128, 3)}, "decodes with a widest layer of 129 to 256 channels, not 128"),
+    "outputs": ({"widths": (256, 256, 5)}, "decodes to at most 4 outputs, not 5"),
+    "queries": ({"queries": 2**30 + 1}, "decodes at most 1073741824 queries at a time, not 1073741825"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), HOPPER_REFUSALS.values(), ids=HOPPER_REFUSALS)
+def test_the_hopper_kernel_is_left_out_with_a_reason(change, message):
+    imnet = {"widths": (256,) * 4 + (3,), "matmul_dtype": torch.bfloat16, "trains": False}
+    assert hopper.against_imnet(**imnet) == ""
+    assert hopper.against_imnet(**{**imnet, **change}) == f"the Hopper kernel {message}"
+
+
+def test_the_hopper_kernel_needs_compute_capability_9(gpu_here, monkeypatch):
+    assert hopper.against_device("cuda", 0) == ""
+    monkeypatch.setattr(extension, "build_facts", lambda: {**FACTS, "cuda_archs": ["80"]})
+    assert "holds no code for sm_90a" in hopper.against_device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    assert hopper.against_device("cuda", 0) == "the Hopper kernel needs a GPU of compute capability 9.0, this is 10.0"
+    assert hopper.against_device("cpu", None) == (
+        "the Hopper kernel needs a GPU of compute capability 9.0, this is another device"
+    )
 
 
 def test_packed_weights_are_used_again_until_a_map_or_a_layer_changes(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from liif_fast.ops import backends
+from liif_fast.ops.backends.cuda import hopper
 from liif_fast.ops.inputs import DecodeInputs
 from tests.backends import set_device
 from tests.cuda.emulator import build
@@ -24,6 +25,9 @@ def test_limits_are_those_of_the_headers():
         "width_step": backends._FUSED_WIDTH_STEP,
         "outs": backends._FUSED_OUTS,
         "row_padding": cuda_decode._ROW_PADDING,
+        "wgmma_outs": hopper.MOST_OUTS,
+        "wgmma_hidden": hopper.MOST_HIDDEN,
+        "wgmma_queries": hopper.MOST_QUERIES,
     }
 
 

@@ -77,7 +77,9 @@ RUNS = {
 
 @both_orders
 @schedules
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.prove if "float32" in name else ()) for name in RUNS]
+)
 def test_results_do_not_depend_on_the_launch(kernels, name, schedule, deterministic):
     set_device("sm_80")  # whose launches have four blocks
     out, *grads = RUNS[name]()
@@ -92,7 +94,7 @@ def test_results_do_not_depend_on_the_launch(kernels, name, schedule, determinis
 
 @ordered
 @pytest.mark.parametrize("seed", [1, 2])  # copies arrive at random, and as late as the rules allow
-@pytest.mark.parametrize("name", ["decode-float32", "decode-bfloat16"])
+@pytest.mark.parametrize("name", [pytest.param("decode-float32", marks=pytest.mark.prove), "decode-bfloat16"])
 def test_no_order_of_threads_and_copies_changes_a_bit(kernels, name, seed, deterministic):
     expected = RUNS[name]()
     kernels.set_schedule(0, False, seed)
@@ -145,13 +147,17 @@ def test_the_papers_width_on_other_devices(kernels, device, kind):
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])
-@pytest.mark.parametrize("operands", range(4), ids=["float16", "bfloat16", "tf32", "float32"])
+@pytest.mark.parametrize(
+    "operands", range(6), ids=["float16", "bfloat16", "tf32", "float32", "wgmma", "wgmma-bfloat16"]
+)
 def test_packing_moves_every_weight_once(kernels, operands, width):
-    vector = 4 if operands >= 2 else 8  # of kFloat16, kBFloat16, kTf32, kFloat32
+    if operands >= 4 and width != 256:
+        pytest.skip("the wgmma policies have one width")
+    words = 1 if operands in (2, 3) else 2  # weights of a word, of which a unit has four
     units = kernels.packed_units(operands, width)
-    assert len(units) == len(set(units)) == width * width // vector
-    assert {out for out, _ in units} == set(range(width))
-    assert {first for _, first in units} == set(range(0, width, vector))
+    weights = {(out, first + i * step + j) for out, first, step in units for i in range(4) for j in range(words)}
+    assert len(units) * 4 * words == len(weights) == width * width
+    assert weights == {(out, into) for out in range(width) for into in range(width)}
 
 
 @ordered

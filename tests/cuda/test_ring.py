@@ -88,7 +88,7 @@ MISTAKES = {
 }
 
 
-def outcomes(folder: Path, patches: list[tuple[str, str, str]]) -> list[str]:
+def outcomes(folder: Path, patches: list[tuple[str, str, str]], hopper: bool = False) -> list[str]:
     """What the decode gives under every seed, with these patches in a copy of the sources."""
     csrc = folder / "csrc"
     shutil.copytree(build.ROOT / "csrc", csrc)
@@ -97,7 +97,7 @@ def outcomes(folder: Path, patches: list[tuple[str, str, str]]) -> list[str]:
         text = path.read_text()
         assert text.count(old) == 1, f"{name} has {text.count(old)} times: {old}"
         path.write_text(text.replace(old, new))
-    program = build.ring(csrc, folder / "ring")
+    program = build.ring(csrc, folder / "ring", hopper)
     result = subprocess.run([program, str(SEEDS)], capture_output=True, text=True, check=True, timeout=300)
     return result.stdout.splitlines()
 

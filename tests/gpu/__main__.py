@@ -20,10 +20,12 @@ from tests.gpu import report
 
 BUDGET_S = 470.0
 SHARES = {
-    "check": 0.14,
-    "tests": 0.46,
-    "benchmarks": 0.28,
-    "hopper": 0.12,
+    "hopper-kernel": 0.08,
+    "check": 0.12,
+    "tests": 0.4,
+    "benchmarks": 0.24,
+    "cycles": 0.06,
+    "hopper": 0.1,
 }  # of the budget; seconds left over go to the next steps
 LOG = "log.txt"
 _TAIL = 3000  # characters of a step's output in the report
@@ -39,7 +41,8 @@ def steps(out: Path, processes: int, backends: str) -> dict[str, list[str]]:
     tests += ["--report-log", str(out / report.TESTS), "--report-log-exclude-logs-on-passed-tests"]
     timings = ["bench.run", "--device", "cuda", "--budget", "{seconds}", "--out", str(out), "--name", "gpu"]
     check = ["liif_fast", "doctor", "--check", "--output", str(out / "check.txt")]
-    modules = {"check": check, "tests": tests, "benchmarks": timings, "hopper": ["bench.hopper"]}
+    modules = {"hopper-kernel": ["tests.gpu.hopper"], "check": check, "tests": tests, "benchmarks": timings}
+    modules |= {"cycles": ["tests.gpu.cycles"], "hopper": ["bench.hopper"]}
     return {name: [sys.executable, "-m", *words] for name, words in modules.items()}
 
 
@@ -98,8 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         old.unlink(missing_ok=True)
     found = {"command": " ".join(sys.argv), "environment": facts, "steps": {}}
     result = report.write(out, found)
-    # bench.hopper runs on compute capability 9.0 only.
-    chosen = args.only or [name for name in SHARES if name != "hopper" or facts["capability"] == "sm_90"]
+    chosen = args.only or [name for name in SHARES if "hopper" not in name or facts["capability"] == "sm_90"]
     for name, command in steps(out, args.n, args.backend).items():
         planned += SHARES[name] * args.budget
         if name in chosen:

@@ -19,6 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = (
     Case(batch=2, channels=3, height=5, width=7, queries=37, hidden=(32, 16)),
     Case(channels=16, height=4, width=3, queries=70, hidden=(256, 256), local_ensemble=False, cell_decode=False),
+    Case(channels=4, height=3, width=4, queries=70, hidden=(256,) * 4),
 )
 
 

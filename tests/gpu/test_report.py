@@ -56,6 +56,7 @@ def a_run(tmp_path_factory):
     return out, report.write(out, {"environment": {**facts, "doctor": []}, "steps": steps})
 
 
+@pytest.mark.prove
 def test_a_crash_or_a_hang_fails_one_test(a_run):
     out, found = a_run
     tests = {name.split("::")[1]: test for name, test in found["tests"].items()}
@@ -79,6 +80,7 @@ def test_a_crash_or_a_hang_fails_one_test(a_run):
         assert line in text
 
 
+@pytest.mark.prove
 def test_collect_files_a_run_and_gives_it_the_commit_of_the_same_sources(a_run, tmp_path, monkeypatch):
     out, _ = a_run
     (out / "some-gpu").mkdir()

@@ -168,9 +168,10 @@ def test_a_batch_is_its_images():
     ("side", "scale", "working_memory", "limit", "counts_python"),
     [
         (384, 1, 32 << 20, 100e6, False),  # 211 MB without tiles
-        pytest.param(1024, 2, tiles.DEFAULT_MEMORY, 1.2e9, True, marks=pytest.mark.prove),  # a megapixel enlarged by 2
+        (1024, 2, tiles.DEFAULT_MEMORY, 1.2e9, True),  # a megapixel enlarged by 2
     ],
 )
+@pytest.mark.prove
 def test_memory_is_bounded(side, scale, working_memory, limit, counts_python):
     """The peak of a process with the shipped model, input and result, with or without Python and PyTorch."""
     script = textwrap.dedent(

@@ -10,7 +10,7 @@ import torch
 
 from liif_fast import ops
 from liif_fast.ops.backends import extension
-from tests.backends import KINDS, TABLE
+from tests.backends import ISAS, KINDS, TABLE
 from tests.helpers import SHAPES, Case, needs_cpu, norm_error, psnr, random_problem
 from tests.ops.decoding import decode, exact, gradients, latent_map_of, make_problem
 from tests.ops.test_metasr import decode as decode_metasr
@@ -68,7 +68,7 @@ def test_grids_do_not_depend_on_threads_and_windows():
             assert torch.equal(part, whole[..., top : top + rows, left : left + cols])
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rows_scale, cols_scale", [(1, 1), (3, 2), (5 / 3, 5), (2, 1.5)])
 def test_corners_that_count(isa, rows_scale, cols_scale):
     """NaN in a latent reaches the pixels that it has a weight in without rounding; in training, all that read it."""
@@ -190,14 +190,16 @@ def test_no_worse_than_autocast_of_pytorch(name, native_bfloat16):
     assert (ours <= 2 * plain).all(), ours / plain
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_only_a_processor_that_multiplies_bfloat16_rounds_operands(native_bfloat16, isa):
     problems = [make_problem(SHAPES["paper-width"], KIND[name]) for name in ("autocast-bfloat16", "float32")]
     with TABLE[f"cpu-{isa}"].activate():
         decodes = [decode(problem, "cpu", latent_map=latent_map_of(problem)) for problem in problems]
         results = [gradients(out, problem.leaves) for out, problem in zip(decodes, problems, strict=True)]
     same = [torch.equal(a, b) for a, b in zip(*results, strict=True)]
-    assert not any(same[:-1]) if isa == "avx512" else all(same)  # the last bias's gradient is a sum of grad_out
+    assert (
+        not any(same[:-1]) if isa in ("avx512", "neon") else all(same)
+    )  # the last bias's gradient is a sum of grad_out
 
 
 def test_bfloat16_features_use_the_processors_own_products(native_bfloat16):

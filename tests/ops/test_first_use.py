@@ -131,7 +131,7 @@ def test_a_wrong_forward_is_refused_with_one_warning(native, name):
 
 
 @pytest.mark.parametrize("name", BACKWARD)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.prove), torch.bfloat16], ids=str)
 def test_a_wrong_backward_is_refused_where_gradients_are_wanted(native, name, dtype):
     plant(native, "cuda_decode_backward", BACKWARD[name])
     query(tensors(dtype), backend="cuda")
@@ -143,7 +143,9 @@ def test_a_wrong_backward_is_refused_where_gradients_are_wanted(native, name, dt
 
 @pytest.mark.parametrize("hidden", [(64, 64), pytest.param((256, 256), marks=pytest.mark.prove)], ids=str)
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.prove), torch.bfloat16], ids=str
+)
 def test_right_kernels_stay_far_below_the_limits(native, hidden, dtype, autocast):
     features = torch.float32 if autocast else dtype
     switches = (hidden == (64, 64), not autocast, autocast)
@@ -312,7 +314,7 @@ def test_a_rank_names_itself(native, monkeypatch):
         query(tensors())
 
 
-@pytest.mark.parametrize("value", ["0", "1", None])
+@pytest.mark.parametrize("value", ["0", *(pytest.param(value, marks=pytest.mark.prove) for value in ("1", None))])
 def test_the_variable_turns_the_check_off(value):
     environment = {**os.environ, "LIIF_FAST_FIRST_USE_CHECK": value or ""}
     if value is None:

@@ -54,6 +54,7 @@ def test_the_op_is_pytorchs_convolution(shape):
 def test_convolutions_follow_the_switch_of_matrix_products(monkeypatch, precision, matrices, tf32, expected):
     product, _ = precision
     product.fp32_precision = matrices
+    monkeypatch.setattr(convolution, "_CPU_MULTIPLIES_BF16", False)  # a CPU takes the part of a GPU
     seen = []
     run = torch.ops.aten._convolution
 
@@ -80,3 +81,41 @@ print(torch.backends.cudnn.conv.fp32_precision)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["ieee"]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_cpu_that_multiplies_bfloat16_trains_the_fold_in_it(monkeypatch, name, compiled):
+    """The map is as before; gradients have at most twice the error of PyTorch's own layer under autocast."""
+    monkeypatch.setattr(convolution, "_CPU_MULTIPLIES_BF16", True)
+    errors = torch.zeros(2, 2, dtype=torch.float64)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        batch, channels, height, width, outs, size = SHAPES[name]
+        feat = torch.randn(batch, channels, height, width, dtype=torch.float64)
+        weight = torch.randn(outs, channels * size**2 + 4, dtype=torch.float64)
+        grad = torch.randn(batch, height, width, outs, dtype=torch.float64)
+
+        def plain(feat, weight, size=size):
+            kernels = weight[:, :-4].unflatten(1, (-1, size, size))
+            return F.conv2d(feat, kernels, padding=size // 2).permute(0, 2, 3, 1)
+
+        def ours(feat, weight, size=size):
+            return convolution.fold_for(feat, weight, size == 3, torch.bfloat16, True)
+
+        def train(run, dtype, autocast=False, feat=feat, weight=weight, grad=grad):
+            leaves = [each.to(dtype).requires_grad_() for each in (feat, weight)]
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out = run(*leaves)
+            return out, torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+        exact, wanted = train(plain, torch.float64)
+        out, grads = train(
+            torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours, torch.float32
+        )
+        assert norm_error(out, exact) <= 1e-6
+        _, theirs = train(plain, torch.float32, autocast=True)
+        for error, found in zip(errors, (grads, theirs), strict=True):
+            error += torch.tensor([norm_error(a, b) ** 2 for a, b in zip(found, wanted, strict=True)])
+    assert (errors[0] > 1e-7).all()  # rounded to bfloat16
+    assert (errors[0].sqrt() <= 2 * errors[1].sqrt()).all(), errors.sqrt()

@@ -185,6 +185,7 @@ sys.exit(cli.main(sys.argv[3:]))
 """
 
 
+@pytest.mark.prove
 def test_a_kill_at_any_moment_loses_at_most_the_current_epoch(tmp_path, folders):
     """A real SIGKILL: in a step, before and after the renames that put an epoch's files in place."""
     save, settings = tmp_path / "save", [*QUICK, "epoch_max=4", "epoch_save=1"]

@@ -74,11 +74,12 @@ def test_triton_comes_after_cuda_in_the_table():
     assert [name for name, _, _ in backends.report()] == names
 
 
-def test_nothing_imports_our_kernels_before_an_op_needs_them():
-    """torch may import Triton itself; this package must not."""
+def test_nothing_imports_our_kernels_or_the_compiler_before_an_op_needs_them():
+    """torch may import Triton and its compiler itself; this package must not: they take seconds."""
     code = (
-        "import sys, torch; before = 'triton' in sys.modules; import liif_fast, liif_fast.cli.doctor;"
-        "assert before or 'triton' not in sys.modules;"
+        "import sys, torch; slow = {'triton', 'torch._dynamo'} - set(sys.modules); import liif_fast.cli.doctor;"
+        "liif_fast.ops.gather(torch.rand(1, 2, 3, 4).requires_grad_(), torch.zeros(1, 5, 2))[0].sum().backward();"
+        "assert not slow & set(sys.modules), slow & set(sys.modules);"
         "assert not any(name.startswith('liif_fast.ops.backends.triton') for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -42,6 +42,7 @@ def numbers(folder):
     return torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float64)
 
 
+@pytest.mark.prove
 def test_two_processes_train_as_one(tmp_path, folders, monkeypatch):
     """The same global batches, gradients averaged: the same losses, PSNR and weights up to rounding; then a resume."""
     # Gradient descent, because Adam makes a full step even from a gradient of rounding errors only.

@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "cuda/common.cuh"
-#include "cuda/decode/launch.h"
+#include "cuda/decode/neighbors.cuh"
 #include "cuda/ptx.cuh"
 
 namespace liif_fast {
@@ -55,12 +55,12 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      const int in = unit.in + unit.step * i;
       if (is_16_bit(task.policy)) {
-        const float low = weight_at(task, layer, unit.out, unit.in + 2 * i);
-        const float high = weight_at(task, layer, unit.out, unit.in + 2 * i + 1);
-        words[i] = task.policy == MmaPolicy::kFloat16 ? pack(low, high, __half{}) : pack(low, high, __nv_bfloat16{});
+        const float low = weight_at(task, layer, unit.out, in), high = weight_at(task, layer, unit.out, in + 1);
+        words[i] = is_float16(task.policy) ? pack(low, high, __half{}) : pack(low, high, __nv_bfloat16{});
       } else {
-        const float value = weight_at(task, layer, unit.out, unit.in + i);
+        const float value = weight_at(task, layer, unit.out, in);
         words[i] = task.policy == MmaPolicy::kTf32 ? round_to_tf32(value) : float_bits(value);
       }
     }
@@ -70,6 +70,33 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
   for (int64_t at = first; at < floats; at += stride)
     task.packed_vectors[at] = vector_value(task, static_cast<int>(at / task.width), static_cast<int>(at % task.width));
 }
+
+// The neighbors of every row and column of a grid's window, or of every coordinate; batch entry after batch entry.
+__global__ void __launch_bounds__(kThreads)
+    neighbors_kernel(const __grid_constant__ DecodeTask task, AxisNeighbors* neighbors, int64_t rows, int64_t cols) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < rows + cols; i += stride) {
+    const bool is_row = i < rows;
+    const int64_t at = is_row ? i : i - rows, size = is_row ? task.map_height : task.map_width;
+    const int64_t entry = at / (task.coord ? task.queries : is_row ? task.window_height : cols);
+    const float coord = task.coord ? task.coord[2 * at + (is_row ? 0 : 1)]
+                        : is_row   ? pixel_center<float>(task.window_top + at % task.window_height, task.image_height)
+                                   : pixel_center<float>(task.window_left + at, task.image_width);
+    AxisNeighbors found;
+    for (int side = 0; side < 2; ++side) {
+      const Neighbor<float> one = find_neighbor(coord, task.corners == 4 ? 2 * side - 1 : 0, size);
+      const int64_t local =
+          is_row ? entry * task.region_height + clamp_to_region(one.index, task.region_top, task.region_height)
+                 : clamp_to_region(one.index, task.region_left, task.region_width);
+      found.index[side] = static_cast<int>(local);
+      found.rel[side] = one.rel;
+    }
+    neighbors[i] = found;
+  }
+}
+
+int64_t neighbor_rows(const DecodeQueries<float>& q) { return q.batch * (q.coord ? q.queries : q.window_height); }
+int64_t neighbor_cols(const DecodeQueries<float>& q) { return q.coord ? q.batch * q.queries : q.window_width; }
 
 }  // namespace
 
@@ -117,12 +144,13 @@ DecodeVariant choose_variant(MmaPolicy policy, int width, int64_t total_rows, co
   DeviceLimits limits = {};
   const cudaError_t status = device_limits(limits);
   *error = status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  if (is_wgmma(policy)) return {policy, kMaxFusedWidth, kRowPadding, 0, 0};  // the launch asks for its blocks
   const int bytes = operand_bytes(policy), padded = padded_width(width), large = large_rows(bytes);
   const bool is_small_problem = (total_rows + large - 1) / large < 2 * limits.processors;
   const bool small = padded == 256 &&
                      (is_small_problem || has_small_tiles_only(limits.arch) || limits.block_bytes < kLargeSharedBytes);
   const int rows = small ? small_rows(bytes) : large;
-  const int blocks = limits.processors * (padded == 64 && limits.sm_bytes >= kLargeSharedBytes ? 2 : 1);
+  const int blocks = limits.processors * (limits.sm_bytes >= kLargeSharedBytes ? blocks_per_sm(padded, bytes) : 1);
   return {policy, padded, rows, blocks, warp_rows(rows, padded, bytes)};
 }
 
@@ -206,16 +234,39 @@ const char* dispatch_policy(MmaPolicy policy, const F& f) {
       return f(std::integral_constant<MmaPolicy, MmaPolicy::kBFloat16>{});
     case MmaPolicy::kTf32:
       return f(std::integral_constant<MmaPolicy, MmaPolicy::kTf32>{});
-    default:
+    case MmaPolicy::kFloat32:
       return f(std::integral_constant<MmaPolicy, MmaPolicy::kFloat32>{});
+    default:
+      return "the wgmma kernels save nothing and have no backward";
   }
+}
+
+const char* launch_wgmma(const DecodeTask& task, const DecodeVariant& variant, void* workspace, void* stream) {
+  const int64_t rows = neighbor_rows(task), cols = neighbor_cols(task);
+  AxisNeighbors* const neighbors = static_cast<AxisNeighbors*>(workspace);
+  const unsigned blocks = blocks_for((rows + cols + kWarp - 1) / kWarp);
+  if (const char* error = launch(neighbors_kernel, blocks, stream, task, neighbors, rows, cols)) return error;
+  HopperTask hopper = {};
+  static_cast<DecodeTask&>(hopper) = task;
+  hopper.neighbor_rows = neighbors;
+  hopper.neighbor_cols = neighbors + rows;
+  hopper.columns = Divisor::of(task.coord ? 1 : task.window_width);
+  hopper.entry_queries = Divisor::of(task.queries);
+  return is_float16(variant.policy) ? launch_hopper<MmaPolicy::kWgmmaFloat16>(hopper, stream)
+                                    : launch_hopper<MmaPolicy::kWgmmaBFloat16>(hopper, stream);
 }
 
 }  // namespace
 
+int64_t workspace_bytes(const DecodeProblem<float>& problem, const DecodeVariant& variant) {
+  if (!is_wgmma(variant.policy)) return 0;
+  return (neighbor_rows(problem) + neighbor_cols(problem)) * static_cast<int64_t>(sizeof(AxisNeighbors));
+}
+
 const char* launch_decode_forward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
-                                  void* stream) {
+                                  void* workspace, void* stream) {
   if (task.tiles == 0) return nullptr;
+  if (is_wgmma(variant.policy) && !saved.masks) return launch_wgmma(task, variant, workspace, stream);
   return dispatch_policy(variant.policy,
                          [&](auto policy) { return launch_forward<policy()>(task, variant, saved, stream); });
 }

@@ -190,8 +190,13 @@ __device__ __forceinline__ void hidden_layers(const DecodeTask& task, const Save
   }
 }
 
-template <class T, bool kSaves>
-__device__ __forceinline__ void forward_tiles(const DecodeTask& task, const SavedActivations& saved) {
+// Called at the end of every phase of a tile; tests/gpu/cycles.cu has one that reads the clock.
+struct NoMarks {
+  __device__ __forceinline__ void operator()() {}
+};
+
+template <class T, bool kSaves, class Marks = NoMarks>
+__device__ __forceinline__ void forward_tiles(const DecodeTask& task, const SavedActivations& saved, Marks marks = {}) {
   LIIF_DYNAMIC_SHARED(shared);
   Workspace<T>& space = *reinterpret_cast<Workspace<T>*>(shared);
   const FragmentCoords<T> coords;
@@ -203,22 +208,28 @@ __device__ __forceinline__ void forward_tiles(const DecodeTask& task, const Save
   int64_t tile = task.first_tile + blockIdx.x;
   locate_rows(task, tile, coords, space.geometry);
   sync_team<T>(coords);
+  marks();
   for (; tile < task.first_tile + task.tiles; tile += gridDim.x) {
     first_layer(task, space.geometry, coords, space.act);
     if (kSaves)
       save_layer<T>(task, saved, 0, tile, coords, [&](int m, int group, int half, float (&v)[T::kVector]) {
         get_act<T>(space.act, coords, m, group, half, v);
       });
+    marks();
     Accumulators<T> acc;
     hidden_layers<T, kSaves>(task, saved, tile, coords, space.act, stream, acc);
+    marks();
     if (task.corners == 4)
       blend_and_finish<T, kSaves, 4>(task, saved, tile, space.geometry, coords, acc, partial);
     else
       blend_and_finish<T, kSaves, 1>(task, saved, tile, space.geometry, coords, acc, partial);
     sync_team<T>(coords);  // partial has been written, geometry has been read
+    marks();
     if (task.out) write_out<T>(task, tile, coords, partial);
+    marks();
     locate_rows(task, tile + gridDim.x, coords, space.geometry);  // of the last query after the last tile
     sync_team<T>(coords);                                         // geometry has been written, partial has been read
+    marks();
   }
   stream.finish();
 }

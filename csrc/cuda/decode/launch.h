@@ -13,16 +13,26 @@
 
 namespace liif_fast {
 
-constexpr int kMaxFusedWidth = 256;  // of any layer but the last
-constexpr int kMaxFusedOuts = 16;    // of the last
-constexpr int kWidthStep = 16;       // widths are multiples of it
-constexpr int kRowPadding = 128;     // a multiple of every variant's rows
+constexpr int kMaxFusedWidth = 256;                     // of any layer but the last
+constexpr int kMaxFusedOuts = 16;                       // of the last
+constexpr int kWidthStep = 16;                          // widths are multiples of it
+constexpr int kRowPadding = 128;                        // a multiple of every variant's rows
+constexpr int kMaxWgmmaOuts = 4;                        // of the wgmma policies
+constexpr int kMaxWgmmaHidden = 16;                     // hidden layers after the first, at least one
+constexpr int64_t kMaxWgmmaQueries = int64_t{1} << 30;  // of the batch
 
-// How products are made: the operands' dtype, on tensor cores (kFloat32: on CUDA cores).
-enum class MmaPolicy { kFloat16, kBFloat16, kTf32, kFloat32 };
+// How products are made: the operands' dtype, on tensor cores (kFloat32: on CUDA cores). kWgmma...: by warpgroups, on
+// compute capability 9.0, for inference.
+enum class MmaPolicy { kFloat16, kBFloat16, kTf32, kFloat32, kWgmmaFloat16, kWgmmaBFloat16 };
 
+LIIF_HOST_DEVICE constexpr bool is_wgmma(MmaPolicy policy) {
+  return policy == MmaPolicy::kWgmmaFloat16 || policy == MmaPolicy::kWgmmaBFloat16;
+}
+LIIF_HOST_DEVICE constexpr bool is_float16(MmaPolicy policy) {
+  return policy == MmaPolicy::kFloat16 || policy == MmaPolicy::kWgmmaFloat16;
+}
 LIIF_HOST_DEVICE constexpr bool is_16_bit(MmaPolicy policy) {
-  return policy == MmaPolicy::kFloat16 || policy == MmaPolicy::kBFloat16;
+  return policy != MmaPolicy::kTf32 && policy != MmaPolicy::kFloat32;
 }
 LIIF_HOST_DEVICE constexpr int operand_bytes(MmaPolicy policy) { return is_16_bit(policy) ? 2 : 4; }
 
@@ -49,6 +59,12 @@ constexpr int kLargeSharedBytes = 160 << 10;
 // GPUs of the second kind, by compute capability * 10. Their machine code holds only the small tiles.
 LIIF_HOST_DEVICE constexpr bool has_small_tiles_only(int arch) { return (arch > 800 && arch < 900) || arch >= 1200; }
 
+// Blocks that share a multiprocessor with kLargeSharedBytes: one's products run under the other's first layer and
+// blend. With 16-bit operands a block of width 128 has twice the rows, and does not fit half of the registers.
+LIIF_HOST_DEVICE constexpr int blocks_per_sm(int width, int operand_bytes) {
+  return width == 64 || (width == 128 && operand_bytes == 4) ? 2 : 1;
+}
+
 // Warp rows of a tile. Each has its own partial sums of a column.
 LIIF_HOST_DEVICE constexpr int warp_rows(int rows, int width, int operand_bytes) {
   return rows == 32 ? 1 : (width * operand_bytes < 256 ? 4 : 2);
@@ -62,22 +78,32 @@ LIIF_HOST_DEVICE int sum_count(int hidden, int outs) { return hidden + 1 + 4 + o
 LIIF_HOST_DEVICE int chunk_units(int width) { return width * 64 / 16; }
 LIIF_HOST_DEVICE int group_count(MmaPolicy policy, int width) { return width / (is_16_bit(policy) ? 32 : 16); }
 
-// The first weight of a packed 16-byte unit: unit `unit` of the chunk from input group `group`.
+// The first weight of a packed 16-byte unit: unit `unit` of the chunk from input group `group`. Each of its four words
+// begins `step` inputs after the one before.
 struct PackedUnit {
-  int out, in;
+  int out, in, step;
 };
+// Of wgmma: a layer is blocks of 128 outputs and 128 inputs, in the order of hopper.cuh, each two chunks of 64 inputs.
+// Rows of 128 bytes are swizzled. Outputs and inputs are both in the order of a lane's accumulators: output n of a
+// group of 32 is channel n % 8 / 2 * 8 + n / 8 * 2 + n % 2.
+LIIF_HOST_DEVICE PackedUnit wgmma_unit(int chunk, int unit) {
+  const int block = chunk / 2, row = unit / 8, swizzled = unit % 8 ^ row % 8;
+  const int out = block % 2 * 128 + row, in = block / 2 * 128 + chunk % 2 * 64 + swizzled * 8;
+  return {out / 32 * 32 + out % 8 / 2 * 8 + out / 8 % 4 * 2 + out % 2, in / 32 * 32 + in / 8 % 4 * 2, 8};
+}
 LIIF_HOST_DEVICE PackedUnit packed_unit(MmaPolicy policy, int width, int group, int unit) {
+  if (is_wgmma(policy)) return wgmma_unit(group, unit);
   const int vector = is_16_bit(policy) ? 8 : 4;
   const int tiles = vector / 2, channels = 4 * vector, groups = width / channels;
   if (policy == MmaPolicy::kFloat32) {  // [four inputs][out group][tile][e][quad]
     const int quad = unit % 4, e = unit / 4 % 2, tile = unit / 8 % tiles, out_group = unit / 8 / tiles % groups;
     const int four = unit / 8 / tiles / groups;
-    return {out_group * channels + quad * vector + tile * 2 + e, group * channels + four * 4};
+    return {out_group * channels + quad * vector + tile * 2 + e, group * channels + four * 4, 1};
   }
   // [out group][tile][lane]: the lane's column of the n8 tile, its quad's inputs of both k steps
   const int lane = unit % 32, tile = unit / 32 % tiles, out_group = unit / 32 / tiles, column = lane >> 2;
   return {out_group * channels + (column >> 1) * vector + tile * 2 + (column & 1),
-          group * channels + (lane & 3) * vector};
+          group * channels + (lane & 3) * vector, is_16_bit(policy) ? 2 : 1};
 }
 
 // ------------------------------------------------------------------------------------------------------------
@@ -152,8 +178,10 @@ const char* launch_pack(const DecodeProblem<float>& problem, const DecodeVariant
 DecodeTask make_task(const DecodeProblem<float>& problem, const DecodeVariant& variant, const void* packed,
                      bool latent_is_float, const RowRange& rows);
 
+// workspace: of so many bytes, aligned to 16.
+int64_t workspace_bytes(const DecodeProblem<float>& problem, const DecodeVariant& variant);
 const char* launch_decode_forward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
-                                  void* stream);
+                                  void* workspace, void* stream);
 const char* launch_decode_backward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
                                    const BackwardArrays& backward, void* stream);
 

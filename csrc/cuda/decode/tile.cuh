@@ -49,7 +49,7 @@ struct Tile {
 // The launch bounds' second number, from which the compiler bounds the registers.
 template <class T>
 constexpr int min_blocks_per_sm() {
-  return T::kWidth == 64 ? 2 : 1;
+  return blocks_per_sm(T::kWidth, sizeof(typename T::Element));
 }
 
 // Whether the architecture under compilation ever launches a tile. The kernels of other tiles stay empty.

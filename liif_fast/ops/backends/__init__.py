@@ -187,15 +187,26 @@ if _forced is not None:
     _checked(_forced, "LIIF_FAST_BACKEND")
 
 
+def against_hopper(request: OpRequest) -> str:
+    """Why the `cuda` backend would not decode with its Hopper kernel; '' where it would."""
+    reason = cuda.hopper.against_device(request.device, request.device_index)
+    dtype = request.matmul_dtype or request.dtype
+    return reason or cuda.hopper.against_imnet(request.widths, dtype, request.trains)
+
+
+def preference(request: OpRequest) -> preferences.Preference | None:
+    """The row of `preferences.TABLE` for the request; None where there is none."""
+    if request.device != "cuda":
+        return None
+    dtype, uses_hopper = request.matmul_dtype or request.dtype, request.op == "decode" and not against_hopper(request)
+    found = gpu.capability(request.device_index)
+    return preferences.find(found, request.op, dtype, request.trains, request.queries, uses_hopper)
+
+
 def in_order(request: OpRequest) -> list[str]:
     """The names of BACKENDS, beginning with the one that `preferences.TABLE` puts first for the request."""
-    names = list(BACKENDS)
-    if request.device == "cuda":
-        dtype = request.matmul_dtype or request.dtype
-        row = preferences.find(gpu.capability(request.device_index), request.op, dtype, request.trains, request.queries)
-        if row is not None:
-            names = [row.first, *(name for name in names if name != row.first)]
-    return names
+    names, row = list(BACKENDS), preference(request)
+    return names if row is None else [row.first, *(name for name in names if name != row.first)]
 
 
 def choose(request: OpRequest, backend: str | None = None, against: _Against = lambda *_: "") -> str:

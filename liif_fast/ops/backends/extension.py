@@ -3,8 +3,8 @@
 Loading registers its ops in ``torch.ops``, under a namespace that follows from the package's name: copies of it run
 side by side. This module compiles nothing and uses no GPU. Two variables are read when the extension is loaded:
 LIIF_FAST_EXTENSION   another file to load instead (``make sanitize`` sets it)
-LIIF_FAST_CPU_ISA     avx512, avx2 or portable: the largest instruction set that the CPU kernels may use; auto (default)
-                      is the largest of the processor. The bfloat16 kernels need avx512.
+LIIF_FAST_CPU_ISA     avx512, avx2, neon or portable: the largest instruction set that the CPU kernels may use; auto
+                      (default) is the largest of the processor. The bfloat16 kernels need avx512 or neon.
 """
 
 from __future__ import annotations

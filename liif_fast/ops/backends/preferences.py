@@ -24,9 +24,20 @@ class Preference(NamedTuple):
     first: str
     source: str
     queries: tuple[int, int] | None = None  # fewest and most of one decode; None: any number
+    hopper: bool = False  # only where `cuda` runs its Hopper kernel
 
 
 TABLE = (
+    Preference(
+        (9, 0),
+        (9, 0),
+        "decode",
+        _16_BITS,
+        False,
+        "cuda",
+        "modeled for an H100: cuda's Hopper kernel at 63 to 80 % of cuBLAS's rate, not yet run on a GPU",
+        hopper=True,
+    ),
     Preference(
         (9, 0),
         (9, 0),
@@ -50,16 +61,23 @@ NO_ROW = "not modeled: the order of the table of backends"
 
 
 def find(
-    capability: tuple[int, int] | None, op: str, dtype: torch.dtype, training: bool, queries: int | None = None
+    capability: tuple[int, int] | None,
+    op: str,
+    dtype: torch.dtype,
+    training: bool,
+    queries: int | None = None,
+    hopper: bool = False,
 ) -> Preference | None:
     """The row for this work; None where there is none. Sizes are compared only where a row asks for them.
 
-    capability: of the device, None where it is not NVIDIA's. queries: of the whole batch.
+    capability: of the device, None where it is not NVIDIA's. queries: of the whole batch. hopper: whether `cuda` would
+    run its Hopper kernel.
     """
     if capability is None:
         return None
     for row in TABLE:
         fits = row.least <= capability <= row.most and (row.op, row.training) == (op, training) and dtype in row.dtypes
+        fits = fits and (hopper or not row.hopper)
         if fits and (row.queries is None or (queries is not None and row.queries[0] <= queries <= row.queries[1])):
             return row
     return None

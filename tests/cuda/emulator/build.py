@@ -8,6 +8,7 @@ LIIF_FAST_SANITIZE=1, as `make sanitize` sets it, adds the address and undefined
 from __future__ import annotations
 
 import fcntl
+import filecmp
 import hashlib
 import importlib.util
 import os
@@ -146,10 +147,23 @@ def probes() -> Path:
     return _compile("probes", [HERE / "probes.cpp"], [*FLAGS, "-O1", *SANITIZERS], [])
 
 
-def ring(csrc: Path, target: Path) -> Path:
-    """The program of ring.cpp, with the kernels of a copy of csrc."""
+def cycles() -> Path:
+    """The program of tests/gpu/cycles.cu."""
+    return _compile("cycles", [ROOT / "tests" / "gpu" / "cycles.cu"], [*FLAGS, "-O1"], [])
+
+
+def ring(csrc: Path, target: Path, hopper: bool = False) -> Path:
+    """The program of ring.cpp, with the kernels of a copy of csrc. Packing is compiled once if it is the same."""
     command = compiler()
     assert command is not None
-    sources = [HERE / "ring.cpp", csrc / "cuda" / "decode" / "decode.cu"]
-    _run([*command, *FLAGS, "-O1", *_include_flags(csrc), "-x", "c++", *map(str, sources), "-o", str(target)])
+    decode = csrc / "cuda" / "decode" / "decode.cu"
+    if filecmp.cmp(decode.with_name("launch.h"), ROOT / "csrc" / "cuda" / "decode" / "launch.h", shallow=False):
+        decode = _object(ROOT / "csrc" / "cuda" / "decode" / "decode.cu", [*FLAGS, "-O1"])
+        if not decode.exists():
+            CACHE.mkdir(parents=True, exist_ok=True)
+            _compile_one(ROOT / "csrc" / "cuda" / "decode" / "decode.cu", decode, [*FLAGS, "-O1"])
+    # A mistake may leave a parameter unused.
+    flags = [*FLAGS, "-O1", "-w", *(["-DHOPPER"] if hopper else [])]
+    sources = ["-x", "c++", str(HERE / "ring.cpp"), *(["-x", "none"] if decode.suffix == ".o" else []), str(decode)]
+    _run([*command, *flags, *_include_flags(csrc), *sources, "-o", str(target)])
     return target

@@ -40,6 +40,12 @@ T __ldg(const T* address) {
 inline void __syncthreads() { cuda_on_cpu::block.wait_block(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::block.wait_warp(mask, "__syncwarp"); }
 
+// Counts its calls: the order of events, not their time.
+inline long long clock64() {
+  static long long calls = 0;
+  return ++calls;
+}
+
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   const unsigned lane = cuda_on_cpu::block.thread() % cuda_on_cpu::kWarpSize;
@@ -66,6 +72,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrReservedSharedMemoryPerBlock,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor
 };
@@ -75,7 +82,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int number) {
   const cuda_on_cpu::Device& device = cuda_on_cpu::devices[static_cast<size_t>(number)];
-  const int values[] = {device.processors, device.block_shared_bytes, device.processor_shared_bytes, device.major,
+  const int values[] = {device.processors, device.block_shared_bytes, device.processor_shared_bytes, 1024, device.major,
                         device.minor};
   *value = values[attribute];
   return cudaSuccess;
@@ -88,11 +95,30 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
   return bytes <= cuda_on_cpu::devices[device].block_shared_bytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeNone, cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  const cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+
+  unsigned cluster() const { return numAttrs ? attrs->val.clusterDim.x : 1; }
 };
+
+// Of kernels that fill a processor with one block.
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t* config) {
+  const auto device = static_cast<size_t>(cuda_on_cpu::current_device);
+  *clusters = cuda_on_cpu::devices[device].processors / static_cast<int>(config->cluster());
+  return cudaSuccess;
+}
 
 // Throws std::runtime_error where not all threads reach a barrier.
 template <class... Parameters, class... Arguments>
@@ -103,6 +129,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y - 1 >= 65535 || grid.z - 1 >= 65535 || size == 0 || size > 1024)
     return cudaErrorInvalidConfiguration;
   const std::tuple<Parameters...> copies(arguments...);
-  cuda_on_cpu::run_grid(grid, threads, config->dynamicSmemBytes, [&] { std::apply(kernel, copies); });
+  if (grid.x % config->cluster() != 0) return cudaErrorInvalidConfiguration;
+  cuda_on_cpu::run_grid(grid, threads, config->cluster(), config->dynamicSmemBytes,
+                        [&] { std::apply(kernel, copies); });
   return cudaSuccess;
 }

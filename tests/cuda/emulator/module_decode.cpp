@@ -91,7 +91,9 @@ py::array forward(const py::args& arguments) {
   const RowRange rows = cast_rows(arguments, kNext + 2);
   SavedActivations activations{};
   if (saved.size() > 0) activations = decode.unpack_saved(saved, arguments[kNext + 1].cast<bool>(), rows);
-  check(launch_decode_forward(decode.task(packed, rows), decode.variant, activations, nullptr));
+  py::array workspace = make(py::dtype::of<uint8_t>(), {workspace_bytes(p, decode.variant)}, kNaN);
+  check(
+      launch_decode_forward(decode.task(packed, rows), decode.variant, activations, workspace.mutable_data(), nullptr));
   return out;
 }
 
@@ -137,19 +139,20 @@ void bind_decode(py::module_& m) {
   m.def("set_device", [](int processors, int block_shared_bytes, int processor_shared_bytes, int major, int minor) {
     cuda_on_cpu::set_device({processors, block_shared_bytes, processor_shared_bytes, major, minor});
   });
-  m.def("packed_units", [](int policy, int width) {  // (out, in) of every 16-byte unit, in their order
-    std::vector<std::pair<int, int>> units;
+  m.def("packed_units", [](int policy, int width) {  // (out, in, step) of every 16-byte unit, in their order
+    std::vector<std::tuple<int, int, int>> units;
     for (int group = 0; group < group_count(static_cast<MmaPolicy>(policy), width); ++group)
       for (int unit = 0; unit < chunk_units(width); ++unit) {
         const PackedUnit found = packed_unit(static_cast<MmaPolicy>(policy), width, group, unit);
-        units.emplace_back(found.out, found.in);
+        units.emplace_back(found.out, found.in, found.step);
       }
     return units;
   });
   // The numbers that the Python side repeats.
-  m.attr("limits") =
-      py::dict(py::arg("layers") = kMaxLayers, py::arg("width") = kMaxFusedWidth, py::arg("width_step") = kWidthStep,
-               py::arg("outs") = kMaxFusedOuts, py::arg("row_padding") = kRowPadding);
+  m.attr("limits") = py::dict(py::arg("layers") = kMaxLayers, py::arg("width") = kMaxFusedWidth,
+                              py::arg("width_step") = kWidthStep, py::arg("outs") = kMaxFusedOuts,
+                              py::arg("row_padding") = kRowPadding, py::arg("wgmma_outs") = kMaxWgmmaOuts,
+                              py::arg("wgmma_hidden") = kMaxWgmmaHidden, py::arg("wgmma_queries") = kMaxWgmmaQueries);
   m.def("saved_bytes", [](int policy, int widest, int hidden, bool local_ensemble, bool last_layer, int64_t rows) {
     const char* error = nullptr;
     const DecodeVariant variant = choose_variant(static_cast<MmaPolicy>(policy), widest, rows, &error);

@@ -1,13 +1,19 @@
 // `ring SEEDS`: one decode of 256 channels, forward and backward, under as many schedules. Prints a line for each: a
 // hash of all that the kernels wrote, or the emulator's error. Schedules change no bit of a sound kernel's results.
+// With HOPPER: the Hopper kernel's forward, in a cluster of two blocks that have three tiles and two.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <string>
 #include <vector>
 
+#ifdef HOPPER
+#include "cuda/decode/hopper.cuh"
+#else
 #include "cuda/decode/backward.cuh"
 #include "cuda/decode/forward.cuh"
+#include "cuda/decode/neighbors.cuh"
+#endif
 
 namespace liif_fast {
 
@@ -23,6 +29,21 @@ namespace liif_fast {
                                                  const BackwardArrays&, void*) {                                   \
     return #policy;                                                                                                \
   }
+#ifdef HOPPER
+template <>
+const char* launch_hopper<MmaPolicy::kWgmmaBFloat16>(const HopperTask& task, void* stream) {
+  return launch_tile<HopperTile<__nv_bfloat16, 4, 3, 3>>(task, stream);
+}
+#else
+template <>
+const char* launch_hopper<MmaPolicy::kWgmmaBFloat16>(const HopperTask&, void*) {
+  return "unused";
+}
+#endif
+template <>
+const char* launch_hopper<MmaPolicy::kWgmmaFloat16>(const HopperTask&, void*) {
+  return "unused";
+}
 LIIF_UNUSED(kFloat16)
 LIIF_UNUSED(kBFloat16)
 LIIF_UNUSED(kTf32)
@@ -30,8 +51,12 @@ LIIF_UNUSED(kFloat32)
 
 namespace {
 
-using Probe = Tile<MmaPolicy::kBFloat16, 256, 64>;  // a ring of three stages: the least slack
-constexpr int64_t kWidth = 256, kHidden = 2, kOuts = 3, kSide = 5, kQueries = 40, kRows = 256;
+#ifdef HOPPER
+constexpr int64_t kHidden = 3, kQueries = 150;
+#else
+constexpr int64_t kHidden = 2, kQueries = 40;
+#endif
+constexpr int64_t kWidth = 256, kOuts = 3, kSide = 5;
 
 // FNV-1a.
 template <class T>
@@ -52,8 +77,8 @@ uint64_t run() {
     return values;
   };
   const auto latent_map = random_floats(kSide * kSide * kWidth, 1), coord = random_floats(kQueries * 2, 1),
-             geometry = random_floats(kWidth * 2, 0.5f), weights = random_floats(3 * kWidth * kWidth, 0.1f),
-             biases = random_floats(kWidth, 0.1f), grad_out = random_floats(kQueries * kOuts, 1);
+             geometry = random_floats(kWidth * 2, 0.5f), weights = random_floats((kHidden + 1) * kWidth * kWidth, 0.1f),
+             biases = random_floats(kWidth, 0.1f);
   const int64_t sizes[4] = {1, kSide, kSide, kWidth};
   DecodeProblem<float> problem = make_decode_problem<float>(sizes, kQueries, nullptr, nullptr, true);
   problem.latent_map = latent_map.data();
@@ -66,13 +91,29 @@ uint64_t run() {
     problem.widths[layer + 1] = layer + 1 < problem.layers ? kWidth : kOuts;
   }
   set_out_layout(problem);
+  std::vector<float> out(kQueries * kOuts);
+  problem.out = out.data();
+  uint64_t hash = 14695981039346656037u;
+#ifdef HOPPER
+  const char* error = nullptr;
+  const DecodeVariant variant = choose_variant(MmaPolicy::kWgmmaBFloat16, kWidth, kQueries * 4, &error);
+  check(error);
+  std::vector<uint4> packed(static_cast<size_t>(packed_bytes(variant, kHidden, kOuts) / 16));
+  std::vector<uint4> workspace(static_cast<size_t>(workspace_bytes(problem, variant) / 16));
+  check(launch_pack(problem, variant, false, packed.data(), nullptr));
+  check(launch_decode_forward(make_task(problem, variant, packed.data(), true, {0, -1}), variant, {}, workspace.data(),
+                              nullptr));
+  add_to_hash(hash, out);
+#else
+  using Probe = Tile<MmaPolicy::kBFloat16, 256, 64>;  // a ring of three stages: the least slack
+  constexpr int64_t kRows = 256;
+  const auto grad_out = random_floats(kQueries * kOuts, 1);
   const DecodeVariant variant{MmaPolicy::kBFloat16, kWidth, Probe::kRows, 1, Probe::kWarpRows};
-  std::vector<float> out(kQueries * kOuts), latent_rows(kRows * kWidth), grad_coord(kQueries * 2);
+  std::vector<float> latent_rows(kRows * kWidth), grad_coord(kQueries * 2);
   std::vector<uint32_t> saved(static_cast<size_t>(saved_bytes(variant, {kHidden, 4, true, {0, kRows}}) / 4));
   std::vector<uint16_t> rows(kHidden * kRows * kWidth);
   std::vector<float> sums(static_cast<size_t>(Probe::kWarpRows * sum_count(kHidden, kOuts)) * kWidth);
   std::vector<int64_t> latent_index(kRows);
-  problem.out = out.data();
   const SavedActivations activations = saved_at(saved.data(), variant, {kHidden, 4, true, {0, kRows}});
   BackwardArrays arrays{};
   arrays.grad_out = grad_out.data();
@@ -91,10 +132,10 @@ uint64_t run() {
   check(launch(decode_backward_kernel<Probe>,
                LaunchSize{1, kBytes + Probe::kRows / 4 * static_cast<int>(kOuts) * 4 + row_dots_bytes<Probe>()},
                nullptr, task(true), activations, arrays));
-  uint64_t hash = 14695981039346656037u;
   for (const auto* values : {&out, &latent_rows, &sums, &grad_coord}) add_to_hash(hash, *values);
   add_to_hash(hash, saved);
   add_to_hash(hash, rows);
+#endif
   return hash;
 }
 
@@ -103,6 +144,9 @@ uint64_t run() {
 
 int main(int count, char** arguments) {
   const unsigned seeds = count == 2 ? static_cast<unsigned>(std::atoi(arguments[1])) : 1;
+#ifdef HOPPER
+  cuda_on_cpu::set_device({2});
+#endif
   for (unsigned seed = 0; seed < seeds; ++seed) {
     cuda_on_cpu::schedule = {0, false, seed};
     try {

@@ -1,4 +1,4 @@
-// Runs CUDA kernels on the CPU: every thread of a block is a fiber, blocks run one after the other.
+// Runs CUDA kernels on the CPU: every thread of a cluster of blocks is a fiber, clusters run one after the other.
 //
 // A fiber runs until it exits or waits: at a barrier of its warp (shuffles wait there too), at a numbered barrier of
 // some of the block's threads, or for a phase of a barrier in shared memory. When no fiber can run, the complete
@@ -17,11 +17,14 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
+#include <new>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -40,7 +43,8 @@ namespace cuda_on_cpu {
 constexpr unsigned kWarpSize = 32;
 constexpr size_t kStackBytes = 128 << 10;
 
-// Variations of a launch that must not change its result.
+// Variations of a launch that must not change its result. Bulk copies arrive, and products of warpgroups read, as late
+// as the rules allow, at random, or at once: seed % 3 of 0, 1 or 2.
 struct Schedule {
   unsigned most_blocks =
       0;                   // 0: as many as the launch asks for; a kernel that strides by the grid needs no more than 1
@@ -63,13 +67,13 @@ inline void set_device(const Device& wanted) {
   if (found == devices.end()) devices.push_back(wanted);
 }
 
-// The running block's dynamic shared memory.
-inline unsigned char* dynamic_shared = nullptr;
+// The dynamic shared memory of the running thread's block, and its memory as asynchronous instructions see it.
+inline unsigned char *dynamic_shared = nullptr, *asynchronous_shared = nullptr;
 
 // A barrier in shared memory.
 struct Barrier {
-  unsigned expected, missing;  // arrivals of a phase
-  int64_t phase;               // the current one
+  int expected, missing;  // arrivals of a phase
+  int64_t bytes, phase;   // that it waits for; the current one
 };
 
 // An asynchronous copy, or the arrival that follows it.
@@ -80,17 +84,26 @@ struct Copy {
   Barrier* arrival;
 };
 
-enum class Wait { kNothing, kWarp, kNumbered, kPhase };
+// A bulk copy under way into dynamic shared memory.
+struct BulkCopy {
+  unsigned block;  // of the cluster
+  size_t offset, bytes;
+  const void* from;
+  const void* arrival;  // the address of its barrier
+};
+
+enum class Wait { kNothing, kWarp, kNumbered, kPhase, kCondition };
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Wait wait;
   bool done;
-  unsigned mask;           // of the warp's barrier it waits at
-  unsigned number, count;  // of the numbered barrier it waits at, and of the threads that meet there
-  const Barrier* barrier;  // whose phase it waits for,
-  int64_t phase;           // and the phase
+  unsigned mask;                    // of the warp's barrier it waits at
+  unsigned number, count;           // of the numbered barrier it waits at, and of the threads that meet there
+  const Barrier* barrier;           // whose phase it waits for,
+  int64_t phase;                    // and the phase
+  std::function<bool()> condition;  // that it waits for
   std::unordered_map<const Barrier*, int64_t> waited;  // the latest phase that it waited for
   const char* what;                                    // the name of the function that waits
   unsigned exchanges;                                  // counted, so that no slot is written while other lanes read it
@@ -100,13 +113,24 @@ struct Fiber {
   void* fake_stack;         // the address sanitizer's
 };
 
+// A barrier's number that all threads of the cluster share, and the first of those that each warpgroup has.
+constexpr unsigned kClusterBarrier = 16, kWarpgroupBarrier = 17;
+
+// A cluster of blocks, which run at the same time; most often of one.
 class Block {
  public:
-  // Runs body once for every thread of a block.
-  void run(unsigned threads, const std::function<void()>& body) {
+  // Runs body once for every thread of blocks `first` to `first + memory.size()` of a grid.
+  void run(unsigned first, const std::vector<std::vector<unsigned char*>>& memory, unsigned block_threads,
+           const std::function<void()>& body) {
+    first_block_ = first;
+    memory_ = &memory;
+    block_threads_ = block_threads;
+    const unsigned threads = block_threads * static_cast<unsigned>(memory.size());
     body_ = &body;
     error_.clear();
     barriers_.clear();
+    bulk_.clear();
+    ++runs_;
     random_.seed(schedule.seed);
     while (fibers_.size() < threads) fibers_.push_back(std::make_unique<Fiber>());
     threads_ = threads;
@@ -126,6 +150,7 @@ class Block {
       for (const unsigned thread : order) {
         Fiber& fiber = *fibers_[thread];
         if (fiber.wait == Wait::kPhase && fiber.barrier->phase > fiber.phase) fiber.wait = Wait::kNothing;
+        if (fiber.wait == Wait::kCondition && fiber.condition()) fiber.wait = Wait::kNothing;
         if (!fiber.done && fiber.wait == Wait::kNothing && !asleep[thread / kWarpSize]) {
           resume(thread);
           ran = true;
@@ -133,6 +158,7 @@ class Block {
         }
         done += fiber.done;
         if (schedule.seed % 2 && random_() % 8 == 0) make_copy(fiber);
+        if (schedule.seed % 3 == 1 && !bulk_.empty() && random_() % 1000 == 0) land(random_() % bulk_.size());
       }
       if (ran || done == threads || open_barriers()) continue;
       const bool slept = std::find(asleep.begin(), asleep.end(), true) != asleep.end();
@@ -140,14 +166,36 @@ class Block {
       if (slept) continue;
       const auto busy =
           std::find_if(order.begin(), order.end(), [&](unsigned i) { return !fibers_[i]->copies.empty(); });
-      if (busy == order.end()) throw std::runtime_error(describe());
-      while (make_copy(*fibers_[*busy])) {
+      if (busy != order.end()) {
+        while (make_copy(*fibers_[*busy])) {
+        }
+      } else if (!bulk_.empty()) {
+        land(random_() % bulk_.size());  // in no order
+      } else {
+        throw std::runtime_error(describe());
       }
       if (!error_.empty()) throw std::runtime_error(error_);
     }
+    if (!bulk_.empty()) throw std::runtime_error("a block ends before copies to it have been made");
   }
 
-  unsigned thread() const { return current_; }
+  unsigned runs() const { return runs_; }       // so far
+  unsigned thread() const { return current_; }  // of the cluster
+  unsigned block_threads() const { return block_threads_; }
+  unsigned rank() const { return current_ / block_threads_; }
+  unsigned blocks() const { return threads_ / block_threads_; }
+  unsigned char* shared_of(unsigned rank, bool asynchronous = false) const {
+    return (*memory_)[rank][asynchronous ? 1 : 0];
+  }
+  const std::vector<BulkCopy>& bulk_copies() const { return bulk_; }
+
+  // From another thread's memory as an asynchronous instruction of this thread changes it.
+  void begin_bulk_copy(const BulkCopy& copy) {
+    for (const bool view : {false, true}) std::memset(shared_of(copy.block, view) + copy.offset, 0xff, copy.bytes);
+    bulk_.push_back(copy);
+    if (schedule.seed % 3 == 2) land(bulk_.size() - 1);
+    if (!error_.empty()) leave(false);
+  }
 
   // Waits for `count` threads at barrier number `number`.
   void wait_numbered(unsigned number, unsigned count, const char* what) {
@@ -158,7 +206,8 @@ class Block {
     fiber.what = what;
     leave(false);
   }
-  void wait_block() { wait_numbered(0, threads_, "__syncthreads"); }
+  void wait_block() { wait_numbered(0, block_threads_, "__syncthreads"); }
+  void wait_cluster() { wait_numbered(kClusterBarrier, threads_, "barrier.cluster"); }
 
   void wait_warp(unsigned mask, const char* what) {
     Fiber& fiber = *fibers_[current_];
@@ -186,15 +235,31 @@ class Block {
     }
   }
 
-  void init_barrier(const void* address, unsigned arrivals) { barriers_[address] = {arrivals, arrivals, 0}; }
-  void arrive(const void* address, bool after_copies) {
+  void init_barrier(const void* address, unsigned arrivals) {
+    barriers_[address] = {static_cast<int>(arrivals), static_cast<int>(arrivals), 0, 0};
+  }
+  // bytes: that the phase waits for as well.
+  void arrive(const void* address, bool after_copies, int64_t bytes = 0) {
     Barrier* const barrier = find_barrier(address);
     if (!barrier) return;
     if (after_copies)
       fibers_[current_]->copies.push_back({nullptr, nullptr, 0, barrier});
     else
-      settle(*barrier);
-    if (!error_.empty()) leave(false);
+      settle(*barrier, 1, bytes);
+    // With a seed, the threads that waited run before this one does anything else.
+    if (!error_.empty() || (schedule.seed && !after_copies)) leave(false);
+  }
+  // The barrier at this offset of another block's dynamic shared memory.
+  void arrive_in(unsigned rank, size_t offset) {
+    if (has_ended(rank)) return fail("an arrival at a barrier of a block that has ended");
+    arrive(shared_of(rank) + offset, false);
+  }
+  void wait_until(const std::function<bool()>& condition, const char* what) {
+    Fiber& fiber = *fibers_[current_];
+    fiber.wait = Wait::kCondition;
+    fiber.condition = condition;
+    fiber.what = what;
+    leave(false);
   }
   // Returns when the phase is complete that the parity means: the first or the one before it, then one after the other.
   void wait_phase(const void* address, unsigned parity) {
@@ -209,7 +274,7 @@ class Block {
     fiber.phase = phase;
     fiber.what = "mbarrier.wait";
     leave(false);
-    if (barrier->phase > phase + 1) fail("a barrier has gone on by a whole phase while a thread waited");
+    if (barrier->phase > phase + 1) return fail("a barrier has gone on by a whole phase while a thread waited");
   }
 
   // The value that `lane` of this thread's warp passes in.
@@ -226,6 +291,12 @@ class Block {
     }
     std::memcpy(&value, fibers_[current_ / kWarpSize * kWarpSize + lane]->slots[slot], sizeof(T));
     return value;
+  }
+
+  // Ends the launch with an error.
+  void fail(const std::string& error) {
+    if (error_.empty()) error_ = error;
+    leave(false);
   }
 
  private:
@@ -248,7 +319,11 @@ class Block {
   void resume(unsigned thread) {
     Fiber& fiber = *fibers_[thread];
     current_ = thread;
-    threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y)};
+    const unsigned at = first_block_ + rank(), i = thread % block_threads_;
+    blockIdx = {at % gridDim.x, at / gridDim.x % gridDim.y, at / gridDim.x / gridDim.y};
+    threadIdx = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
+    dynamic_shared = shared_of(rank());
+    asynchronous_shared = shared_of(rank(), true);
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(&fake_stack_, fiber.stack.get(), kStackBytes);
 #endif
@@ -279,10 +354,27 @@ class Block {
     return nullptr;
   }
 
-  void settle(Barrier& barrier) {
-    if (--barrier.missing > 0) return;
+  void settle(Barrier& barrier, int arrivals, int64_t bytes) {
+    barrier.missing -= arrivals;
+    barrier.bytes += bytes;
+    if (barrier.missing < 0) error_ = "more arrivals than a barrier expects";
+    if (barrier.missing == 0 && barrier.bytes < 0) error_ = "more bytes have been copied than a barrier expects";
+    if (barrier.missing != 0 || barrier.bytes != 0) return;
     barrier.missing = barrier.expected;
     ++barrier.phase;
+  }
+
+  // Makes a bulk copy. Its block must still run, since its memory and barriers then are a later block's.
+  void land(size_t which) {
+    const BulkCopy copy = bulk_[which];
+    bulk_.erase(bulk_.begin() + static_cast<std::ptrdiff_t>(which));
+    const auto found = barriers_.find(copy.arrival);
+    if (found == barriers_.end() || has_ended(copy.block)) {
+      error_ = "a copy to a block that has ended, or to a barrier that was not initialized";
+      return;
+    }
+    for (const bool view : {false, true}) std::memcpy(shared_of(copy.block, view) + copy.offset, copy.from, copy.bytes);
+    settle(found->second, 0, -static_cast<int64_t>(copy.bytes));
   }
 
   // Makes a thread's oldest copy, or the arrival after it; false where it has none.
@@ -291,15 +383,10 @@ class Block {
     const Copy copy = fiber.copies.front();
     fiber.copies.pop_front();
     if (copy.arrival)
-      settle(*copy.arrival);
+      settle(*copy.arrival, 1, 0);
     else
       std::memcpy(copy.to, copy.from, copy.bytes);
     return true;
-  }
-
-  void fail(const std::string& error) {
-    error_ = error;
-    leave(false);
   }
 
   // Whether `thread` waits with its whole warp: all lanes of its mask at the same function.
@@ -317,18 +404,26 @@ class Block {
   }
 
   bool open_barriers() {
-    std::vector<unsigned> free, at_number[16];
+    std::vector<unsigned> free;
+    std::map<std::pair<unsigned, unsigned>, std::vector<unsigned>> at_number;  // by block and number
     for (unsigned i = 0; i < threads_; ++i) {
       const Fiber& fiber = *fibers_[i];
       if (fiber.done) continue;
       if (fiber.wait == Wait::kWarp && is_warp_complete(i)) free.push_back(i);
-      if (fiber.wait == Wait::kNumbered) at_number[fiber.number].push_back(i);
+      if (fiber.wait == Wait::kNumbered)
+        at_number[{fiber.number == kClusterBarrier ? 0 : i / block_threads_, fiber.number}].push_back(i);
     }
-    for (const std::vector<unsigned>& waiting : at_number)
+    for (const auto& [place, waiting] : at_number)
       if (!waiting.empty() && waiting.size() == fibers_[waiting.front()]->count)
         free.insert(free.end(), waiting.begin(), waiting.end());
     for (const unsigned i : free) fibers_[i]->wait = Wait::kNothing;
     return !free.empty();
+  }
+
+  bool has_ended(unsigned rank) const {
+    for (unsigned i = rank * block_threads_; i < (rank + 1) * block_threads_; ++i)
+      if (!fibers_[i]->done) return false;
+    return true;
   }
 
   // Where the block is stuck, in one sentence.
@@ -345,6 +440,10 @@ class Block {
   }
 
   const std::function<void()>* body_ = nullptr;
+  const std::vector<std::vector<unsigned char*>>* memory_ =
+      nullptr;  // of each block: dynamic shared, asynchronous view
+  std::vector<BulkCopy> bulk_;
+  unsigned first_block_ = 0, block_threads_ = 1, runs_ = 0;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::unordered_map<const void*, Barrier> barriers_;
   std::mt19937 random_;
@@ -368,19 +467,26 @@ inline void Block::enter() {
   block.leave(true);
 }
 
-inline void run_grid(dim3 grid, dim3 threads, size_t dynamic_bytes, const std::function<void()>& body) {
-  const std::unique_ptr<unsigned char[]> shared(new unsigned char[dynamic_bytes]);  // to the byte, for the sanitizer
-  dynamic_shared = shared.get();
-  if (schedule.most_blocks && grid.x > schedule.most_blocks) grid.x = schedule.most_blocks;
+inline void run_grid(dim3 grid, dim3 threads, unsigned cluster, size_t dynamic_bytes,
+                     const std::function<void()>& body) {
+  struct Free {
+    void operator()(unsigned char* memory) const { operator delete[](memory, std::align_val_t{1024}); }
+  };
+  std::vector<std::unique_ptr<unsigned char, Free>> owned;  // to the byte, for the sanitizer
+  std::vector<std::vector<unsigned char*>> memory(cluster);
+  for (unsigned i = 0; i < 2 * cluster; ++i) {
+    owned.emplace_back(static_cast<unsigned char*>(operator new[](dynamic_bytes, std::align_val_t{1024})));
+    memory[i / 2].push_back(owned.back().get());
+  }
+  if (schedule.most_blocks && grid.x > schedule.most_blocks)
+    grid.x = std::max(schedule.most_blocks / cluster * cluster, cluster);
   gridDim = grid;
   blockDim = threads;
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t at = schedule.backwards ? blocks - 1 - i : i;
-    blockIdx = {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
-                static_cast<unsigned>(at / grid.x / grid.y)};
-    std::memset(shared.get(), 0xff, dynamic_bytes);  // NaN: tests see values that were not written
-    block.run(threads.x * threads.y * threads.z, body);
+  const uint64_t clusters = uint64_t{grid.x} * grid.y * grid.z / cluster;
+  for (uint64_t i = 0; i < clusters; ++i) {
+    const uint64_t at = schedule.backwards ? clusters - 1 - i : i;
+    for (const auto& one : owned) std::memset(one.get(), 0xff, dynamic_bytes);  // NaN: tests see values not written
+    block.run(static_cast<unsigned>(at) * cluster, memory, threads.x * threads.y * threads.z, body);
   }
 }
 

@@ -1,4 +1,4 @@
-"""The fused decode on the `cuda` backend: one kernel for the forward, one for the backward.
+"""The fused decode on the `cuda` backend: one kernel for the forward, one for the backward, one for Hopper's inference.
 
 The forward saves 16-bit (or float32) activations, and one bit per activation for the ReLUs. The backward's kernel
 computes every layer's gradient from them, and the weights' gradients are PyTorch's matrix products of both. Without
@@ -17,6 +17,7 @@ from torch import Tensor
 from ...dtypes import allows_tf32
 from ...inputs import DecodeInputs
 from ..extension import OPS as _C
+from . import hopper
 from .packed import PACKED
 
 _ROW_PADDING = 128  # kRowPadding of launch.h
@@ -60,16 +61,28 @@ def _kernel_inputs(inputs: DecodeInputs) -> DecodeInputs:
     return inputs.for_kernels(latent_map, torch.float32)
 
 
-def _arguments(inputs: DecodeInputs) -> tuple[object, ...]:
-    """The arguments that both bindings share: the inputs without query_term, and the number of an MmaPolicy."""
+def _arguments(inputs: DecodeInputs, policy: int | None = None) -> tuple[object, ...]:
+    """The arguments that all bindings share: the inputs without query_term, an MmaPolicy's number as matmul_dtype.
+
+    policy: that number, None for the kernels that run on every GPU.
+    """
     float_policy = 2 if allows_tf32() else 3
-    return *inputs[:-2], {torch.float16: 0, torch.bfloat16: 1}.get(inputs.matmul_dtype, float_policy)
+    every = {torch.float16: 0, torch.bfloat16: 1}.get(inputs.matmul_dtype, float_policy)
+    return *inputs[:-2], every if policy is None else policy
+
+
+def _hopper_policy(inputs: DecodeInputs, trains: bool) -> int | None:
+    """The policy of the Hopper kernel where it decodes these inputs."""
+    device = inputs.latent_map.device
+    against = hopper.against_device(device.type, device.index)
+    against = against or hopper.against_imnet(inputs.widths, inputs.matmul_dtype, trains, inputs.queries)
+    return None if against else hopper.POLICIES[inputs.matmul_dtype]
 
 
 def decode(inputs: DecodeInputs, save: bool | None, coord_grad: bool) -> tuple[Tensor, Tensor]:
     saved = inputs.empty_saved(saved_bytes(inputs, coord_grad) if save else 0)
     rows = _padded_rows(inputs.rows) if saved.numel() else -1
-    arguments = _arguments(_kernel_inputs(inputs))
+    arguments = _arguments(_kernel_inputs(inputs), _hopper_policy(inputs, save is not None))
 
     def pack() -> Tensor:
         return _C.cuda_decode_pack(*arguments, False)

@@ -1,0 +1,235 @@
+"""The Hopper decode on the CPU: what tests/ops does not ask of it, and mistakes planted into a copy of it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from liif_fast import ops
+from tests.backends import KINDS, TABLE, hopper_emulated, set_device
+from tests.cuda.emulator import build
+from tests.cuda.test_ring import SEEDS, outcomes
+from tests.gpu import hopper
+from tests.helpers import Case, norm_error, random_problem
+from tests.ops import tolerances
+from tests.ops.decoding import decode, make_problem
+from tests.ops.tolerances import check_decode
+
+pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=build.why_not())
+BACKEND, BFLOAT16, FLOAT16 = TABLE["hopper-emulated"], KINDS[3], KINDS[6]
+PAPER = (256, 256, 256, 256)
+
+
+@pytest.fixture
+def kernels():
+    with hopper_emulated():
+        yield build.load()
+
+
+# A cluster of two blocks, single blocks; fewer tiles than blocks.
+@pytest.mark.parametrize("seed", [0, 1, 2, 5])
+@pytest.mark.parametrize("device", ["sm_90", "sm_90-pair"])
+@pytest.mark.parametrize("queries", [10, 70])
+@pytest.mark.parametrize(
+    ("kind", "hidden", "outs"),
+    [(BFLOAT16, PAPER, 3), (FLOAT16, (64, 256, 192), 4)],
+    ids=["paper", "any-layers"],
+)
+def test_no_schedule_changes_a_bit(kernels, kind, hidden, outs, queries, device, seed):
+    problem = make_problem(Case(2, 3, 5, 7, queries, hidden, outs), kind, grad=False)
+    set_device(device)
+    kernels.set_schedule(0, False, 0)
+    expected = decode(problem, "cuda")
+    kernels.set_schedule(0, True, seed)
+    assert torch.equal(decode(problem, "cuda"), expected)
+
+
+@pytest.mark.parametrize("hidden", [(256, 16), (16, 256), (256,) * 7, (48, 240, 256, 16)], ids=str)
+@pytest.mark.parametrize("outs", [1, 2, 4])
+@pytest.mark.parametrize("ensemble", [True, False], ids=["ensemble", "nearest"])
+def test_layers_and_outputs(kernels, hidden, outs, ensemble):
+    check_decode(BACKEND, BFLOAT16, Case(2, 2, 4, 5, 40, hidden, outs, ensemble), "points")
+
+
+def test_the_hopper_kernel_is_the_one_that_runs(kernels):
+    """In inference only; its packed weights are its own."""
+    module = import_module("liif_fast.ops.backends.cuda.decode")
+    policies = []
+    pack = module._C.cuda_decode_pack
+    module._C.cuda_decode_pack = lambda *arguments: policies.append(arguments[9]) or pack(*arguments)
+    problem = make_problem(Case(queries=9, hidden=PAPER), BFLOAT16)
+    with torch.no_grad():
+        decode(problem, "cuda")
+    decode(problem, "cuda").sum().backward()
+    assert policies == [5, 1, 1]
+
+
+@pytest.mark.parametrize("kind", [BFLOAT16, FLOAT16], ids=lambda kind: kind.name)
+def test_a_window_from_a_part_of_the_map(kernels, kind):
+    """The grid's cell, regions, batches; the window is wider than a tile."""
+    feat, _, _, weights, biases = random_problem(Case(2, 3, 12, 9, hidden=(256, 256)), kind.dtype)
+    arguments = {"window": (11, 12, 5, 16), "feat_region": (2, 1, 12, 9), "cell": (0.3, 0.2)}
+    with torch.autocast("cpu", kind.narrow, enabled=kind.autocast):
+        image, plain = (
+            ops.render(feat[:, :, 2:10, 1:8], (31, 40), weights, biases, backend=name, **arguments)
+            for name in ("cuda", "reference")
+        )
+    exact = ops.render(
+        feat.double()[:, :, 2:10, 1:8], (31, 40), [w.double() for w in weights], [b.double() for b in biases],
+        backend="reference", **arguments,
+    )  # fmt: skip
+    assert norm_error(image, exact) <= 2 * norm_error(plain, exact) + 1e-3
+
+
+def test_the_check_on_a_gpu_compares_with_float64(kernels, monkeypatch):
+    """tests.gpu.hopper on the emulator: it passes right results, and names a wrong one."""
+    backend, cases = hopper.BACKEND._replace(device="cpu", most_queries=40), hopper.CASES[::7]
+    assert len(hopper.CASES) == 20
+    assert hopper.check(backend, cases) == []
+    scale = {"cuda": 1.03, "reference": 1.0}
+    monkeypatch.setattr(tolerances, "decode", lambda problem, name: decode(problem, name) * scale[name])
+    (wrong,) = hopper.check(backend, cases[:1])
+    assert wrong.startswith("bfloat16, points, Case(")
+
+
+# The file, the text that is replaced, and what replaces it; then a part of the emulator's message, "" for wrong values.
+HOPPER, LAYOUT = "hopper.cuh", "launch.h"
+FIRST_GROUP = (
+    "      multiply_block<T, 0, false>(space, parity, empty, gives && (layer > 0 || before >= 0), low, left);\n"
+)
+LAST_GROUP = "      multiply_block<T, 3, true>(space, parity, empty, gives, high, right);\n"
+FINAL_LEFT = "      // `left` is final, and `low` is read no more.\n"
+PACK_LEFT = "      if (layer + 1 < T::kHidden) pack_half<T>(left, bias, quad, low);\n"
+LOAD_HIGH = "        load_half<T>(first + T::kSteps, thread, high);\n"
+LOAD_LOW = "    load_half<T>(first, thread, low);\n"
+GIVE_BACK = "        arrive(&space.taken[consumer]);\n"
+MISTAKES = {
+    "waits for one group too few": (
+        [(HOPPER, "wait_products<1>();\n  if (gives)", "wait_products<2>();\n  if (gives)")],
+        "",
+    ),
+    "multiplies before weights are copied": (
+        [(HOPPER, "  wait_barrier(&space.full[kStage], parity);\n", "")],
+        "a product reads shared memory that a copy still fills",
+    ),
+    "takes the layer's parity for the ring's": (
+        [(HOPPER, "T::kHidden % 2 ? buffer ^ (layer & 1) : layer & 1", "layer & 1")],
+        "wrong parity",
+    ),
+    "expects half of the bytes": (
+        [
+            (
+                HOPPER,
+                "arrive_and_expect(&space.full[stage], T::kBlockBytes)",
+                "arrive_and_expect(&space.full[stage], 16384)",
+            )
+        ],
+        "a product reads shared memory that a copy still fills",
+    ),
+    "multiplies without wgmma.fence": ([(HOPPER, "  fence_operands();\n", "")], "without wgmma.fence"),
+    "does not commit its products": ([(HOPPER, "  commit_products();\n", "")], "not committed"),
+    "counts the readers of one block": (
+        [(HOPPER, "cluster_size() * T::kConsumers * kWarpgroup / kWarp", "T::kConsumers * kWarpgroup / kWarp")],
+        "",
+    ),
+    "overwrites weights before they are read": (
+        [(HOPPER, "        wait_barrier(&space.empty[stage], parity);\n", "")],
+        "",
+    ),
+    "packs the right half under its own group": (
+        [(HOPPER, FIRST_GROUP, f"if (layer > 0) pack_half<T>(right, bias - T::kHalf, quad, high);\n{FIRST_GROUP}")],
+        "",
+    ),
+    "packs the left half under its own group": (
+        [(HOPPER, LAST_GROUP + FINAL_LEFT + PACK_LEFT, PACK_LEFT + LAST_GROUP)],
+        "",
+    ),
+    "uses barriers before they are initialized": (
+        [(HOPPER, "  sync_cluster();\n  if (thread < kWarpgroup)", "  if (thread < kWarpgroup)")],
+        "not initialized",
+    ),
+    "ends before the other block": (
+        [(HOPPER, "  sync_cluster();  // no block ends", "  // no block ends")],
+        "has ended",
+    ),
+    "gives a stage back while it is read": (
+        [
+            (
+                HOPPER,
+                "arrive_remote<(kStage + T::kStages - 1) % T::kStages * 8>(empty)",
+                "arrive_remote<kStage * 8>(empty)",
+            )
+        ],
+        "",
+    ),
+    "copies to its own block only": ([(HOPPER, "ranks = (1u << size) - 1", "ranks = 1u << rank")], "diverged"),
+    "takes more registers than there are": (
+        [
+            (HOPPER, "kProducerRegisters = 56", "kProducerRegisters = 64"),
+            (HOPPER, "  static_assert(kProducerRegisters +", "  static_assert(true || kProducerRegisters +"),
+        ],
+        "setmaxnreg",
+    ),
+    "reads a descriptor's neighbor": ([(HOPPER, "kAt + 64, true>(d, a[2]", "kAt + 96, true>(d, a[2]")], ""),
+    "packs weights without the swizzle": ([(LAYOUT, "swizzled = unit % 8 ^ row % 8", "swizzled = unit % 8")], ""),
+    "stores rows in the place of steps": (
+        [
+            (
+                HOPPER,
+                "make_uint4(made[0][0], made[1][0], made[0][1], made[1][1])",
+                "make_uint4(made[0][0], made[0][1], made[1][0], made[1][1])",
+            )
+        ],
+        "",
+    ),
+    "keeps one buffer of blending weights": (
+        [
+            (HOPPER, "  space.weight[buffer][consumer][r] = weight;", "  space.weight[0][consumer][r] = weight;"),
+            (HOPPER, "  return &space.weight[buffer]", "  return &space.weight[0 * buffer]"),
+        ],
+        "",
+    ),
+    "gathers before rows are located": ([(HOPPER, "      sync_threads<T::kMakers>(1);\n", "")], ""),
+    "gives the first layer back before it is loaded": (
+        [(HOPPER, LOAD_HIGH + GIVE_BACK, GIVE_BACK + LOAD_HIGH)],
+        "",
+    ),
+    "loads the first layer before it is made": (
+        [
+            (
+                HOPPER,
+                f"    wait_barrier(&space.made[consumer], buffer);\n{LOAD_LOW}    wait_products",
+                f"{LOAD_LOW}    wait_products",
+            )
+        ],
+        "",
+    ),
+    "counts half of the threads that load": (
+        [(HOPPER, "init_barrier(&space.taken[i], kWarpgroup)", "init_barrier(&space.taken[i], kWarpgroup / 2)")],
+        "",
+    ),
+    "ends with products under way": (
+        [(HOPPER, "    wait_products<0>();  // ptxas allows", "    // ptxas allows")],
+        "",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> str:
+    """The hash of the decode without a mistake, which no schedule changes."""
+    (found,) = set(outcomes(tmp_path_factory.mktemp("sound"), [], hopper=True))
+    assert int(found, 16)
+    return found
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize(("patches", "message"), MISTAKES.values(), ids=[name.replace(" ", "-") for name in MISTAKES])
+def test_a_planted_mistake_is_seen(sound, tmp_path, patches, message):
+    found = outcomes(tmp_path, patches, hopper=True)
+    assert len(found) == SEEDS
+    wrong = [outcome for outcome in found if outcome != sound]
+    assert wrong
+    assert any(message in outcome for outcome in wrong), wrong

@@ -1,0 +1,94 @@
+"""The Hopper kernel in the first minute of a GPU: 20 decodes against float64, then its rate next to cuBLAS's.
+
+`python -m tests.gpu.hopper` prints JSON. It ends with status 1 where a decode is wrong or the kernel does not run.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from liif_fast import ops
+from liif_fast.benchmark.cuda_timing import CudaClock
+from liif_fast.benchmark.peak_rates import gemm
+from liif_fast.benchmark.problem import random_problem
+from liif_fast.benchmark.timing import Candidate, interleave
+from liif_fast.ops import backends, first_use
+from tests.backends import KINDS, TABLE, Backend, Kind
+from tests.helpers import Case
+from tests.ops.tolerances import check_decode
+
+PAPER, ROUNDS = (256, 256, 256, 256), 20
+BACKEND = TABLE["hopper-emulated"]._replace(device="cuda", most_queries=1 << 20)
+# Tiles: none whole, one, several for every block of a cluster. Layers, outputs, corners, maps, batches.
+SHAPES = (
+    Case(channels=8, queries=1, hidden=PAPER),
+    Case(channels=8, height=24, width=24, queries=9216, hidden=PAPER),
+    Case(2, 64, 48, 37, 40_001, PAPER),
+    Case(2, 16, 33, 20, 5000, PAPER, 1, local_ensemble=False),
+    Case(3, 16, 20, 33, 3333, PAPER, 2, cell_decode=False),
+    Case(1, 16, 31, 31, 20_000, (256, 256), 4),
+    Case(2, 16, 17, 9, 700, (64, 256, 256), 3),
+    Case(1, 16, 17, 9, 20_000, (256,) * 9, 3, local_ensemble=False),
+    Case(1, 3, 1, 1, 129, (160, 144, 192), 3, feat_unfold=False),
+    Case(1, 8, 40, 40, 60_000, (256, 16, 256), 3),
+)
+CASES = [(KINDS[3 + i % 2], case, mode) for i, case in enumerate(SHAPES) for mode in ("points", "grid")]
+
+
+def check(backend: Backend, cases: Sequence[tuple[Kind, Case, str]] = CASES) -> list[str]:
+    """What is wrong with which case, one sentence each."""
+    wrong = []
+    for kind, case, mode in cases:
+        try:
+            check_decode(backend, kind, case, mode)
+        except (AssertionError, RuntimeError) as error:
+            wrong.append(f"{kind.name}, {mode}, {case}: {' '.join(str(error).split())[:200]}")
+    return wrong
+
+
+def rate() -> dict[str, Any]:
+    """Of 1024x1024 pixels from a 256x256 map, in bfloat16: the decode alone, the products of hidden layers counted."""
+    device, size = torch.device("cuda"), (1024, 1024)
+    feat, _, _, weights, biases = random_problem((256, 256), out_size=size, device=device).to(torch.bfloat16)
+    with torch.no_grad():
+        latent_map = ops.fold(feat, weights[0])
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            return ops.render(feat, size, weights, biases, latent_map=latent_map, backend="cuda")
+
+    clock, candidate = CudaClock(), Candidate("decode", run)
+    clock.warm_up(candidate)
+    cublas = gemm(clock, "bfloat16")
+    interleave(clock, [candidate], ROUNDS, [cublas])
+    if candidate.error:
+        raise RuntimeError(candidate.error)
+    seconds = statistics.median(candidate.samples.values())
+    reached = 2.0 * size[0] * size[1] * 4 * 3 * 256**2 / seconds * 1e-12
+    library = statistics.median(cublas.rates.values()) * 1e-12
+    return {
+        "milliseconds": round(seconds * 1e3, 4),
+        "tflop_per_second": round(reached, 1),
+        "cublas_tflop_per_second": round(library, 1),
+        "of_cublas": round(reached / library, 4),
+    }
+
+
+def main() -> None:
+    first_use.ENABLED = False  # the cases are the check
+    if reason := backends.against_hopper(backends.OpRequest("decode", "cuda", torch.bfloat16, (*PAPER, 3))):
+        sys.exit(reason)
+    wrong = check(BACKEND)
+    print(json.dumps({"cases": len(CASES), "wrong": wrong, **({} if wrong else rate())}, indent=1))
+    if wrong:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -251,6 +251,8 @@ PROBES = {
     "global_overflow": (1, "heap-buffer-overflow"),
     "divergent_block": (3, "the kernel diverged: threads wait at __syncthreads, 24 of 64 have exited"),
     "divergent_warp": (3, "the kernel diverged: threads wait at __shfl_xor_sync, 10 of 64 have exited"),
+    "fenced_product": (0, ""),
+    "unfenced_product": (4, ""),
     "absent_lane": (3, "__shfl_xor_sync: lane 16 is not in the mask"),
 }
 

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda_runtime.h"
+#include "wgmma_on_cpu.h"
 
 namespace {
 
@@ -38,6 +38,23 @@ __global__ void absent_lane_kernel(int* out) {
   if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(0xffffu, 1, 16);
 }
 
+// A product with weights of 1 that ordinary stores have written: 16 if asynchronous instructions see them.
+void multiply_stored(int* out, bool fences) {
+  const auto weights = reinterpret_cast<uint16_t*>(cuda_on_cpu::dynamic_shared);
+  for (unsigned i = threadIdx.x; i < 8192; i += 128) weights[i] = 0x3f80;
+  if (fences) liif_fast::fence_async_proxy(16384);
+  __syncthreads();
+  float sums[64];
+  const uint32_t ones[4] = {0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80};
+  liif_fast::fence_operands();
+  liif_fast::multiply_add<0, false>(sums, ones, __nv_bfloat16{});
+  liif_fast::commit_products();
+  liif_fast::wait_products<0>();
+  if (threadIdx.x < 64) out[threadIdx.x] = sums[0] == 16.0f ? 0 : 1;
+}
+__global__ void fenced_product_kernel(int* out) { multiply_stored(out, true); }
+__global__ void unfenced_product_kernel(int* out) { multiply_stored(out, false); }
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -51,11 +68,14 @@ int main(int count, char** arguments) {
   LIIF_PROBE(divergent_block)
   LIIF_PROBE(divergent_warp)
   LIIF_PROBE(absent_lane)
+  LIIF_PROBE(fenced_product)
+  LIIF_PROBE(unfenced_product)
 #undef LIIF_PROBE
   if (!kernel) return 2;
   std::vector<int> out(64, -1);
   cudaLaunchConfig_t config = {};
-  config.blockDim = dim3(64);
+  config.blockDim = dim3(std::strstr(name, "product") ? 128 : 64);
+  config.dynamicSmemBytes = 16384;
   try {
     cudaLaunchKernelEx(&config, kernel, out.data());
   } catch (const std::runtime_error& error) {

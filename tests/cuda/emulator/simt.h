@@ -137,13 +137,14 @@ class Block {
     for (unsigned i = 0; i < threads; ++i) start(*fibers_[i]);
     std::vector<unsigned> order(threads);
     for (unsigned i = 0; i < threads; ++i) order[i] = schedule.backwards ? threads - 1 - i : i;
-    std::vector<bool> asleep(threads / kWarpSize + 1, false);
-    unsigned sweeps = 0;
+    wakes_.assign(threads / kWarpSize + 1, 0);
+    sweeps_ = 0;
     for (unsigned done = 0; done < threads;) {
       if (schedule.seed) {
         std::shuffle(order.begin(), order.end(), random_);
-        if (++sweeps % 16 == 0)
-          for (size_t warp = 0; warp < asleep.size(); ++warp) asleep[warp] = random_() % 2;
+        ++sweeps_;
+        for (unsigned& wake : wakes_)
+          if (wake <= sweeps_ && random_() % 32 == 0) wake = sweeps_ + random_() % 64;
       }
       bool ran = false;
       done = 0;
@@ -151,7 +152,7 @@ class Block {
         Fiber& fiber = *fibers_[thread];
         if (fiber.wait == Wait::kPhase && fiber.barrier->phase > fiber.phase) fiber.wait = Wait::kNothing;
         if (fiber.wait == Wait::kCondition && fiber.condition()) fiber.wait = Wait::kNothing;
-        if (!fiber.done && fiber.wait == Wait::kNothing && !asleep[thread / kWarpSize]) {
+        if (!fiber.done && fiber.wait == Wait::kNothing && wakes_[thread / kWarpSize] <= sweeps_) {
           resume(thread);
           ran = true;
           if (!error_.empty()) throw std::runtime_error(error_);
@@ -161,8 +162,8 @@ class Block {
         if (schedule.seed % 3 == 1 && !bulk_.empty() && random_() % 1000 == 0) land(random_() % bulk_.size());
       }
       if (ran || done == threads || open_barriers()) continue;
-      const bool slept = std::find(asleep.begin(), asleep.end(), true) != asleep.end();
-      asleep.assign(asleep.size(), false);
+      const bool slept = std::any_of(wakes_.begin(), wakes_.end(), [this](unsigned wake) { return wake > sweeps_; });
+      wakes_.assign(wakes_.size(), 0);
       if (slept) continue;
       const auto busy =
           std::find_if(order.begin(), order.end(), [&](unsigned i) { return !fibers_[i]->copies.empty(); });
@@ -246,7 +247,9 @@ class Block {
       fibers_[current_]->copies.push_back({nullptr, nullptr, 0, barrier});
     else
       settle(*barrier, 1, bytes);
-    // With a seed, the threads that waited run before this one does anything else.
+    // With a seed, the threads that waited run before this one does anything else, and sometimes for long.
+    if (schedule.seed && !after_copies && random_() % 64 == 0)
+      wakes_[current_ / kWarpSize] = sweeps_ + 32 + random_() % 64;
     if (!error_.empty() || (schedule.seed && !after_copies)) leave(false);
   }
   // The barrier at this offset of another block's dynamic shared memory.
@@ -443,7 +446,8 @@ class Block {
   const std::vector<std::vector<unsigned char*>>* memory_ =
       nullptr;  // of each block: dynamic shared, asynchronous view
   std::vector<BulkCopy> bulk_;
-  unsigned first_block_ = 0, block_threads_ = 1, runs_ = 0;
+  std::vector<unsigned> wakes_;  // the sweep that a sleeping warp wakes in
+  unsigned sweeps_ = 0, first_block_ = 0, block_threads_ = 1, runs_ = 0;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::unordered_map<const void*, Barrier> barriers_;
   std::mt19937 random_;

@@ -1,0 +1,237 @@
+// The Hopper decode's consumers: products, packing, blend, last layer. hopper.cuh describes the kernel.
+#pragma once
+
+#include "cuda/decode/hopper_tile.cuh"
+
+namespace liif_fast {
+
+using HalfSums = float[64];           // [n8 tile][row, row + 8][two channels]
+using HalfOperands = uint32_t[8][4];  // [k16 step][word]
+
+// Four channels of a packed vector, which a lane holds in two n8 tiles.
+__device__ __forceinline__ float4 lane_channels(const float* half, int step, int quad) {
+  return *reinterpret_cast<const float4*>(half + step / 2 * 32 + quad * 8 + step % 2 * 4);
+}
+
+// The next layer's operands: relu(sums + bias), which have the same place in a lane.
+template <class T>
+__device__ __forceinline__ void pack_half(const HalfSums& sums, const float* bias, int quad, HalfOperands& to) {
+  using Element = typename T::Element;
+#pragma unroll
+  for (int k = 0; k < T::kSteps; ++k) {
+    const float4 b = lane_channels(bias, k, quad);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      to[k][half] = pack_relu(sums[8 * k + 2 * half] + b.x, sums[8 * k + 2 * half + 1] + b.y, Element{});
+      to[k][2 + half] = pack_relu(sums[8 * k + 4 + 2 * half] + b.z, sums[8 * k + 5 + 2 * half] + b.w, Element{});
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void load_half(const uint4 (*first)[kWarpgroup], int thread, HalfOperands& to) {
+#pragma unroll
+  for (int k = 0; k < T::kSteps; ++k) {
+    const uint4 words = first[k][thread];
+    to[k][0] = words.x, to[k][1] = words.y, to[k][2] = words.z, to[k][3] = words.w;
+  }
+}
+
+template <class T>
+using LastSums = float[T::kOuts][T::kSums];
+
+// The upper one of a thread's two rows of its consumer.
+__device__ __forceinline__ int lane_row(int thread) { return thread % kWarpgroup / kWarp * 16 + thread % kWarp / 4; }
+
+// The blending weights of a thread's rows: the upper one's, and the lower one's eight further on.
+template <class T>
+__device__ __forceinline__ const float* lane_weight(const HopperWorkspace<T>& space, uint32_t buffer) {
+  const int thread = reread_thread();
+  return &space.weight[buffer][thread / kWarpgroup - 1][lane_row(thread)];
+}
+
+// Adds this lane's part of the last layer: half of the last hidden layer's channels, each row times its weight.
+template <class T>
+__device__ __forceinline__ void add_last_layer(const HalfSums& hidden, const float* bias, const float* last, int quad,
+                                               const float* weight, LastSums<T>& sums) {
+  float parts[T::kOuts][2] = {};
+#pragma unroll
+  for (int k = 0; k < T::kSteps; ++k) {
+    const float4 b = lane_channels(bias, k, quad);
+    const float add[8] = {b.x, b.y, b.x, b.y, b.z, b.w, b.z, b.w};
+    float h[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) h[i] = relu(hidden[8 * k + i] + add[i]);
+#pragma unroll
+    for (int o = 0; o < T::kOuts; ++o) {
+      const float4 w = lane_channels(last + o * T::kWidth, k, quad);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& part = parts[o][half];
+        part = fmaf(h[2 * half], w.x, part);
+        part = fmaf(h[2 * half + 1], w.y, part);
+        part = fmaf(h[4 + 2 * half], w.z, part);
+        part = fmaf(h[5 + 2 * half], w.w, part);
+      }
+    }
+  }
+#pragma unroll
+  for (int o = 0; o < T::kOuts; ++o)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& sum = sums[o][T::kSums == 2 ? half : 0];
+      sum = fmaf(weight[half * 8], parts[o][half], sum);
+    }
+}
+
+// Sums over the lanes that share a query, and writes them. There is no tile before a block's first.
+template <class T>
+__device__ __forceinline__ void write_queries(const HopperTask& task, const HopperWorkspace<T>& space, int tile,
+                                              const LastSums<T>& sums) {
+  const int thread = reread_thread(), lane = thread % kWarp;
+#pragma unroll
+  for (int s = 0; s < T::kSums; ++s) {
+    float total[T::kOuts];
+#pragma unroll
+    for (int o = 0; o < T::kOuts; ++o) {
+      total[o] = sums[o][s] + __shfl_xor_sync(kAllLanes, sums[o][s], 1);
+      total[o] += __shfl_xor_sync(kAllLanes, total[o], 2);
+      if (T::kCorners == 4) total[o] += __shfl_xor_sync(kAllLanes, total[o], 16);
+    }
+    const int query = row_query<T>(tile, thread / kWarpgroup - 1, lane_row(thread) + 8 * s);
+    if (tile < 0 || lane % 4 != 0 || (T::kCorners == 4 && lane >= 16) || query >= task.total) continue;
+    const Quotient at = task.entry_queries.divide(query);
+    float* const out = task.out + at.quotient * task.out_batch + at.remainder * task.out_query;
+#pragma unroll
+    for (int o = 0; o < T::kOuts; ++o)
+      if (o < task.outs) out[o * task.out_channel] = total[o] + space.last_bias[o];
+  }
+}
+
+// A group: eight products with a block of weights. Then the group before it is done, and its stage is given back to
+// every block of the cluster, by a lane of each warp for each block.
+template <class T, int kStage, bool kAdds>
+__device__ __forceinline__ void multiply_block(HopperWorkspace<T>& space, uint32_t parity, uint32_t empty, bool gives,
+                                               const HalfOperands& a, HalfSums& d) {
+  using Element = typename T::Element;
+  constexpr uint32_t kAt = kStage * T::kBlockBytes;
+  wait_barrier(&space.full[kStage], parity);
+  fence_operands();
+  multiply_add<kAt, kAdds>(d, a[0], Element{});
+  multiply_add<kAt + 32, true>(d, a[1], Element{});
+  multiply_add<kAt + 64, true>(d, a[2], Element{});
+  multiply_add<kAt + 96, true>(d, a[3], Element{});
+  multiply_add<kAt + T::kPartBytes, true>(d, a[4], Element{});
+  multiply_add<kAt + T::kPartBytes + 32, true>(d, a[5], Element{});
+  multiply_add<kAt + T::kPartBytes + 64, true>(d, a[6], Element{});
+  multiply_add<kAt + T::kPartBytes + 96, true>(d, a[7], Element{});
+  commit_products();
+  wait_products<1>();
+  if (gives) arrive_remote<(kStage + T::kStages - 1) % T::kStages * 8>(empty);
+}
+
+// One consumer, where the number of layers is not known: drained after every layer, whose products the other consumer's
+// cover. With groups under way around this loop ptxas serializes them (C7512).
+template <class T>
+__device__ __forceinline__ void consume_layers(const HopperTask& task, HopperWorkspace<T>& space) {
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, quad = thread % 4;
+  const int consumer = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
+  const uint4(*const first)[kWarpgroup] = space.first[consumer];
+  const uint32_t rank = static_cast<uint32_t>(thread % kWarp);
+  const bool gives = rank < cluster_size();
+  const uint32_t empty = remote_address(space.empty, gives ? rank : 0);
+  uint32_t parity = 0, buffer = 0;
+  bool has_before = false;
+#pragma unroll 1
+  for (int tile = static_cast<int>(blockIdx.x); cluster_has(task, tile); tile += static_cast<int>(gridDim.x)) {
+    HalfSums left, right;
+    HalfOperands low, high;
+    wait_barrier(&space.made[consumer], buffer);
+    load_half<T>(first, thread, low);
+    load_half<T>(first + T::kSteps, thread, high);
+    arrive(&space.taken[consumer]);
+    const float* bias = space.biases[0];
+#pragma unroll 1
+    for (int layer = 1;; ++layer) {
+      multiply_block<T, 0, false>(space, parity, empty, gives && has_before, low, left);
+      multiply_block<T, 1, false>(space, parity, empty, gives, low, right);
+      multiply_block<T, 2, true>(space, parity, empty, gives, high, left);
+      multiply_block<T, 3, true>(space, parity, empty, gives, high, right);
+      const bool is_last = layer == task.hidden;
+      // Under the fourth group.
+      if (!is_last) pack_half<T>(left, bias, quad, low);
+      wait_products<0>();
+      has_before = true;
+      parity ^= 1;
+      if (is_last) break;
+      pack_half<T>(right, bias + T::kHalf, quad, high);
+      bias += T::kWidth;
+    }
+    LastSums<T> sums = {};
+    const float* const weight = lane_weight<T>(space, buffer);
+    add_last_layer<T>(left, bias, space.last[0], quad, weight, sums);
+    add_last_layer<T>(right, bias + T::kHalf, space.last[0] + T::kHalf, quad, weight, sums);
+    write_queries<T>(task, space, tile, sums);
+    buffer ^= 1;
+  }
+}
+
+// One consumer with a constant number of layers.
+template <class T>
+__device__ __forceinline__ void consume(const HopperTask& task, HopperWorkspace<T>& space) {
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, quad = thread % 4;
+  const int consumer = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
+  const uint4(*const first)[kWarpgroup] = space.first[consumer];
+  const uint32_t rank = static_cast<uint32_t>(thread % kWarp);
+  const bool gives = rank < cluster_size();
+  const uint32_t empty = remote_address(space.empty, gives ? rank : 0);
+  const float* const last_bias = space.biases[T::kHidden - 1];
+  HalfSums left, right;
+  HalfOperands low, high;
+  LastSums<T> sums = {};
+  wait_barrier(&space.made[consumer], 0);
+  load_half<T>(first, thread, low);
+#pragma unroll
+  for (int i = 0; i < 64; ++i) right[i] = 0.0f;
+  uint32_t buffer = 0;
+  int tile = static_cast<int>(blockIdx.x);
+#pragma unroll 1
+  for (; cluster_has(task, tile); tile += static_cast<int>(gridDim.x)) {
+    const int before = tile - static_cast<int>(gridDim.x);
+#pragma unroll
+    for (int layer = 0; layer < T::kHidden; ++layer) {
+      const float* const bias = space.biases[layer];
+      const uint32_t parity = T::kHidden % 2 ? buffer ^ (layer & 1) : layer & 1;
+      multiply_block<T, 0, false>(space, parity, empty, gives && (layer > 0 || before >= 0), low, left);
+      // `right` of the layer before, or of the tile before, is final.
+      if (layer > 0) {
+        pack_half<T>(right, bias - T::kHalf, quad, high);
+      } else {
+        add_last_layer<T>(right, last_bias + T::kHalf, space.last[0] + T::kHalf, quad,
+                          lane_weight<T>(space, buffer ^ 1), sums);
+        write_queries<T>(task, space, before, sums);
+        load_half<T>(first + T::kSteps, thread, high);
+        arrive(&space.taken[consumer]);
+      }
+      multiply_block<T, 1, false>(space, parity, empty, gives, low, right);
+      multiply_block<T, 2, true>(space, parity, empty, gives, high, left);
+      multiply_block<T, 3, true>(space, parity, empty, gives, high, right);
+      // `left` is final, and `low` is read no more.
+      if (layer + 1 < T::kHidden) pack_half<T>(left, bias, quad, low);
+    }
+#pragma unroll
+    for (int o = 0; o < T::kOuts; ++o)
+#pragma unroll
+      for (int s = 0; s < T::kSums; ++s) sums[o][s] = 0.0f;
+    add_last_layer<T>(left, last_bias, space.last[0], quad, lane_weight<T>(space, buffer), sums);
+    buffer ^= 1;
+    wait_barrier(&space.made[consumer], buffer);
+    load_half<T>(first, thread, low);
+    wait_products<0>();  // ptxas allows no products under way over the loop's end
+  }
+  add_last_layer<T>(right, last_bias + T::kHalf, space.last[0] + T::kHalf, quad, lane_weight<T>(space, buffer ^ 1),
+                    sums);
+  write_queries<T>(task, space, tile - reread_grid(), sums);
+}
+
+}  // namespace liif_fast

@@ -1,0 +1,147 @@
+// The Hopper decode's producers: the weights, and the first layer's activations. hopper.cuh describes the kernel.
+#pragma once
+
+#include "cuda/decode/hopper_tile.cuh"
+
+namespace liif_fast {
+
+// One thread: the weights of all layers, tile after tile.
+template <class T>
+__device__ __forceinline__ void stream_weights(const HopperTask& task, HopperWorkspace<T>& space) {
+  const uint32_t rank = cluster_rank(), size = cluster_size();
+  const uint32_t bytes = T::kBlockBytes >> (size - 1), ranks = (1u << size) - 1;
+  const int hidden = T::kHidden ? T::kHidden : task.hidden;
+  uint32_t parity = 1;
+  for (int tile = static_cast<int>(blockIdx.x); cluster_has(task, tile); tile += static_cast<int>(gridDim.x)) {
+    const unsigned char* from = task.weights + rank * bytes;
+#pragma unroll 1
+    for (int layer = 0; layer < hidden; ++layer) {
+#pragma unroll
+      for (int stage = 0; stage < T::kStages; ++stage) {
+        wait_barrier(&space.empty[stage], parity);
+        arrive_and_expect(&space.full[stage], T::kBlockBytes);
+        copy_bulk(space.ring[stage] + rank * bytes, from, bytes, &space.full[stage], ranks);
+        from += T::kBlockBytes;
+      }
+      parity ^= 1;
+    }
+  }
+}
+
+// A row's latent and blending weight, as locate_rows finds them.
+template <class T>
+__device__ __forceinline__ void locate_row(const HopperTask& task, HopperWorkspace<T>& space, int tile, uint32_t buffer,
+                                           int consumer, int r) {
+  const int total = static_cast<int>(task.total), wanted = row_query<T>(tile, consumer, r);
+  const int query = wanted < total ? wanted : total - 1;
+  const Quotient place = task.coord ? Quotient{query, query} : task.columns.divide(query);
+  const AxisNeighbors row = task.neighbor_rows[place.quotient], col = task.neighbor_cols[place.remainder];
+  const bool lower = T::kCorners == 4 && (r >> 2 & 1), right = T::kCorners == 4 && (r >> 3 & 1);
+  float weight;
+  if constexpr (T::kCorners == 4) {
+    weight = corner_weight(row.rel, col.rel, lower, right);
+  } else {
+    weight = single_corner_weight(row.rel[0], col.rel[0]);
+  }
+  const int64_t latent =
+      (lower ? row.index[1] : row.index[0]) * task.region_width + (right ? col.index[1] : col.index[0]);
+  space.rows[consumer][r] = {latent * task.width, lower ? row.rel[1] : row.rel[0], right ? col.rel[1] : col.rel[0]};
+  space.weight[buffer][consumer][r] = weight;
+  if (task.cell)
+    space.rel_cell[consumer][r] = {mul_rounded(task.cell[2 * query], static_cast<float>(task.map_height)),
+                                   mul_rounded(task.cell[2 * query + 1], static_cast<float>(task.map_width))};
+}
+
+// The first layer of a consumer's rows, by the makers' three warps, as the operands that its threads load. At a time, a
+// warp makes 32 channels of one or two m16 tiles: four loads of each lane are under way.
+template <class T, class Latent>
+__device__ __forceinline__ void make_first_layer(const HopperTask& task, HopperWorkspace<T>& space, int consumer) {
+  using Element = typename T::Element;
+  constexpr int kWide = static_cast<int>(sizeof(Latent)) / 2, kTiles = 2 / kWide;
+  constexpr int kGroups = T::kWidth / 32, kItems = kGroups * (T::kConsumerRows / 16) / kTiles;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp - 1, lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll 1
+  for (int item = warp; item < kItems; item += T::kMakers / kWarp) {
+    const int group = item % kGroups, m = item / kGroups * kTiles, channel = group * 32 + lane % 4 * 8;
+    const bool has_latent = channel < task.width;
+    const int first_row = m * 16 + lane / 4;
+    const Latent* const latents = static_cast<const Latent*>(task.latent_map) + (has_latent ? channel : 0);
+    uint4 words[2 * kTiles][kWide];
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < kWide; ++j)
+        words[i][j] =
+            load_in_order(reinterpret_cast<const uint4*>(latents + space.rows[consumer][first_row + i * 8].offset) + j);
+    __syncwarp();  // the compiler must not move a load after the first use of another
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      uint32_t made[2][4];
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        const auto at = [&](const float* vector) {
+          return *reinterpret_cast<const float2*>(vector + channel + 2 * pair);
+        };
+        const float2 base = at(space.base), by_row = at(space.by_row), by_col = at(space.by_col);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int i = 2 * tile + half;
+          const auto word = [&](int w) {
+            const uint4& four = words[i][w / 4];
+            return w % 4 == 0 ? four.x : w % 4 == 1 ? four.y : w % 4 == 2 ? four.z : four.w;
+          };
+          float2 v;
+          if constexpr (kWide == 2)
+            v = {bits_float(word(2 * pair)), bits_float(word(2 * pair + 1))};
+          else
+            v = unpack(word(pair), Element{});
+          if (!has_latent) v = {0.0f, 0.0f};
+          const CornerRow& row = space.rows[consumer][first_row + i * 8];
+          v.x += fmaf(row.rel_col, by_col.x, fmaf(row.rel_row, by_row.x, base.x));
+          v.y += fmaf(row.rel_col, by_col.y, fmaf(row.rel_row, by_row.y, base.y));
+          if (task.cell) {
+            const float2 cell = space.rel_cell[consumer][first_row + i * 8];
+            const float2 by_cell_row = at(space.by_cell_row), by_cell_col = at(space.by_cell_col);
+            v.x += fmaf(cell.y, by_cell_col.x, cell.x * by_cell_row.x);
+            v.y += fmaf(cell.y, by_cell_col.y, cell.x * by_cell_row.y);
+          }
+          made[half][pair] = pack_relu(v.x, v.y, Element{});
+        }
+      }
+      uint4* const to = &space.first[consumer][2 * group][(m + tile) * kWarp + lane];
+      to[0] = make_uint4(made[0][0], made[1][0], made[0][1], made[1][1]);
+      to[kWarpgroup] = make_uint4(made[0][2], made[1][2], made[0][3], made[1][3]);
+    }
+  }
+}
+
+// Three warps: geometry and first layer of every tile for both consumers, then a tile without rows, so that consumers
+// need not ask whether there is a next one.
+template <class T>
+__device__ __forceinline__ void make_tiles(const HopperTask& task, HopperWorkspace<T>& space) {
+  int tile = static_cast<int>(blockIdx.x), consumer = 0;
+  uint32_t buffer = 0;
+#pragma unroll 1
+  for (;;) {
+    wait_barrier(&space.taken[consumer], buffer ^ 1);
+    const bool exists = cluster_has(task, tile);
+    if (exists) {
+      const int row = reread_thread() - kWarp;
+      if (row < T::kConsumerRows) locate_row<T>(task, space, tile, buffer, consumer, row);
+      sync_threads<T::kMakers>(1);
+      if (task.latent_is_float)
+        make_first_layer<T, float>(task, space, consumer);
+      else
+        make_first_layer<T, typename T::Element>(task, space, consumer);
+    }
+    arrive(&space.made[consumer]);
+    if (consumer == 1) {
+      if (!exists) return;
+      tile += reread_grid();
+      buffer ^= 1;
+    }
+    consumer ^= 1;
+  }
+}
+
+}  // namespace liif_fast

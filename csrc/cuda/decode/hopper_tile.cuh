@@ -1,0 +1,57 @@
+// The Hopper decode's tile and shared memory, which producers and consumers share. hopper.cuh describes the kernel.
+#pragma once
+
+#include "cuda/decode/layers.cuh"
+#include "cuda/decode/neighbors.cuh"
+#include "cuda/wgmma.cuh"
+
+namespace liif_fast {
+
+constexpr int kWarpgroup = 128;
+
+// kHidden_: hidden layers; 0: as many as the task says.
+template <class Element_, int kCorners_, int kOuts_, int kHidden_>
+struct HopperTile {
+  using Element = Element_;
+  static constexpr int kCorners = kCorners_, kOuts = kOuts_, kHidden = kHidden_, kWidth = 256, kHalf = 128;
+  static constexpr int kConsumers = 2, kConsumerRows = 64, kRows = kConsumers * kConsumerRows;
+  static constexpr int kQueries = kConsumerRows / kCorners;                        // of a consumer
+  static constexpr int kSums = kCorners == 4 ? 1 : 2;                              // queries of a lane's two rows
+  static constexpr int kSteps = kHalf / 16;                                        // of inputs, in a half
+  static constexpr int kPartBytes = kHalf * 64 * 2, kBlockBytes = 2 * kPartBytes;  // a part has 64 inputs
+  static constexpr int kStages = 4;  // of the ring; a layer is once around it, so that a block's stage is a constant
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup, kMakers = 3 * kWarp;
+  // A launch gives 384 threads at most 168 registers each, of which warps give and take: 504 for three warpgroups. More
+  // would let the second consumer wait for ever; with 216 for a consumer, ptxas serializes the products (C7512).
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 3 * 168, "the launch's registers");
+};
+
+// A block's shared memory. Two-fold: of either consumer.
+template <class T>
+struct alignas(1024) HopperWorkspace {
+  unsigned char ring[T::kStages][T::kBlockBytes];
+  uint4 first[T::kConsumers][2 * T::kSteps][kWarpgroup];  // the first layer's activations, as operands of each thread
+  float biases[kMaxWgmmaHidden][T::kWidth];
+  float base[T::kWidth], by_row[T::kWidth], by_col[T::kWidth], by_cell_row[T::kWidth], by_cell_col[T::kWidth];
+  float last[T::kOuts][T::kWidth], last_bias[4];
+  CornerRow rows[T::kConsumers][T::kConsumerRows];
+  float2 rel_cell[T::kConsumers][T::kConsumerRows];
+  float weight[2][T::kConsumers][T::kConsumerRows];  // of the blend; for even and odd tiles of this block
+  uint64_t full[T::kStages], empty[T::kStages], made[T::kConsumers], taken[T::kConsumers];
+};
+
+// A block's tiles are blockIdx.x, blockIdx.x + gridDim.x and so on. Both blocks of a cluster have as many, since
+// weights come to both; those after the last are not written. ptxas spills what all warps share, so each role counts by
+// itself.
+__device__ __forceinline__ bool cluster_has(const HopperTask& task, int tile) {
+  return tile - static_cast<int>(cluster_rank()) < static_cast<int>(task.tiles);
+}
+
+// The query of a consumer's row.
+template <class T>
+__device__ __forceinline__ int row_query(int tile, int consumer, int row) {
+  return (tile * T::kConsumers + consumer) * T::kQueries + (T::kCorners == 4 ? row / 16 * 4 + row % 4 : row);
+}
+
+}  // namespace liif_fast

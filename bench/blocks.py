@@ -212,16 +212,19 @@ def patch_sentence(found: Results) -> str | None:
     )
 
 
-def patch_table(found: Results) -> str | None:
-    """The loops of existing code with and without patch()."""
-    result = _newest(found, patched.NAME)
-    return f"{patched.table(result)}\n{_source(result, result['warnings'])}" if result else None
+def _with_source(table: Callable[[dict[str, Any]], str], found: Results, name: str) -> str | None:
+    """The table of the newest result of a name, and its source."""
+    result = _newest(found, name)
+    return f"{table(result)}\n{_source(result, result['warnings'])}" if result else None
 
 
-def relatives_table(found: Results) -> str | None:
-    """The models of LIIF's relatives with decoders of plain PyTorch and around the ops."""
-    result = _newest(found, relatives.NAME)
-    return f"{relatives.table(result)}\n{_source(result, result['warnings'])}" if result else None
+def exported_table(result: dict[str, Any]) -> str:
+    """An exported model in other programs, next to the ops."""
+    rows = [
+        [name, in_words(entry["seconds"]["median"]), f"{entry['speedup']['median']:.2f}x"]
+        for name, entry in result["entries"].items()
+    ]
+    return tables.markdown(["64x64 to 256x256, float32", "time", "speed, of backend `cpu`"], rows)
 
 
 def loader_block(found: Results) -> str | None:
@@ -269,8 +272,9 @@ BLOCKS: dict[str, Callable[[Results], str | None]] = {
     "memory": partial(methods_table, workload="size-2048", columns=[_MEMORY, _LIMIT]),
     "loader": loader_block,
     "patch": patch_sentence,
-    "patch-table": patch_table,
-    "relatives": relatives_table,
+    "patch-table": partial(_with_source, patched.table, name=patched.NAME),
+    **{name: partial(_with_source, relatives.table, name=name) for name in relatives.GROUPS},
+    "exported": partial(_with_source, exported_table, name="exported"),
     "gpu": gpu_tables,
     "sizes": sizes_table,
     "psnr": psnr_table,

@@ -7,7 +7,6 @@ onnxruntime and openvino.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +17,15 @@ import onnxruntime
 import openvino
 import torch
 
-from bench import results
+from bench import blocks, results
 from bench.loader import SPEC
-from bench.measure import log, validity_warnings
-from liif_fast.benchmark import peak_rates
-from liif_fast.benchmark.timing import Candidate, CpuClock, in_words, interleave, pair_ratios, summary
+from bench.measure import log
+from bench.turns import parser, start, take_turns
 from liif_fast.models import export, make_model
-from liif_fast.utils import tables
 from liif_fast.utils.normalization import normalizations
 
 SIZE, SCALE = 64, 4
+BASELINE = "backend cpu"
 
 
 def runs(threads: int) -> dict[str, Callable[[], Any]]:
@@ -53,7 +51,7 @@ def runs(threads: int) -> dict[str, Callable[[], Any]]:
         compiled = openvino.compile_model(file, "CPU", settings)
     feed = image.numpy()
     return {
-        "backend cpu": by_ops("cpu"),
+        BASELINE: by_ops("cpu"),
         "backend torch": by_ops("torch"),
         "onnxruntime": lambda: session.run(None, {"image": feed})[0],
         "OpenVINO": lambda: compiled([feed])[0],
@@ -61,33 +59,17 @@ def runs(threads: int) -> dict[str, Callable[[], Any]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.exported", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--results", type=Path, default=results.FOLDER)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    clock, by_name = CpuClock(), runs(args.threads)
-    expected = by_name["backend cpu"]()
-    candidates = {name: Candidate(name, run) for name, run in by_name.items()}
-    for name, candidate in candidates.items():
-        error = float(np.abs(candidate.run() - expected).max() / np.ptp(expected))
-        clock.warm_up(candidate)
-        log(f"{name}: ready, {error:.1e} of the range from the backend cpu")
-    rates = peak_rates.matmul_rates(clock)
+    args = parser("exported", __doc__).parse_args(arguments)
+    clock, rounds = start(args)
+    by_name = runs(args.threads)
+    expected = by_name[BASELINE]()
+    for name, run in by_name.items():
+        log(f"{name}: {np.abs(run() - expected).max() / np.ptp(expected):.1e} of the range from the {BASELINE}")
     result = results.begin("exported", "cpu", "bench.exported")
-    done = interleave(clock, list(candidates.values()), args.rounds, rates)
-    entries: dict[str, Any] = {}
-    for name, candidate in candidates.items():
-        ratios = pair_ratios(candidate.samples, candidates["backend cpu"].samples)
-        entries[name] = {"seconds": summary(candidate.samples), "of_cpu": summary(ratios)}
-    result = {**result, "rounds": done, "warnings": validity_warnings(rates, entries), "entries": entries}
     versions = {"onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__.split("-")[0]}
     result["versions"] = {**result["versions"], **versions}
-    rows = [[name, in_words(e["seconds"]["median"]), f"{e['of_cpu']['median']:.1f}x"] for name, e in entries.items()]
-    print(tables.markdown(["64x64 to 256x256, float32", "time", "of backend `cpu`"], rows))
+    result |= take_turns(clock, by_name, rounds, lambda _: BASELINE)
+    print(blocks.exported_table(result))
     print(results.save(result, args.results))
 
 

@@ -30,7 +30,6 @@ from liif_fast.benchmark.timing import Clock, in_words
 from liif_fast.models import make_model
 from liif_fast.utils import tables
 
-NAME = "relatives"  # of the result file
 LOOPS = {"inference": "inference, 64x64 to 256x256", "training": "training step, 4 crops"}
 SIZE, SCALE, BATCH, CROP, SAMPLES = 64, 4, 4, 48, 2304
 
@@ -310,14 +309,17 @@ class Unfolding5x5(General):
     unfold = 5
 
 
-RELATIVES: dict[str, type[Decoder]] = {
-    "LTE": LTE,
-    "SRNO": SRNO,
-    "LMF": LMF,
-    "guided depth": GuidedDepth,
-    "climate with topography": Climate,
-    "5x5 unfolding": Unfolding5x5,
+# By the name of the result file.
+GROUPS: dict[str, dict[str, type[Decoder]]] = {
+    "relatives": {"LTE": LTE, "SRNO": SRNO, "LMF": LMF},
+    "relatives-decode": {
+        "guided depth": GuidedDepth,
+        "climate with topography": Climate,
+        "5x5 unfolding": Unfolding5x5,
+    },
 }
+OPS = {"relatives": "gather and ensemble", "relatives-decode": "ops.decode"}
+RELATIVES = {name: decoder for group in GROUPS.values() for name, decoder in group.items()}
 ADD_INPUT = ("LTE", "SRNO")  # to their decodes they add the input, enlarged bilinearly
 
 
@@ -367,9 +369,9 @@ def make_loops(relative: str, around_ops: bool, device: torch.device) -> dict[st
     return {"inference": inference, "training": training}
 
 
-def measure(clock: Clock, rounds: int, relatives: list[str]) -> dict[str, Any]:
-    """Seconds of both loops of every relative, plain and around the ops, as a result to be saved."""
-    result = results.begin(NAME, clock.device.type, "bench.relatives")
+def measure(clock: Clock, rounds: int, name: str, relatives: list[str]) -> dict[str, Any]:
+    """Seconds of both loops of every relative, plain and around the ops, as a result to be saved under a name."""
+    result = results.begin(name, clock.device.type, "bench.relatives")
     runs = {
         f"{relative}: {loop}: {code}": run
         for relative in relatives
@@ -388,16 +390,19 @@ def table(result: dict[str, Any]) -> str:
             if all(entry and "seconds" in entry for entry in found):
                 seconds = [in_words(entry["seconds"]["median"]) for entry in found]
                 rows.append([f"{relative}, {label}", *seconds, f"{found[1]['speedup']['median']:.2f}x"])
-    return tables.markdown(["EDSR-baseline, float32", "plain PyTorch", "around the ops", "speedup"], rows)
+    return tables.markdown(["EDSR-baseline, float32", "plain PyTorch", OPS[result["name"]], "speedup"], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parser("relatives", __doc__)
     options.add_argument("--only", nargs="+", choices=RELATIVES, default=list(RELATIVES))
     args = options.parse_args(arguments)
-    result = measure(*start(args), args.only)
-    print(table(result))
-    print(results.save(result, args.results))
+    clock, rounds = start(args)
+    for name, group in GROUPS.items():
+        if relatives := [relative for relative in group if relative in args.only]:
+            result = measure(clock, rounds, name, relatives)
+            print(table(result))
+            print(results.save(result, args.results))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ def decode(job: Job, name: str) -> Prepared:
 
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         file, arrays = Path(folder) / "tile.onnx", tuple(tiles()[0].values())
-        graph = torch.onnx.export(_Tile(problem).eval(), arrays, input_names=_INPUTS, dynamo=True, verbose=False)
+        # The optimizer of onnxscript would take 1e-9, the least area, for 0.
+        options: dict[str, Any] = {"input_names": _INPUTS, "dynamo": True, "optimize": False, "verbose": False}
+        graph = torch.onnx.export(_Tile(problem).eval(), arrays, **options)
         assert graph is not None
         graph.save(file)
         engine: Engine = _ENGINES[name](file, torch.get_num_threads())

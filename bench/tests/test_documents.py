@@ -172,9 +172,9 @@ def test_the_decoders_of_a_relative_agree(relative: str, small_relatives: None) 
 
 @pytest.mark.prove
 def test_the_relatives_are_measured_and_tabulated(small_relatives: None) -> None:
-    result = relatives.measure(CpuClock(), 1, ["LTE", "guided depth"])
+    result = relatives.measure(CpuClock(), 1, "relatives-decode", ["climate with topography", "guided depth"])
     assert relatives.table(result).count("x |\n") == 4
-    assert "guided depth, training step" in (blocks.BLOCKS["relatives"]([{**result, "path": ""}]) or "")
+    assert "guided depth, training step" in (blocks.BLOCKS["relatives-decode"]([{**result, "path": ""}]) or "")
 
 
 def test_the_hopper_probes_are_checked_by_the_compiler_and_compared_with_cublas() -> None:

@@ -1,4 +1,4 @@
-"""Exported models: equal to `render` in onnxruntime, after torch.export's saving, and compiled ahead of time."""
+"""Exported models: equal to `render` in onnxruntime and after torch.export's saving."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 import liif_fast
 from liif_fast.cli import main
 from liif_fast.models import LIIF, MetaSR
-from liif_fast.models.export import export, to_program
+from liif_fast.models.export import export
 from liif_fast.utils.normalization import normalizations
 from tests.helpers import range_error
 
@@ -93,20 +93,6 @@ def test_a_program_of_torch_export_is_the_same_after_saving(name, tmp_path):
         image = torch.rand(2, 3, *source)
         assert range_error(program(image, torch.tensor(size)), expected(model, image, size)) < 1e-5
         assert range_error(same(image), expected(model, image, source)) < 1e-5
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize("options", [{"scale": 2.5}, {}], ids=["scale", "any-size"])
-def test_compiled_ahead_of_time(options, tmp_path):
-    model = make("LIIF")
-    package = str(tmp_path / "model.pt2")
-    torch._inductor.aoti_compile_and_package(to_program(model, **options), package_path=package)
-    compiled = torch._inductor.aoti_load_package(package)
-    for source, size in SIZES:
-        image = torch.rand(2, 3, *source)
-        size = tuple(max(1, round(2.5 * side)) for side in source) if options else size
-        found = compiled(image) if options else compiled(image, torch.tensor(size))
-        assert range_error(found, expected(model, image, size)) < 1e-4
 
 
 class DataDependent(nn.Module):

@@ -194,22 +194,35 @@ def test_a_named_backend_of_kernels_is_refused(backend):
             jvp(function, tuple(tensors), tuple(torch.ones_like(tensor) for tensor in tensors))
         with pytest.raises(RuntimeError, match=sentence):
             vmap(function)(*(tensor[None] for tensor in tensors))
+        with pytest.raises(RuntimeError, match=sentence):
+            grad(lambda *t, run=function: run(*t).sum())(*tensors)
+        with pytest.raises(RuntimeError, match=sentence):
+            torch.jit.trace(function, tuple(tensors))
 
 
-def test_an_exported_program_takes_few_queries_and_many():
+@pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
+def test_a_named_backend_of_kernels_refuses_the_meta_device(name):
+    for function, tensors in functions(name).values():
+        with pytest.raises(RuntimeError, match=f"backend '{name}' takes .*, these are on 'meta'"):
+            function(*(tensor.to("meta") for tensor in tensors))
+
+
+@pytest.mark.one_isa
+def test_an_exported_program_takes_few_queries_and_many(backend):
     """No guard compares the number of queries with the size of the map."""
-    feat, coord, cell, *layers = leaves()
+    feat, coord, cell, weights, biases = random_problem(CASE._replace(hidden=(16, 16)), torch.float32)
+    feat, coord, cell, *layers = (t.to(backend.device) for t in (feat, coord, cell, *weights, *biases))
 
     class Decoder(torch.nn.Module):
         def forward(self, feat, coord, cell):
-            return ops.query(feat, coord, cell, layers[:3], layers[3:])
+            return ops.query(feat, coord, cell, layers[:3], layers[3:], backend=backend.op_backend)
 
     queries = torch.export.Dim("queries", min=2)
     shapes = {"feat": None, "coord": {1: queries}, "cell": {1: queries}}
     program = torch.export.export(Decoder(), (feat, coord, cell), dynamic_shapes=shapes).module()
     for count in (2, 7, 20):
-        expected = ops.query(feat, coord[:, :count], cell[:, :count], layers[:3], layers[3:])
-        torch.testing.assert_close(program(feat, coord[:, :count], cell[:, :count]), expected)
+        expected = ops.query(feat, coord[:, :count], cell[:, :count], layers[:3], layers[3:], backend="reference")
+        torch.testing.assert_close(program(feat, coord[:, :count], cell[:, :count]), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_symbolic_trace_does_not_compare_queries_with_the_map():

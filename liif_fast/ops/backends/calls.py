@@ -190,9 +190,11 @@ def metasr_query(inputs: MetasrInputs) -> Tensor:
         coord, cell = flat.coord[first:last], flat.cell[first:last]
         corner = coord - cell * 0.5
         nearest = [_nearest(corner[:, axis].detach() + 1e-6, size[axis]) for axis in (0, 1)]
-        origins = torch.stack([_center(each, size[axis]) - 1 / size[axis] for axis, each in enumerate(nearest)], dim=-1)
-        rel = (corner - origins) * corner.new_tensor([size[0] / 2, size[1] / 2])
-        x = torch.cat([rel, cell[:, :1] * (size[0] / 2)], dim=-1)
+        rel = [
+            (corner[:, axis] - (_center(each, size[axis]) - 1 / size[axis])) * (size[axis] / 2)
+            for axis, each in enumerate(nearest)
+        ]
+        x = torch.stack([*rel, cell[:, 0] * (size[0] / 2)], dim=-1)
         filters = F.pad(F.relu(F.linear(x, weight, bias)), (0, 1), value=1.0).unsqueeze(-1)
         row, col = (each.long() for each in nearest)
         entry = torch.arange(first, last, device=latents.device) // queries

@@ -1,5 +1,6 @@
 // `ring SEEDS`: one decode of 256 channels, forward and backward, under as many schedules. Prints a line for each: a
 // hash of all that the kernels wrote, or the emulator's error. Schedules change no bit of a sound kernel's results.
+// `ring SEEDS HASH TEXT` ends after a line that is not HASH and has TEXT in it.
 // With HOPPER: the Hopper kernel's forward, in a cluster of two blocks that have three tiles and two.
 #include <cstdio>
 #include <cstdlib>
@@ -144,17 +145,20 @@ uint64_t run() {
 }  // namespace liif_fast
 
 int main(int count, char** arguments) {
-  const unsigned seeds = count == 2 ? static_cast<unsigned>(std::atoi(arguments[1])) : 1;
+  const unsigned seeds = count > 1 ? static_cast<unsigned>(std::atoi(arguments[1])) : 1;
 #ifdef HOPPER
   cuda_on_cpu::set_device({2});
 #endif
   for (unsigned seed = 0; seed < seeds; ++seed) {
     cuda_on_cpu::schedule = {0, false, seed};
+    std::string found(16, '0');
     try {
-      std::printf("%016llx\n", static_cast<unsigned long long>(liif_fast::run()));
+      std::snprintf(&found[0], 17, "%016llx", static_cast<unsigned long long>(liif_fast::run()));
     } catch (const std::runtime_error& error) {
-      std::printf("%s\n", error.what());
+      found = error.what();
     }
+    std::printf("%s\n", found.c_str());
+    if (count > 3 && found != arguments[2] && found.find(arguments[3]) != std::string::npos) break;
   }
   return 0;
 }

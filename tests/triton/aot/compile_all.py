@@ -114,6 +114,7 @@ def decode(dtype: torch.dtype, width: int, *, grid: bool, save: bool, coord_grad
         grid=[8, 8, 0, 0, 8, 8, 0, 0, 8, 8] if grid else [],
         grid_cell=[0.1, 0.1] if grid else [],
         local_ensemble=ensemble,
+        query_term=None,
         matmul_dtype=dtype,
     )
     out, saved = triton_backend.decode(inputs, save, coord_grad)

@@ -209,7 +209,7 @@ def test_decode_counts_offsets_in_64_bits(kernels, tmp_path):
     biases = [torch.rand(16, generator=generator), torch.rand(3, generator=generator)]
     coord = ops.reference.pixel_centers(8192, dtype=torch.float32)[8189:8191] + 0.00003
     coord = torch.stack([coord, coord.flip(0)], -1).expand(3, 2, 2).contiguous()
-    arguments = (coord, None, geometry, [weight], biases, [], [], True, torch.float16, False, False, "cuda")
+    arguments = (coord, None, geometry, [weight], biases, [], [], True, None, torch.float16, False, False, "cuda")
     out, _ = registration.decode(latent_map, *arguments)
     rows = cols = slice(8188, 8192)
     index = ((coord[2] + 1) * 8192 - 1) / 2 - 8188

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
-import gc
 import pytest
 import torch
 

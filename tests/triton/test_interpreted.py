@@ -66,7 +66,7 @@ def test_layers_are_packed_as_the_kernels_read_them(operands, precision, backwar
     weights[2] = weights[2].t().contiguous().t()
     latent_map = torch.zeros(1, 2, 2, 20)
     inputs = DecodeInputs(
-        latent_map, coord, cell, weights[0][:, -4:], weights[1:], biases, [], [], True, matmul_dtype=operands
+        latent_map, coord, cell, weights[0][:, -4:], weights[1:], biases, [], [], True, None, matmul_dtype=operands
     )
     chunk = dataclasses.replace(launch.DecodeChunk.whole(inputs), precision=precision)
     imnet = fused.pack(chunk, backward=backward)

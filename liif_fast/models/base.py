@@ -159,11 +159,11 @@ class ImplicitModel(Pretrained, nn.Module):
         geometry = geometry_dtype(feat)
         cells = cell or (2 / size[0], 2 / size[1])
         # One pass even for an empty window, to get its shape. An exported program decodes all rows at once.
-        step = rows if torch.compiler.is_exporting() else max(1, _RENDER_CHUNK // max(cols, 1))
-        starts = [top] if torch.compiler.is_exporting() else range(top, top + max(rows, 1), step)
+        exports = torch.compiler.is_exporting()
+        step = rows if exports else max(1, _RENDER_CHUNK // max(cols, 1))
         chunks = []
-        for row in starts:
-            count = rows if torch.compiler.is_exporting() else min(step, top + rows - row)
+        for row in [top] if exports else range(top, top + max(rows, 1), step):
+            count = rows if exports else min(step, top + rows - row)
             coord = window_coord(size, (row, left, count, cols), dtype=geometry, device=feat.device)
             coord = coord.expand(feat.shape[0], -1, 2)
             steps = torch.stack([torch.full_like(coord[..., 0], side) for side in cells], dim=-1)

@@ -1,7 +1,7 @@
 """`decode` on Triton's kernels.
 
-Imnets of up to 256 channels and eight outputs run in one kernel (fused.py): in 16 bits, in float32, or in TF32 if
-PyTorch allows it. Wider imnets and float64 run layer by layer (layerwise.py). Both modules have the same functions.
+Imnets of up to 512 channels in 16 bits, and of up to 256 in float32 or TF32 (if PyTorch allows it), run in one kernel
+(fused.py). Wider imnets and float64 run layer by layer (layerwise.py). Both modules have the same functions.
 """
 
 from __future__ import annotations
@@ -67,5 +67,5 @@ def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord
         # Every query has the same rel_cell, which was added to the bias.
         for column, rel_cell in zip((2, 3), grid_rel_cell(inputs)):
             grads.geometry[:, column] = grads.biases[0] * rel_cell
-    points = [grad for grad in (grads.coord, grads.cell) if grad is not None]
-    return [grads.latent_map, grads.geometry, *grads.weights, *grads.biases, *points]
+    others = [grad for grad in (grads.coord, grads.cell, grads.query_term) if grad is not None]
+    return [grads.latent_map, grads.geometry, *grads.weights, *grads.biases, *others]

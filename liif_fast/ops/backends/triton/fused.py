@@ -19,6 +19,7 @@ from .fused_kernels import (
     PackedImnet,
     RowGrads,
     SavedActivations,
+    blend_backward_kernel,
     fused_decode_backward_kernel,
     fused_decode_forward_kernel,
     mask_bytes,
@@ -38,10 +39,9 @@ from .launch import (
 from .layerwise import DecodeGrads, backward_first_layer, last_layer, product_of_rows
 from .rows import as_operand
 
-# Of a hidden layer, by the dtype of products: registers do not hold wider ones.
-# AMD's and Intel's GPUs have too little shared memory for more than 256.
-_WIDE = 256 if torch.version.hip or torch.version.xpu else 512
-MAX_WIDTH = {torch.float32: 256, torch.bfloat16: _WIDE, torch.float16: _WIDE}
+MAX_WIDTH = 256  # of a hidden layer: registers do not hold wider ones,
+# except in inference in 16 bits. AMD's and Intel's GPUs have too little shared memory for that.
+MAX_INFERENCE_WIDTH = MAX_WIDTH if torch.version.hip or torch.version.xpu else 512
 FUSED_CHUNK_BYTES = 1 << 29  # of activations and gradients that a backward computes again, of blends of many outputs
 
 
@@ -87,9 +87,11 @@ def pack_kernel(
         tl.store(imnet.last_bias + number, bias.to(tl.float32))
 
 
-def can_fuse(widths: Sequence[int], matmul_dtype: torch.dtype) -> bool:
-    """Whether these kernels take an imnet (K, *hidden, O)."""
-    return len(widths) > 1 and max(widths[:-1]) <= MAX_WIDTH.get(matmul_dtype, 0)
+def can_fuse(widths: Sequence[int], matmul_dtype: torch.dtype, infers: bool = False) -> bool:
+    """Whether these kernels take an imnet (K, *hidden, O); infers: without a backward."""
+    if matmul_dtype not in (torch.float32, torch.bfloat16, torch.float16) or len(widths) == 1:
+        return False
+    return max(widths[:-1]) <= (MAX_INFERENCE_WIDTH if infers and matmul_dtype.itemsize == 2 else MAX_WIDTH)
 
 
 def kernel_outs(inputs: DecodeInputs) -> int:
@@ -139,6 +141,8 @@ def _configure(chunk: DecodeChunk, kernel: Kernel, width: int) -> tuple[int, dic
     """Rows of a tile, and the constants and options that both kernels share."""
     matmul_dtype, outs = chunk.inputs.matmul_dtype, kernel_outs(chunk.inputs)
     config = tile_config(TileConfigKey(kernel, width, matmul_dtype, chunk.precision), current_device())
+    if kernel == "backward" and not outs:  # loads its first gradients, which takes registers
+        config = config._replace(stages=min(config.stages, 2))
     stored = width if kernel == "forward" else padded_width(max(chunk.inputs.widths[:-1]))
     return config.rows, dict(
         OUTS=outs, OP=DTYPES[matmul_dtype], PRECISION=chunk.precision, STORED=stored, NB=width // config.block,
@@ -181,11 +185,16 @@ def _backward_chunk(
         grad_out.new_empty(tiles, layers, width),
         grad_out.new_empty(chunk.rows if coord_grad else 0),
     )
-    grad = grad_out
-    if not kernel_outs(chunk.inputs):
-        last = chunk.inputs.weights[-1].to(grad.dtype)
-        grad = torch.mm(grad_out, F.pad(last, (0, saved.blended.shape[1] - last.shape[1])))
-    fused_decode_backward_kernel[(tiles,)](grad, imnet, saved, row_grads, grid, layers, COORD=coord_grad, **options)
+    options["COORD"] = coord_grad
+    if not options["OUTS"]:
+        last = chunk.inputs.weights[-1].to(grad_out.dtype)
+        grad_blended = torch.mm(grad_out, F.pad(last, (0, saved.blended.shape[1] - last.shape[1])))
+        block = min(width, 64)
+        tiling = {**options, "NB": width // block, "BLOCK": block, "num_warps": 8}
+        del tiling["OUTS"]
+        blend_backward_kernel[(tiles,)](grad_blended, saved, row_grads, grid, layers, **tiling)
+        options["COORD"] = False
+    fused_decode_backward_kernel[(tiles,)](grad_out, imnet, saved, row_grads, grid, layers, **options)
     sums = row_grads.bias_sums.sum(0)
     for layer in range(layers):
         weight, bias = grads.weights[layer], grads.biases[layer + 1]

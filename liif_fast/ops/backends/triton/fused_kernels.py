@@ -309,6 +309,61 @@ def load_grad_pair(grad_out, saved, grads, found, OUTS: tl.constexpr, COORD: tl.
 
 
 @triton.jit
+def store_last_grads(
+    value, memory, sums, layers, slot,
+    OP: tl.constexpr, PRECISION: tl.constexpr, STORED: tl.constexpr, NB: tl.constexpr,
+):  # fmt: skip
+    """Stores block `slot` of the gradient of the last hidden layer, and its sum; before the ReLU, as an operand."""
+    BLOCK: tl.constexpr = memory.block.shape[1]
+    column = slot * BLOCK + tl.arange(0, BLOCK)
+    value = tl.where(load_mask(memory, layers, slot, OP == tl.float32, STORED, NB), value, 0.0)
+    place = sums + (layers - 1) * (NB * BLOCK) + column
+    tl.store(place, tl.sum(value, axis=0), mask=((column >= 0) & (layers > 0)) != 0)
+    value = as_operand(value, OP, PRECISION)
+    place = memory.layers + (layers * memory.total * STORED + slot * BLOCK) + memory.block
+    tl.store(place, value, mask=stored_columns(memory.valid, slot, STORED, NB, BLOCK))
+    return value
+
+
+@triton.jit(do_not_specialize=["layers"])
+def blend_backward_kernel(
+    grad_blended, saved, grads, grid, layers,
+    GRID: tl.constexpr, ENSEMBLE: tl.constexpr, COORD: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr,
+    STORED: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of a tile's blends, [queries, STORED], to those of the last hidden layer in `grads`, RowGrads.
+
+    COORD stores those of the area weights too, for which it reads the layer's outputs in saved.acts. A kernel of its
+    own, because the decode's backward has no registers for the addresses.
+    """
+    T: tl.constexpr = tl.float32
+    CORNERS: tl.constexpr = 4 if ENSEMBLE else 1
+    tile = tl.program_id(0).to(tl.int64)
+    found = find_rows(tile, grid, 2, GRID, ENSEMBLE, T, ROWS)
+    inner = tl.arange(0, BLOCK)
+    sums = grads.bias_sums + tile * layers * (NB * BLOCK)
+    memory = TileMemory(
+        grads.layers + found.first_row * STORED,
+        saved.masks + found.first_row * mask_bytes(STORED, OP == tl.float32),
+        joined(grid.total) * CORNERS,
+        found.valid,
+        found.distance,
+        found.distance[:, None] * STORED + inner[None, :],
+    )
+    grad_area_weight = tl.zeros([ROWS], T)
+    for slot in range(NB):
+        inside = stored_columns(found.valid, slot, STORED, NB, BLOCK)
+        place = grad_blended + (found.first_query * STORED + slot * BLOCK)
+        value = tl.load(place + (found.query[:, None] * STORED + inner[None, :]), mask=inside, other=0.0)
+        if COORD:
+            place = saved.acts + ((layers * memory.total + found.first_row) * STORED + slot * BLOCK) + memory.block
+            grad_area_weight += tl.sum(value * tl.load(place, mask=inside, other=0.0).to(T), axis=1)
+        store_last_grads(value * found.area_weight[:, None], memory, sums, layers, slot, OP, PRECISION, STORED, NB)
+    if COORD:
+        tl.store(grads.area_weight + (found.first_row + found.distance), grad_area_weight, mask=found.valid)
+
+
+@triton.jit
 def backward_block(
     blocks, imnet, memory, sums, offsets, layer, slot,
     OP: tl.constexpr, PRECISION: tl.constexpr, STORED: tl.constexpr, NB: tl.constexpr,
@@ -343,8 +398,8 @@ def fused_decode_backward_kernel(
 ):  # fmt: skip
     """From the gradient of a tile's outputs, [queries, OUTS], to `grads`, RowGrads; its area_weight only with COORD.
 
-    If OUTS is 0, grad_out is that of the blend, [queries, STORED]. imnet: PackedImnet, for float32 with weights
-    (in, out). saved: SavedActivations; masks are read, and with COORD preds or the last layer's activations.
+    If OUTS is 0, it begins at the gradient of the last hidden layer in `grads`. imnet: PackedImnet, for float32 with
+    weights (in, out). saved: SavedActivations, of which masks and, with COORD, preds are read.
     """
     T: tl.constexpr = tl.float32
     P: tl.constexpr = NB * BLOCK
@@ -359,7 +414,6 @@ def fused_decode_backward_kernel(
         grad = load_grad_pair(grad_out, saved, grads, found, OUTS, COORD)
         rounded = as_operand(grad, OP, PRECISION)
         rest = as_operand(grad - rounded.to(T), OP, PRECISION)
-    grad_area_weight = tl.zeros([ROWS], T)
     sums = grads.bias_sums + tile * layers * P
     memory = TileMemory(
         grads.layers + found.first_row * STORED,
@@ -371,26 +425,15 @@ def fused_decode_backward_kernel(
     )
     blocks = ()
     for k in tl.static_range(NB):
-        column = k * BLOCK + inner
-        inside = stored_columns(valid, k, STORED, NB, BLOCK)
         if OUTS > 0:
-            weight_pair = tl.load(imnet.last + column[None, :] * (2 * MAX_OUTS) + pair[:, None])
+            weight_pair = tl.load(imnet.last + (k * BLOCK + inner)[None, :] * (2 * MAX_OUTS) + pair[:, None])
             value = tl.dot(rest, weight_pair, input_precision=PRECISION)
             value = tl.dot(rounded, weight_pair, value, input_precision=PRECISION)
+            value = store_last_grads(value, memory, sums, layers, k, OP, PRECISION, STORED, NB)
         else:
-            value = tl.load(grad_out + found.flat[:, None] * STORED + column[None, :], mask=inside, other=0.0)
-            if COORD:
-                place = saved.acts + (layers * memory.total + found.first_row) * STORED + k * BLOCK + memory.block
-                grad_area_weight += tl.sum(value * tl.load(place, mask=inside, other=0.0).to(T), axis=1)
-            value = value * found.area_weight[:, None]
-        value = tl.where(load_mask(memory, layers, k, OP == tl.float32, STORED, NB), value, 0.0)
-        tl.store(sums + (layers - 1) * P + column, tl.sum(value, axis=0), mask=((column >= 0) & (layers > 0)) != 0)
-        value = as_operand(value, OP, PRECISION)
-        place = memory.layers + (layers * memory.total * STORED + k * BLOCK) + memory.block
-        tl.store(place, value, mask=inside)
+            place = memory.layers + (layers * memory.total * STORED + k * BLOCK) + memory.block
+            value = tl.load(place, mask=stored_columns(valid, k, STORED, NB, BLOCK), other=0.0)
         blocks = blocks + (value.to(carrier(OP), bitcast=True),)
-    if COORD and OUTS == 0:
-        tl.store(grads.area_weight + found.first_row + row, grad_area_weight, mask=valid)
     if OP == tl.float32:
         offsets = inner[None, :] * P + inner[:, None]
         for back in range(layers):

@@ -121,7 +121,7 @@ def tile_config(key: TileConfigKey, device: GPUTarget | None) -> TileConfig:
     if matmul_dtype.itemsize > 2:
         return _float32_tile_config(key, family, roomy)
     narrow = min(width, 64)
-    if width > 256:
+    if width > 256:  # only the forward; old activations alone take 128 registers
         return TileConfig(64, 64, 8, 3 if roomy else 1)
     if kernel == "save":  # addresses need registers too
         return TileConfig(128, narrow, 8, 3 if roomy else 2)

@@ -50,6 +50,8 @@ class TileRows(NamedTuple):
     latent: Any  # number of the latent in memory
     area_weight: Any
     rel: Any  # tuple of geometry inputs: rel_coord and, if wanted, rel_cell
+    first_query: Any  # number of the tile's first query
+    query: Any  # distance from it
     first_row: Any
     distance: Any
 
@@ -145,8 +147,9 @@ def find_rows(
     else:
         rel = (rel_row, rel_col)
     return TileRows(
-        valid, batch, flat, map_row, map_col, latent, weight, rel, start * CORNERS, distance * CORNERS + corner
-    )
+        valid, batch, flat, map_row, map_col, latent, weight, rel,
+        start, distance, start * CORNERS, distance * CORNERS + corner,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -172,7 +175,8 @@ def first_layer(
     total = load_columns(latent_map, found.latent, found.valid, column, WIDTH, STRIDE).to(T)
     total += tl.load(first + TERMS * STRIDE + column)[None, :]
     if query_term is not None:
-        total += load_columns(query_term, found.flat, found.valid, column, WIDTH, STRIDE).to(T)
+        query_term += found.first_query * WIDTH
+        total += load_columns(query_term, found.query, found.valid, column, WIDTH, STRIDE).to(T)
     for term in tl.static_range(TERMS):
         total = tl.fma(found.rel[term][:, None], tl.load(first + term * STRIDE + column)[None, :], total)
     return total

@@ -176,7 +176,7 @@ class Backend(NamedTuple):
 
 _CUDA = {"op_backend": "cuda", "has_tf32": True, "has_atomics": True}
 _CUDA["chunks"] = ((f"{_MODULES}.cuda.decode", "_CHUNK_ROWS", 128),)
-_TRITON = {"op_backend": "triton", "has_tf32": True, "has_atomics": True, "most_outs": 8}
+_TRITON = {"op_backend": "triton", "has_tf32": True, "has_atomics": True, "most_outs": 1 << 20}
 _TRITON["rounds_edges"] = True
 _TRITON["chunks"] = tuple(
     (f"{_MODULES}.triton.{name}", f"{name.upper()}_CHUNK_BYTES", 20_000) for name in ("fused", "layerwise")

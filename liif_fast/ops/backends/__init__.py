@@ -161,9 +161,8 @@ def can_run_triton(request: OpRequest, raise_error: bool = False) -> bool:
         reason = "backend 'triton' needs a GPU, and torch finds none of Intel's that it can use"
     elif request.dtype not in _FLOATS:
         reason = f"backend 'triton' takes float64, float32, bfloat16 or float16 features, not {request.dtype}"
-    else:
-        age = gpu.against_age("triton", request.device_index) if request.device == "cuda" else ""
-        reason = age or _against_extras("triton", request)
+    elif request.device == "cuda":
+        reason = gpu.against_age("triton", request.device_index)
     return _result(reason, raise_error)
 
 

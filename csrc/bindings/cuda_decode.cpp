@@ -48,9 +48,9 @@ CudaDecode cuda_decode(const DecodeInputs& inputs, int64_t policy_number) {
   STD_TORCH_CHECK(c.latent_is_float || (is_16_bit(policy) && dtype == narrow),
                   "latent_map must be float32 or in the operands' 16 bits");
   STD_TORCH_CHECK(!is_wgmma(policy) || (c.outs <= kMaxWgmmaOuts && c.hidden >= 1 && c.hidden <= kMaxWgmmaHidden &&
-                                        p.batch * p.queries <= kMaxWgmmaQueries),
+                                        p.batch * p.queries <= kMaxWgmmaQueries && !p.query_term),
                   "the wgmma kernels take up to ", kMaxWgmmaOuts, " outputs, 1 to ", kMaxWgmmaHidden,
-                  " hidden layers after the first, and ", kMaxWgmmaQueries, " queries");
+                  " hidden layers after the first, ", kMaxWgmmaQueries, " queries and no query term");
   const char* error = nullptr;
   const DeviceGuard guard(c.device);
   c.variant = choose_variant(policy, static_cast<int>(widest), p.batch * p.queries * p.corners, &error);
@@ -62,9 +62,10 @@ CudaDecode cuda_decode(const DecodeInputs& inputs, int64_t policy_number) {
 // queries.
 Tensor pack(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTensor& cell, const Tensor& weight_geometry,
             const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const Sizes& grid,
-            const std::vector<double>& grid_cell, bool local_ensemble, int64_t policy, bool transposed) {
-  const CudaDecode c =
-      cuda_decode({latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble}, policy);
+            const std::vector<double>& grid_cell, bool local_ensemble, const MaybeTensor& query_term, int64_t policy,
+            bool transposed) {
+  const CudaDecode c = cuda_decode(
+      {latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble, query_term}, policy);
   const DeviceGuard guard(c.device);
   Tensor packed = torch::stable::new_empty(latent_map, {packed_bytes(c.variant, c.hidden, c.outs)}, ScalarType::Byte);
   check_launch(launch_pack(c.problem, c.variant, transposed, packed.mutable_data_ptr(), current_stream(c.device)));
@@ -94,11 +95,11 @@ SavedActivations unpack_saved(const CudaDecode& c, const Tensor& saved, bool las
 // The whole output, or with `saved` the activations that the backward needs of rows [first_row, first_row + rows).
 Tensor decode(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTensor& cell,
               const Tensor& weight_geometry, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-              const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble, int64_t policy,
-              const Tensor& packed, const Tensor& saved, bool last_layer, int64_t first_row, int64_t rows,
-              bool with_out) {
-  CudaDecode c =
-      cuda_decode({latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble}, policy);
+              const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble,
+              const MaybeTensor& query_term, int64_t policy, const Tensor& packed, const Tensor& saved, bool last_layer,
+              int64_t first_row, int64_t rows, bool with_out) {
+  CudaDecode c = cuda_decode(
+      {latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble, query_term}, policy);
   const DeviceGuard guard(c.device);
   Tensor out = empty<float>(latent_map, with_out ? out_sizes(c.problem) : Sizes{0});
   c.problem.out = with_out ? data<float>(out) : nullptr;
@@ -114,7 +115,7 @@ Tensor decode(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTen
 
 // The tensors that a backward writes or adds to. Empty where no gradient is wanted; latent_map: in the fixed order.
 struct OutputGrads {
-  const Tensor &latent_map, &coord, &cell;
+  const Tensor &latent_map, &coord, &cell, &query_term;
 };
 
 std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& packed, const Tensor& grad_out,
@@ -144,6 +145,7 @@ std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& packed, cons
   backward.latent_index = data<int64_t>(out[3]);
   backward.coord = written(grads.coord, "grad_coord", {p.batch, p.queries, 2});
   backward.cell = written(grads.cell, "grad_cell", {p.batch, p.queries, 2});
+  backward.query_term = written(grads.query_term, "grad_query_term", {p.batch, p.queries, p.width});
   check_launch(
       launch_decode_backward(make_task(c, packed, rows), c.variant, saved, backward, current_stream(c.device)));
   return out;
@@ -151,21 +153,23 @@ std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& packed, cons
 
 // Of rows [first_row, first_row + rows): gradients before every hidden ReLU [hidden, rows, padded width], partial sums
 // [blocks * row_sums, sum_count, padded width], and with an empty grad_latent_map the latents' gradients row by row
-// [rows, padded width] and each row's latent [rows]. grad_latent_map is added to; grad_coord and grad_cell are written.
+// [rows, padded width] and each row's latent [rows]. grad_latent_map is added to, the other gradients are written.
 std::vector<Tensor> decode_backward(const Tensor& grad_out, const Tensor& saved, int64_t saved_first_row,
                                     int64_t saved_rows, const Tensor& latent_map, const MaybeTensor& coord,
                                     const MaybeTensor& cell, const Tensor& weight_geometry,
                                     const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                                     const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble,
-                                    int64_t policy, const Tensor& packed, int64_t first_row, int64_t rows,
-                                    const Tensor& grad_latent_map, const Tensor& grad_coord, const Tensor& grad_cell) {
-  const CudaDecode c =
-      cuda_decode({latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble}, policy);
+                                    const MaybeTensor& query_term, int64_t policy, const Tensor& packed,
+                                    int64_t first_row, int64_t rows, const Tensor& grad_latent_map,
+                                    const Tensor& grad_coord, const Tensor& grad_cell, const Tensor& grad_query_term) {
+  const CudaDecode c = cuda_decode(
+      {latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble, query_term}, policy);
   check_rows({first_row, rows});
   STD_TORCH_CHECK(first_row >= saved_first_row && first_row + rows <= saved_first_row + saved_rows,
                   "saved does not hold these rows");
   const SavedActivations activations = unpack_saved(c, saved, grad_coord.numel() > 0, {saved_first_row, saved_rows});
-  return run_backward(c, packed, grad_out, activations, {first_row, rows}, {grad_latent_map, grad_coord, grad_cell});
+  return run_backward(c, packed, grad_out, activations, {first_row, rows},
+                      {grad_latent_map, grad_coord, grad_cell, grad_query_term});
 }
 
 }  // namespace
@@ -173,18 +177,18 @@ std::vector<Tensor> decode_backward(const Tensor& grad_out, const Tensor& saved,
 void register_cuda_decode(Registry& ops) {
   ops.def(
       "cuda_decode_pack(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, "
-      "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, int policy, bool transposed) -> Tensor");
+      "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, Tensor? query_term, int policy, bool "
+      "transposed) -> Tensor");
   ops.def(
       "cuda_decode(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, "
-      "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, int policy, Tensor packed, "
-      "Tensor(a!) saved, "
-      "bool last_layer, int first_row, int rows, bool with_out) -> Tensor");
+      "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, Tensor? query_term, int policy, "
+      "Tensor packed, Tensor(a!) saved, bool last_layer, int first_row, int rows, bool with_out) -> Tensor");
   ops.def(
       "cuda_decode_backward(Tensor grad_out, Tensor saved, int saved_first_row, int saved_rows, Tensor latent_map, "
       "Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, Tensor[] biases, int[] grid, "
-      "float[] grid_cell, bool local_ensemble, int policy, Tensor packed, int first_row, int rows, "
-      "Tensor(a!) grad_latent_map, "
-      "Tensor(b!) grad_coord, Tensor(c!) grad_cell) -> Tensor[]");
+      "float[] grid_cell, bool local_ensemble, Tensor? query_term, int policy, Tensor packed, int first_row, int rows, "
+      "Tensor(a!) grad_latent_map, Tensor(b!) grad_coord, Tensor(c!) grad_cell, Tensor(d!) grad_query_term) -> "
+      "Tensor[]");
   ops.impl("CUDA", "cuda_decode_pack", TORCH_BOX(&pack));
   ops.impl("CUDA", "cuda_decode", TORCH_BOX(&decode));
   ops.impl("CUDA", "cuda_decode_backward", TORCH_BOX(&decode_backward));

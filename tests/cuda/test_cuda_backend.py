@@ -127,6 +127,7 @@ def test_the_first_backend_comes_from_the_table(gpu_here, monkeypatch):
         narrow._replace(widths=(64, 128, 3)): "triton",
         narrow._replace(widths=(64, 256, 5)): "triton",
         narrow._replace(trains=True): "cuda",
+        narrow._replace(extras=("a query term",)): "cuda",
         narrow._replace(op="gather"): "cuda",
     }
     monkeypatch.setattr(backends, "_TRITON_PROBLEM", "")
@@ -201,6 +202,7 @@ HOPPER_REFUSALS = {
     "no hidden layer": ({"widths": (256, 3)}, "decodes with 3 to 18 layers, this imnet has 2"),
     "narrow": ({"widths": (64, 128, 3)}, "decodes with a widest layer of 129 to 256 channels, not 128"),
     "outputs": ({"widths": (256, 256, 5)}, "decodes to at most 4 outputs, not 5"),
+    "query term": ({"has_query_term": True}, "decodes without a query term"),
     "queries": ({"queries": 2**30 + 1}, "decodes at most 1073741824 queries at a time, not 1073741825"),
 }
 

@@ -254,6 +254,33 @@ __device__ __forceinline__ void finish_first_layer(const DecodeTask& task, const
     }
 }
 
+// The first layer's gradients (in acc) of each query, whose corners one lane holds: those of the query terms.
+template <class T>
+__device__ __forceinline__ void store_term_gradients(const DecodeTask& task, float* query_term, int64_t tile,
+                                                     const FragmentCoords<T>& coords, const Accumulators<T>& acc) {
+#pragma unroll
+  for (int pair = 0; pair < T::kRowTiles / 2; ++pair)
+#pragma unroll
+    for (int group = 0; group < T::kColGroups; ++group) {
+      const int channel = coords.channel(group);
+      float sum[T::kVector];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {  // the four corners of one query, or four queries
+        float v[T::kVector];
+        get_values<T>(acc, 2 * pair + k / 2, group, k % 2, v);
+#pragma unroll
+        for (int i = 0; i < T::kVector; ++i) sum[i] = k == 0 || task.corners == 1 ? v[i] : sum[i] + v[i];
+        if (k < 3 && task.corners == 4) continue;
+        const int row = coords.tile_row(2 * pair + k / 2, k % 2);
+        const int64_t query = find_query<T>(task, tile, query_slot(row, task.corners));
+        if (query < 0 || channel >= task.width) continue;
+        float4* const to = reinterpret_cast<float4*>(query_term + query * task.width + channel);
+#pragma unroll
+        for (int i = 0; i < T::kVector; i += 4) to[i / 4] = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+      }
+    }
+}
+
 // Gradients of coord and cell from the rows' products; one thread per query.
 template <class T>
 __device__ __forceinline__ void finish_points(const DecodeTask& task, const BackwardArrays& backward, int64_t tile,
@@ -341,6 +368,7 @@ __device__ __forceinline__ void backward_tiles(const DecodeTask& task, const Sav
           }
     }
     finish_first_layer<T>(task, backward, tile, geometry, coords, row_dots, acc);
+    if (backward.query_term) store_term_gradients<T>(task, backward.query_term, tile, coords, acc);
     sync_team<T>(coords);  // geometry and grad_out have been read, row_dots has been written
     if (row_dots) {
       finish_points<T>(task, backward, tile, geometry, coords, row_dots);

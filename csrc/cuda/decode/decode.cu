@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t at = is_row ? i : i - rows, size = is_row ? task.map_height : task.map_width;
     const int64_t entry = at / (task.coord ? task.queries : is_row ? task.window_height : cols);
     const float coord = task.coord ? task.coord[2 * at + (is_row ? 0 : 1)]
-                        : is_row   ? pixel_center<float>(task.window_top + at % task.window_height, task.image_height)
-                                   : pixel_center<float>(task.window_left + at, task.image_width);
+                        : is_row   ? pixel_center<float>(task.window_top + at % task.window_height, task.rows)
+                                   : pixel_center<float>(task.window_left + at, task.cols);
     AxisNeighbors found;
     for (int side = 0; side < 2; ++side) {
       const Neighbor<float> one = find_neighbor(coord, task.corners == 4 ? 2 * side - 1 : 0, size);

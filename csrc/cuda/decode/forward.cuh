@@ -220,7 +220,7 @@ __device__ __forceinline__ void forward_tiles(const DecodeTask& task, const Save
   sync_team<T>(coords);
   marks();
   for (; tile < task.first_tile + task.tiles; tile += gridDim.x) {
-    first_layer(task, space.geometry, coords, space.act);
+    first_layer(task, tile, space.geometry, coords, space.act);
     if (kSaves)
       save_layer<T>(task, saved, 0, tile, coords, [&](int m, int group, int half, float (&v)[T::kVector]) {
         get_act<T>(space.act, coords, m, group, half, v);

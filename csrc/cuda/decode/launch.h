@@ -149,6 +149,7 @@ struct BackwardArrays {
   // the hidden layers, of the four geometry terms, of the last layer's rows.
   float* sums;
   float *coord, *cell;  // [total, 2]; null where no gradient is wanted
+  float* query_term;    // [total, task.width]; null without query terms
 };
 
 // ------------------------------------------------------------------------------------------------------------

@@ -108,8 +108,6 @@ def _against_extras(backend: str, request: OpRequest) -> str:
 
 def _against_fused_cuda(request: OpRequest) -> str:
     """Why the fused CUDA kernels cannot decode with this imnet; '' where they can."""
-    if request.extras:
-        return _against_extras("cuda", request)
     if request.dtype == torch.float64:
         return "backend 'cuda' decodes in float32, bfloat16 or float16, not float64: use 'reference' or gather"
     hidden = request.widths[:-1]
@@ -191,7 +189,8 @@ def against_hopper(request: OpRequest) -> str:
     """Why the `cuda` backend would not decode with its Hopper kernel; '' where it would."""
     reason = cuda.hopper.against_device(request.device, request.device_index)
     dtype = request.matmul_dtype or request.dtype
-    return reason or cuda.hopper.against_imnet(request.widths, dtype, request.trains)
+    has_term = "a query term" in request.extras
+    return reason or cuda.hopper.against_imnet(request.widths, dtype, request.trains, has_query_term=has_term)
 
 
 def preference(request: OpRequest) -> preferences.Preference | None:

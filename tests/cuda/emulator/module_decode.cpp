@@ -13,7 +13,7 @@ struct Decode {
   int hidden, outs;
   bool latent_is_float;
 
-  static constexpr size_t kArguments = 10;
+  static constexpr size_t kArguments = 11;
 
   Decode(const py::args& arguments, size_t first) {
     const auto array = [&](size_t i) { return arguments[first + i].cast<py::array>(); };
@@ -27,7 +27,8 @@ struct Decode {
     problem =
         make_decode_problem<float>({latent_map.shape(0), latent_map.shape(1), latent_map.shape(2), latent_map.shape(3)},
                                    has_coord ? array(1).shape(1) : 0, has_coord ? nullptr : grid.data(),
-                                   grid_cell.data(), arguments[first + 8].cast<bool>());
+                                   grid_cell.data(), arguments[first + 8].cast<bool>(), grid_cell.size() == 6);
+    problem.query_term = maybe(9);
     problem.latent_map = latent_map.data();
     problem.coord = maybe(1);
     problem.cell = maybe(2);
@@ -47,7 +48,7 @@ struct Decode {
     outs = static_cast<int>(problem.out_width());
     latent_is_float = py::isinstance<py::array_t<float>>(latent_map);
     const char* error = nullptr;
-    variant = choose_variant(static_cast<MmaPolicy>(arguments[first + 9].cast<int>()), static_cast<int>(widest),
+    variant = choose_variant(static_cast<MmaPolicy>(arguments[first + 10].cast<int>()), static_cast<int>(widest),
                              problem.batch * problem.queries * problem.corners, &error);
     check(error);
   }
@@ -98,7 +99,7 @@ py::array forward(const py::args& arguments) {
 }
 
 // grad_out, saved, first row and number of rows of saved, the shared arguments, packed, first_row, rows,
-// grad_latent_map, grad_coord, grad_cell.
+// grad_latent_map, grad_coord, grad_cell, grad_query_term.
 py::tuple backward(const py::args& arguments) {
   Decode decode(arguments, 4);
   const DecodeVariant& variant = decode.variant;
@@ -107,6 +108,7 @@ py::tuple backward(const py::args& arguments) {
   const RowRange rows = cast_rows(arguments, kNext);
   py::array grad_latent_map = arguments[kNext + 2].cast<py::array>();
   py::array grad_coord = arguments[kNext + 3].cast<py::array>(), grad_cell = arguments[kNext + 4].cast<py::array>();
+  py::array grad_query_term = arguments[kNext + 5].cast<py::array>();
   const SavedActivations activations =
       decode.unpack_saved(arguments[1].cast<py::array>(), grad_coord.size() > 0, cast_rows(arguments, 2));
   const bool in_rows = grad_latent_map.size() == 0;
@@ -126,6 +128,7 @@ py::tuple backward(const py::args& arguments) {
   arrays.sums = write<float>(sums);
   arrays.coord = grad_coord.size() > 0 ? write<float>(grad_coord) : nullptr;
   arrays.cell = grad_cell.size() > 0 ? write<float>(grad_cell) : nullptr;
+  arrays.query_term = grad_query_term.size() > 0 ? write<float>(grad_query_term) : nullptr;
   check(launch_decode_backward(decode.task(packed, rows), variant, activations, arrays, nullptr));
   return py::make_tuple(grad_rows, sums, latent_rows, latent_index);
 }

@@ -23,7 +23,7 @@ from .packed import PACKED
 _ROW_PADDING = 128  # kRowPadding of launch.h
 _CHUNK_ROWS = 1536 * _ROW_PADDING  # of the backward: bounds its workspace, 100 MB a layer of 256 in 16 bits
 _SAVED_ALIGNMENT = 256  # of the arrays in `saved`
-_MAP_ALIGNMENT = 16  # kernels read the latent map in vectors of 16 bytes
+_ALIGNMENT = 16  # kernels read the latent map and query terms in vectors of 16 bytes
 
 
 def _padded_rows(rows: int) -> int:
@@ -53,29 +53,33 @@ def saved_bytes(inputs: DecodeInputs, coord_grad: bool) -> int:
     return _saved_bytes(inputs, inputs.rows, coord_grad)
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor  # a view into a larger tensor
+
+
 def _kernel_inputs(inputs: DecodeInputs) -> DecodeInputs:
     latent_map = inputs.latent_map
     latent_map = (latent_map if latent_map.dtype == inputs.matmul_dtype else latent_map.float()).contiguous()
-    if latent_map.data_ptr() % _MAP_ALIGNMENT:  # a view into a larger tensor
-        latent_map = latent_map.clone()
-    return inputs.for_kernels(latent_map, torch.float32)
+    inputs = inputs.for_kernels(_aligned(latent_map), torch.float32)
+    return inputs if inputs.query_term is None else inputs._replace(query_term=_aligned(inputs.query_term))
 
 
 def _arguments(inputs: DecodeInputs, policy: int | None = None) -> tuple[object, ...]:
-    """The arguments that all bindings share: the inputs without query_term, an MmaPolicy's number as matmul_dtype.
+    """The arguments that all bindings share: the inputs, with an MmaPolicy's number as matmul_dtype.
 
     policy: that number, None for the kernels that run on every GPU.
     """
     float_policy = 2 if allows_tf32() else 3
     every = {torch.float16: 0, torch.bfloat16: 1}.get(inputs.matmul_dtype, float_policy)
-    return *inputs[:-2], every if policy is None else policy
+    return *inputs[:-1], every if policy is None else policy
 
 
 def _hopper_policy(inputs: DecodeInputs, trains: bool) -> int | None:
     """The policy of the Hopper kernel where it decodes these inputs."""
     device = inputs.latent_map.device
     against = hopper.against_device(device.type, device.index)
-    against = against or hopper.against_imnet(inputs.widths, inputs.matmul_dtype, trains, inputs.queries)
+    facts = inputs.widths, inputs.matmul_dtype, trains, inputs.queries, inputs.query_term is not None
+    against = against or hopper.against_imnet(*facts)
     return None if against else hopper.POLICIES[inputs.matmul_dtype]
 
 
@@ -115,6 +119,7 @@ def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord
     grad_latent_map = zeros(latent_map.shape)
     grad_points = [zeros(point.shape) for point in (coord, cell) if point is not None] if coord_grad else []
     grad_coord, grad_cell = [*grad_points, zeros((0,)), zeros((0,))][:2]
+    grad_term = zeros((0,) if inputs.query_term is None else inputs.query_term.shape)
     grad_weights = [zeros(weight.shape) for weight in weights]
     column_sums = zeros((hidden + 5 + widths[-1], width))
     packed = _C.cuda_decode_pack(*arguments, True)
@@ -139,6 +144,7 @@ def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord
             zeros((0,)) if in_order else grad_latent_map,
             grad_coord,
             grad_cell,
+            grad_term,
         )
         column_sums += sums.sum(0)
         saved_layers = chunk_saved[: hidden * saved_rows * width * matmul_dtype.itemsize].view(matmul_dtype)
@@ -155,4 +161,5 @@ def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord
     grad_biases.append(grad_out.sum((0, 1) if coord is not None else (0, 2, 3)))
     terms = column_sums[hidden + 1 : hidden + 1 + weight_geometry.shape[1], : widths[0]]
     grad_geometry = terms.t().clone(memory_format=torch.contiguous_format)
-    return [grad_latent_map, grad_geometry, *grad_weights, *grad_biases, *grad_points]
+    grad_terms = [] if inputs.query_term is None else [grad_term]
+    return [grad_latent_map, grad_geometry, *grad_weights, *grad_biases, *grad_points, *grad_terms]

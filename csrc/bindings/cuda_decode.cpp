@@ -31,8 +31,7 @@ CudaDecode cuda_decode(const DecodeInputs& inputs, int64_t policy_number) {
   c.problem = decode_problem<float>(inputs);
   const DecodeProblem<float>& p = c.problem;
   c.hidden = p.layers - 1;
-  STD_TORCH_CHECK(p.layers > 0 && p.out_width() <= kMaxFusedOuts, "the fused decode has a last layer of at most ",
-                  kMaxFusedOuts, " outputs");
+  STD_TORCH_CHECK(p.layers > 0, "the fused decode has a layer after the first");
   int64_t widest = 0;
   for (int layer = 0; layer < p.layers; ++layer) {
     STD_TORCH_CHECK(p.widths[layer] % kWidthStep == 0 && p.widths[layer] <= kMaxFusedWidth,
@@ -40,22 +39,28 @@ CudaDecode cuda_decode(const DecodeInputs& inputs, int64_t policy_number) {
                     ", not ", p.widths[layer]);
     widest = std::max(widest, p.widths[layer]);
   }
-  c.outs = static_cast<int>(p.out_width());
+  c.outs = fused_outs(p);
   const MmaPolicy policy = to_policy(policy_number);
   const ScalarType dtype = inputs.latent_map.scalar_type();
   const ScalarType narrow = is_float16(policy) ? ScalarType::Half : ScalarType::BFloat16;
   c.latent_is_float = dtype == ScalarType::Float;
   STD_TORCH_CHECK(c.latent_is_float || (is_16_bit(policy) && dtype == narrow),
                   "latent_map must be float32 or in the operands' 16 bits");
-  STD_TORCH_CHECK(!is_wgmma(policy) || (c.outs <= kMaxWgmmaOuts && c.hidden >= 1 && c.hidden <= kMaxWgmmaHidden &&
-                                        p.batch * p.queries <= kMaxWgmmaQueries && !p.query_term),
-                  "the wgmma kernels take up to ", kMaxWgmmaOuts, " outputs, 1 to ", kMaxWgmmaHidden,
-                  " hidden layers after the first, ", kMaxWgmmaQueries, " queries and no query term");
+  STD_TORCH_CHECK(
+      !is_wgmma(policy) || (p.out_width() <= kMaxWgmmaOuts && c.hidden >= 1 && c.hidden <= kMaxWgmmaHidden &&
+                            p.batch * p.queries <= kMaxWgmmaQueries && !p.query_term),
+      "the wgmma kernels take up to ", kMaxWgmmaOuts, " outputs, 1 to ", kMaxWgmmaHidden,
+      " hidden layers after the first, ", kMaxWgmmaQueries, " queries and no query term");
   const char* error = nullptr;
   const DeviceGuard guard(c.device);
   c.variant = choose_variant(policy, static_cast<int>(widest), p.batch * p.queries * p.corners, &error);
   check_launch(error);
   return c;
+}
+
+ScalarType operand_dtype(MmaPolicy policy) {
+  if (!is_16_bit(policy)) return ScalarType::Float;
+  return is_float16(policy) ? ScalarType::Half : ScalarType::BFloat16;
 }
 
 // The packed weights of one direction: of the forward, or transposed for the backward. They do not depend on the
@@ -92,7 +97,9 @@ SavedActivations unpack_saved(const CudaDecode& c, const Tensor& saved, bool las
   return saved_at(saved.mutable_data_ptr(), c.variant, shape);
 }
 
-// The whole output, or with `saved` the activations that the backward needs of rows [first_row, first_row + rows).
+// The whole output, or with `saved` the activations that the backward needs of rows [first_row, first_row + rows). More
+// outputs than fused ones are the caller's: the result is the rows' blended hidden vectors [rows / corners, padded
+// width] in the operands' dtype, unless they are saved.
 Tensor decode(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTensor& cell,
               const Tensor& weight_geometry, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
               const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble,
@@ -101,12 +108,22 @@ Tensor decode(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTen
   CudaDecode c = cuda_decode(
       {latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble, query_term}, policy);
   const DeviceGuard guard(c.device);
-  Tensor out = empty<float>(latent_map, with_out ? out_sizes(c.problem) : Sizes{0});
-  c.problem.out = with_out ? data<float>(out) : nullptr;
+  Tensor out = torch::stable::new_empty(latent_map,
+                                        !with_out ? Sizes{0}
+                                        : c.outs  ? out_sizes(c.problem)
+                                                  : Sizes{rows / c.problem.corners, c.variant.width},
+                                        c.outs ? ScalarType::Float : operand_dtype(c.variant.policy));
+  if (with_out && c.outs) c.problem.out = data<float>(out);
   if (c.problem.batch * c.problem.queries == 0) return out;
   const RowRange range{first_row, rows};
   SavedActivations activations{};
-  if (saved.numel() > 0) activations = unpack_saved(c, saved, last_layer, range);
+  if (saved.numel() > 0) {
+    activations = unpack_saved(c, saved, last_layer, range);
+  } else if (with_out && !c.outs) {
+    check_rows(range);
+    activations.blended = out.mutable_data_ptr();
+    activations.first_tile = range.first / c.variant.rows;
+  }
   Tensor workspace = torch::stable::new_empty(latent_map, {workspace_bytes(c.problem, c.variant)}, ScalarType::Byte);
   check_launch(launch_decode_forward(make_task(c, packed, range), c.variant, activations, workspace.mutable_data_ptr(),
                                      current_stream(c.device)));
@@ -124,11 +141,8 @@ std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& packed, cons
   const DeviceGuard guard(c.device);
   const bool in_rows = grads.latent_map.numel() == 0;
   const int64_t width = c.variant.width, latent_rows = in_rows ? rows.count : 0;
-  const ScalarType dtype = !is_16_bit(c.variant.policy)              ? ScalarType::Float
-                           : c.variant.policy == MmaPolicy::kFloat16 ? ScalarType::Half
-                                                                     : ScalarType::BFloat16;
   std::vector<Tensor> out{
-      torch::stable::new_empty(grad_out, {c.hidden, rows.count, width}, dtype),
+      torch::stable::new_empty(grad_out, {c.hidden, rows.count, width}, operand_dtype(c.variant.policy)),
       zeros<float>(grad_out, {int64_t{c.variant.blocks} * c.variant.row_sums, sum_count(c.hidden, c.outs), width}),
       empty<float>(grad_out, {latent_rows, width}),
       torch::stable::new_empty(grad_out, {latent_rows}, ScalarType::Long)};
@@ -136,7 +150,9 @@ std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& packed, cons
     return tensor.numel() > 0 ? const_cast<float*>(checked<float>(tensor, name, c.device, sizes)) : nullptr;
   };
   BackwardArrays backward{};
-  backward.grad_out = checked<float>(grad_out, "grad_out", c.device, out_sizes(p));
+  const Sizes blended{rows.count / p.corners, width};
+  const float* const out_grads = checked<float>(grad_out, "grad_out", c.device, c.outs ? out_sizes(p) : blended);
+  (c.outs ? backward.grad_out : backward.blended) = out_grads;
   backward.latent_map =
       written(grads.latent_map, "grad_latent_map", {p.batch, p.region_height, p.region_width, p.width});
   backward.rows = out[0].mutable_data_ptr();
@@ -151,6 +167,7 @@ std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& packed, cons
   return out;
 }
 
+// grad_out: without fused outputs those of the rows' blended hidden vectors [rows / corners, padded width].
 // Of rows [first_row, first_row + rows): gradients before every hidden ReLU [hidden, rows, padded width], partial sums
 // [blocks * row_sums, sum_count, padded width], and with an empty grad_latent_map the latents' gradients row by row
 // [rows, padded width] and each row's latent [rows]. grad_latent_map is added to, the other gradients are written.

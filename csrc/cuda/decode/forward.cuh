@@ -61,7 +61,7 @@ __device__ __forceinline__ void blend_and_finish(const DecodeTask& task, const S
             blended[s][group][i] = corner == 0 ? weight * relu(v[i]) : fmaf(weight, relu(v[i]), blended[s][group][i]);
         }
       }
-    if (kSaves) {
+    if (kSaves || saved.blended) {
 #pragma unroll
       for (int s = 0; s < kSlots; ++s)
 #pragma unroll

@@ -45,7 +45,7 @@ struct Decode {
     }
     set_out_layout(problem);
     hidden = problem.layers - 1;
-    outs = static_cast<int>(problem.out_width());
+    outs = fused_outs(problem);
     latent_is_float = py::isinstance<py::array_t<float>>(latent_map);
     const char* error = nullptr;
     variant = choose_variant(static_cast<MmaPolicy>(arguments[first + 10].cast<int>()), static_cast<int>(widest),
@@ -85,13 +85,20 @@ py::array forward(const py::args& arguments) {
   const Shape at_coordinates{p.batch, p.queries, decode.outs},
       on_grid{p.batch, decode.outs, p.window_height, p.window_width};
   py::array out = make(py::dtype::of<float>(), p.coord ? at_coordinates : on_grid, kNaN);
-  p.out = write<float>(out);
+  if (decode.outs) p.out = write<float>(out);
   constexpr size_t kNext = Decode::kArguments + 1;
   const py::array packed = arguments[kNext - 1].cast<py::array>();
   const py::array saved = arguments[kNext].cast<py::array>();
   const RowRange rows = cast_rows(arguments, kNext + 2);
   SavedActivations activations{};
-  if (saved.size() > 0) activations = decode.unpack_saved(saved, arguments[kNext + 1].cast<bool>(), rows);
+  if (saved.size() > 0) {
+    activations = decode.unpack_saved(saved, arguments[kNext + 1].cast<bool>(), rows);
+  } else if (!decode.outs) {
+    out = make(is_16_bit(decode.variant.policy) ? py::dtype::of<uint16_t>() : py::dtype::of<float>(),
+               {rows.count / p.corners, decode.variant.width}, kNaN);
+    activations.blended = out.mutable_data();
+    activations.first_tile = rows.first / decode.variant.rows;
+  }
   py::array workspace = make(py::dtype::of<uint8_t>(), {workspace_bytes(p, decode.variant)}, kNaN);
   check(
       launch_decode_forward(decode.task(packed, rows), decode.variant, activations, workspace.mutable_data(), nullptr));
@@ -120,7 +127,7 @@ py::tuple backward(const py::args& arguments) {
   py::array latent_rows = make(floats, {in_rows ? rows.count : 0, variant.width}, kNaN);
   py::array latent_index = make(py::dtype::of<int64_t>(), {in_rows ? rows.count : 0}, kNaN);
   BackwardArrays arrays{};
-  arrays.grad_out = read<float>(arguments[0].cast<py::array>());
+  (decode.outs ? arrays.grad_out : arrays.blended) = read<float>(arguments[0].cast<py::array>());
   arrays.latent_map = in_rows ? nullptr : write<float>(grad_latent_map);
   arrays.latent_rows = write<float>(latent_rows);
   arrays.latent_index = write<int64_t>(latent_index);

@@ -63,7 +63,7 @@ def test_the_hopper_kernel_is_the_one_that_runs(kernels):
     module = import_module("liif_fast.ops.backends.cuda.decode")
     policies = []
     pack = module._C.cuda_decode_pack
-    module._C.cuda_decode_pack = lambda *arguments: policies.append(arguments[9]) or pack(*arguments)
+    module._C.cuda_decode_pack = lambda *arguments: policies.append(arguments[10]) or pack(*arguments)
     problem = make_problem(Case(queries=9, hidden=PAPER), BFLOAT16)
     with torch.no_grad():
         decode(problem, "cuda")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +100,24 @@ def test_the_check_on_a_gpu_compares_with_float64(kernels, monkeypatch):
     monkeypatch.setattr(tolerances, "decode", lambda problem, name: decode(problem, name) * scale[name])
     (wrong,) = hopper.check(backend, cases[:1])
     assert wrong.startswith("bfloat16, points, Case(")
+
+
+def test_the_log_of_clocks_covers_the_loop(tmp_path, monkeypatch):
+    """With a stand-in for nvidia-smi, whose last line may be cut off."""
+    program = tmp_path / "nvidia-smi"
+    lines = 'echo "1980, 700.5, 60"; echo "1500, 690.5, 62"; echo "[N/A], [N/A], 61"; printf 17'
+    program.write_text(f"#!/bin/sh\necho 210, 70, 30\nsleep 0.05\n{lines}\nexec sleep 9\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = []
+    found = hopper.watch(lambda: calls.append(time.sleep(0.01)), 0.2)
+    medians = {"clocks.sm": 1740, "power.draw": 695.5, "temperature.gpu": 61}
+    assert found == {**medians, "lowest clocks.sm": 1500, "samples": 2}
+    assert len(calls) >= 10
+    monkeypatch.setattr(hopper.shutil, "which", lambda _: None)
+    assert hopper.watch(calls.clear) == {}
 
 
 # The file, the text that is replaced, and what replaces it; then a part of the emulator's message, "" for wrong values.

@@ -108,14 +108,10 @@ __device__ __forceinline__ void write_queries(const HopperTask& task, const Hopp
   }
 }
 
-// A group: eight products with a block of weights. Then the group before it is done, and its stage is given back to
-// every block of the cluster, by a lane of each warp for each block.
-template <class T, int kStage, bool kAdds>
-__device__ __forceinline__ void multiply_block(HopperWorkspace<T>& space, uint32_t parity, uint32_t empty, bool gives,
-                                               const HalfOperands& a, HalfSums& d) {
+// A group: eight products with the block of weights that lies kAt bytes into shared memory.
+template <class T, uint32_t kAt, bool kAdds>
+__device__ __forceinline__ void multiply_group(const HalfOperands& a, HalfSums& d) {
   using Element = typename T::Element;
-  constexpr uint32_t kAt = kStage * T::kBlockBytes;
-  wait_barrier(&space.full[kStage], parity);
   fence_operands();
   multiply_add<kAt, kAdds>(d, a[0], Element{});
   multiply_add<kAt + 32, true>(d, a[1], Element{});
@@ -126,6 +122,15 @@ __device__ __forceinline__ void multiply_block(HopperWorkspace<T>& space, uint32
   multiply_add<kAt + T::kPartBytes + 64, true>(d, a[6], Element{});
   multiply_add<kAt + T::kPartBytes + 96, true>(d, a[7], Element{});
   commit_products();
+}
+
+// A group with a block of the ring. Then the group before it is done, and its stage is given back to every block of the
+// cluster, by a lane of each warp for each block.
+template <class T, int kStage, bool kAdds>
+__device__ __forceinline__ void multiply_block(HopperWorkspace<T>& space, uint32_t parity, uint32_t empty, bool gives,
+                                               const HalfOperands& a, HalfSums& d) {
+  wait_barrier(&space.full[kStage], parity);
+  multiply_group<T, kStage * T::kBlockBytes, kAdds>(a, d);
   wait_products<1>();
   if (gives) arrive_remote<(kStage + T::kStages - 1) % T::kStages * 8>(empty);
 }

@@ -25,7 +25,7 @@ BACKEND, BFLOAT16, FLOAT16 = TABLE["hopper-emulated"], KINDS[3], KINDS[6]
 PAPER = (256, 256, 256, 256)
 
 
-def proved(value: int):
+def proved(value):
     """A parameter's value that only `make prove` tries."""
     return pytest.param(value, marks=pytest.mark.prove)
 
@@ -42,8 +42,8 @@ def kernels():
 @pytest.mark.parametrize("queries", [70, proved(10)])
 @pytest.mark.parametrize(
     ("kind", "hidden", "outs"),
-    [(BFLOAT16, PAPER, 3), (FLOAT16, (64, 256, 192), 4)],
-    ids=["paper", "any-layers"],
+    [(BFLOAT16, PAPER, 3), (FLOAT16, (64, 256, 192), 4), (BFLOAT16, (128,) * 6, 6)],
+    ids=["paper", "any-layers", "narrow"],
 )
 def test_no_schedule_changes_a_bit(kernels, kind, hidden, outs, queries, device, seed):
     problem = make_problem(Case(2, 3, 5, 7, queries, hidden, outs), kind, grad=False)
@@ -54,8 +54,14 @@ def test_no_schedule_changes_a_bit(kernels, kind, hidden, outs, queries, device,
     assert torch.equal(decode(problem, "cuda"), expected)
 
 
-@pytest.mark.parametrize("hidden", [(256, 16), (16, 256), (256,) * 7, (48, 240, 256, 16)], ids=str)
-@pytest.mark.parametrize("outs", [4, proved(1), proved(2)])
+# Layers of 256 and of 128 channels: the fewest, as many as the ring's stages and more. Outputs in one pass, in several,
+# and too many for shared memory.
+@pytest.mark.parametrize(
+    "hidden",
+    [(256, 16), (16, 256), (256,) * 7, (48, 240, 256, 16), (128, 16), (16,) * 5, (80,) * 6, proved((16,) * 20)],
+    ids=str,
+)
+@pytest.mark.parametrize("outs", [6, proved(1), proved(4), proved(18)])
 @pytest.mark.parametrize("ensemble", [True, False], ids=["ensemble", "nearest"])
 def test_layers_and_outputs(kernels, hidden, outs, ensemble):
     check_decode(BACKEND, BFLOAT16, Case(2, 2, 4, 5, 40, hidden, outs, ensemble), "points")
@@ -149,8 +155,8 @@ MISTAKES = {
         [
             (
                 PRODUCERS,
-                "arrive_and_expect(&space.full[stage], T::kBlockBytes)",
-                "arrive_and_expect(&space.full[stage], 16384)",
+                "arrive_and_expect(&space.full[stage], T::kBlockBytes +",
+                "arrive_and_expect(&space.full[stage], 16384 +",
             )
         ],
         "a product reads shared memory that a copy still fills",
@@ -162,7 +168,7 @@ MISTAKES = {
         "",
     ),
     "overwrites weights before they are read": (
-        [(PRODUCERS, "        wait_barrier(&space.empty[stage], parity);\n", "")],
+        [(PRODUCERS, "      wait_barrier(&space.empty[stage], parities >> stage & 1);\n", "")],
         "",
     ),
     "packs the right half under its own group": (

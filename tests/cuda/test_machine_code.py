@@ -28,8 +28,10 @@ KERNELS = {
 }
 HOPPER_KERNELS = {
     "paper": r"decode_hopper_kernel.*bfloat16Li4ELi3ELi3E",
-    "any layers": r"decode_hopper_kernel.*bfloat16Li4ELi4ELi0E",
-    "any layers, one corner": r"decode_hopper_kernel.*halfLi1ELi4ELi0E",
+    "any layers": r"decode_hopper_kernel.*bfloat16Li4ELi4ELi0ELi256E",
+    "any layers, one corner": r"decode_hopper_kernel.*halfLi1ELi4ELi0ELi256E",
+    "128 channels": r"decode_hopper_kernel.*halfLi4ELi4ELi0ELi128E",
+    "128 channels, one corner": r"decode_hopper_kernel.*bfloat16Li1ELi4ELi0ELi128E",
 }
 SM_90A = ("-arch=compute_90a", "-code=sm_90a")
 NOTES = re.compile(r"\(C7\d+\)[^\n]*")  # ptxas's, where it serializes products

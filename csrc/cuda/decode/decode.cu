@@ -144,7 +144,7 @@ DecodeVariant choose_variant(MmaPolicy policy, int width, int64_t total_rows, co
   DeviceLimits limits = {};
   const cudaError_t status = device_limits(limits);
   *error = status == cudaSuccess ? nullptr : cudaGetErrorString(status);
-  if (is_wgmma(policy)) return {policy, kMaxFusedWidth, kRowPadding, 0, 0};  // the launch asks for its blocks
+  if (is_wgmma(policy)) return {policy, width <= 128 ? 128 : 256, width <= 128 ? 256 : 128, 0, 0};  // as HopperTile
   const int bytes = operand_bytes(policy), padded = padded_width(width), large = large_rows(bytes);
   const bool is_small_problem = (total_rows + large - 1) / large < 2 * limits.processors;
   const bool small = padded == 256 &&
@@ -252,6 +252,7 @@ const char* launch_wgmma(const DecodeTask& task, const DecodeVariant& variant, v
   hopper.neighbor_cols = neighbors + rows;
   hopper.columns = Divisor::of(task.coord ? 1 : task.window_width);
   hopper.entry_queries = Divisor::of(task.queries);
+  hopper.padded_width = variant.width;
   return is_float16(variant.policy) ? launch_hopper<MmaPolicy::kWgmmaFloat16>(hopper, stream)
                                     : launch_hopper<MmaPolicy::kWgmmaBFloat16>(hopper, stream);
 }

@@ -124,7 +124,8 @@ def test_the_first_backend_comes_from_the_table(gpu_here, monkeypatch):
     expected = {
         request: "cuda",
         narrow: "cuda",
-        narrow._replace(widths=(64, 128, 5)): "cuda",
+        narrow._replace(widths=(64, 128, 40)): "cuda",
+        narrow._replace(widths=(64, 128, 40), trains=True): "triton",
         narrow._replace(widths=(64, 64, 3)): "triton",
         narrow._replace(trains=True): "cuda",
         narrow._replace(op="gather"): "cuda",

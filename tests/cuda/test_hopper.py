@@ -36,22 +36,22 @@ def kernels():
         yield build.load()
 
 
-# A cluster of two blocks, single blocks; fewer tiles than blocks.
-@pytest.mark.parametrize("seed", [1, *(proved(seed) for seed in (0, 2, 3, 5, 7))])
+# A cluster of two blocks, which have two tiles and one, and a single block.
+@pytest.mark.parametrize("seeds", [range(1, 2), proved(range(20))], ids=["one", "twenty"])
 @pytest.mark.parametrize("device", ["sm_90", "sm_90-pair"])
-@pytest.mark.parametrize("queries", [70, proved(10)])
 @pytest.mark.parametrize(
-    ("kind", "hidden", "outs"),
-    [(BFLOAT16, PAPER, 3), (FLOAT16, (64, 256, 192), 4), (BFLOAT16, (128,) * 6, 6)],
+    ("kind", "hidden", "outs", "queries"),
+    [(BFLOAT16, PAPER, 3, 70), (FLOAT16, (64, 256, 192), 4, 70), (BFLOAT16, (128,) * 6, 6, 130)],
     ids=["paper", "any-layers", "narrow"],
 )
-def test_no_schedule_changes_a_bit(kernels, kind, hidden, outs, queries, device, seed):
-    problem = make_problem(Case(2, 3, 5, 7, queries, hidden, outs), kind, grad=False)
+def test_no_schedule_changes_a_bit(kernels, kind, hidden, outs, queries, device, seeds):
+    problem = make_problem(Case(1, 3, 5, 7, queries, hidden, outs), kind, grad=False)
     set_device(device)
     kernels.set_schedule(0, False, 0)
     expected = decode(problem, "cuda")
-    kernels.set_schedule(0, True, seed)
-    assert torch.equal(decode(problem, "cuda"), expected)
+    for seed in seeds:
+        kernels.set_schedule(0, True, seed)
+        assert torch.equal(decode(problem, "cuda"), expected), seed
 
 
 # Layers of 256 and of 128 channels: the fewest, as many as the ring's stages and more. Outputs in one pass, in several,

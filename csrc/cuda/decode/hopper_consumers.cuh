@@ -236,6 +236,7 @@ __device__ __forceinline__ void consume_rows(const HopperTask& task, HopperWorks
       const bool is_last = ++layer == task.hidden;
       if (waits) wait_barrier(&space.full[kStage], parities >> kStage & 1);
       multiply_rows<T, kStage>(space, is_last, quad, low, high, left, right);
+      __syncwarp();  // all lanes have read the bias
       if (gives) arrive_remote<kStage * 8>(empty);
       parities ^= 1u << kStage;
       return !is_last;

@@ -26,7 +26,6 @@ def test_limits_are_those_of_the_headers():
         "outs": cuda_decode._FUSED_OUTS,
         "row_padding": cuda_decode._ROW_PADDING,
         "wgmma_outs": hopper.MOST_OUTS,
-        "wgmma_hidden": hopper.MOST_HIDDEN,
         "wgmma_queries": hopper.MOST_QUERIES,
     }
 

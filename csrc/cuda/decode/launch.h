@@ -16,9 +16,8 @@ namespace liif_fast {
 constexpr int kMaxFusedWidth = 256;                     // of any layer but the last
 constexpr int kMaxFusedOuts = 16;                       // of the last, see fused_outs
 constexpr int kWidthStep = 16;                          // widths are multiples of it
-constexpr int kRowPadding = 128;                        // a multiple of every variant's rows
-constexpr int kMaxWgmmaOuts = 4;                        // of the wgmma policies
-constexpr int kMaxWgmmaHidden = 16;                     // hidden layers after the first, at least one
+constexpr int kRowPadding = 128;                        // a multiple of the rows of every variant that saves
+constexpr int kMaxWgmmaOuts = 128;                      // of the wgmma policies
 constexpr int64_t kMaxWgmmaQueries = int64_t{1} << 30;  // of the batch
 
 // How products are made: the operands' dtype, on tensor cores (kFloat32: on CUDA cores). kWgmma...: by warpgroups, on
@@ -42,7 +41,7 @@ LIIF_HOST_DEVICE constexpr int operand_bytes(MmaPolicy policy) { return is_16_bi
 // Which kernels run a problem on a device.
 struct DecodeVariant {
   MmaPolicy policy;
-  int width;     // 64, 128 or 256
+  int width;     // 64, 128 or 256; by wgmma 128 or 256
   int rows;      // of a tile
   int blocks;    // of the launch: all that the device runs at a time
   int row_sums;  // a block's partial sums of a column, see BackwardArrays::sums
@@ -70,11 +69,11 @@ LIIF_HOST_DEVICE constexpr int warp_rows(int rows, int width, int operand_bytes)
   return rows == 32 ? 1 : (width * operand_bytes < 256 ? 4 : 2);
 }
 
-// Outputs that the kernels make. More than kMaxFusedOuts are the caller's product with the blended hidden vectors,
+// Outputs that the kernels make. Other than by wgmma, more than kMaxFusedOuts are the caller's product with the blended hidden vectors,
 // which the forward writes and whose gradients the backward takes.
-LIIF_HOST_DEVICE int fused_outs(const DecodeProblem<float>& p) {
+LIIF_HOST_DEVICE int fused_outs(MmaPolicy policy, const DecodeProblem<float>& p) {
   const int64_t outs = p.widths[p.layers];
-  return outs <= kMaxFusedOuts ? static_cast<int>(outs) : 0;
+  return is_wgmma(policy) || outs <= kMaxFusedOuts ? static_cast<int>(outs) : 0;
 }
 
 // Packed vectors of a problem (DecodeTask::packed_vectors), and partial sums of its columns (BackwardArrays::sums).
@@ -90,16 +89,16 @@ LIIF_HOST_DEVICE int group_count(MmaPolicy policy, int width) { return width / (
 struct PackedUnit {
   int out, in, step;
 };
-// Of wgmma: a layer is blocks of 128 outputs and 128 inputs, in the order of hopper.cuh, each two chunks of 64 inputs.
-// Rows of 128 bytes are swizzled. Outputs and inputs are both in the order of a lane's accumulators: output n of a
-// group of 32 is channel n % 8 / 2 * 8 + n / 8 * 2 + n % 2.
-LIIF_HOST_DEVICE PackedUnit wgmma_unit(int chunk, int unit) {
-  const int block = chunk / 2, row = unit / 8, swizzled = unit % 8 ^ row % 8;
-  const int out = block % 2 * 128 + row, in = block / 2 * 128 + chunk % 2 * 64 + swizzled * 8;
+// Of wgmma: a layer is blocks of 128 outputs and 128 inputs, in the order of hopper.cuh, each two parts of 64 inputs.
+// unit: of the layer. Rows of 128 bytes are swizzled. Outputs and inputs are both in the order of a lane's
+// accumulators: output n of a group of 32 is channel n % 8 / 2 * 8 + n / 8 * 2 + n % 2.
+LIIF_HOST_DEVICE PackedUnit wgmma_unit(int unit) {
+  const int part = unit / 1024, block = part / 2, row = unit / 8 % 128, swizzled = unit % 8 ^ row % 8;
+  const int out = block % 2 * 128 + row, in = block / 2 * 128 + part % 2 * 64 + swizzled * 8;
   return {out / 32 * 32 + out % 8 / 2 * 8 + out / 8 % 4 * 2 + out % 2, in / 32 * 32 + in / 8 % 4 * 2, 8};
 }
 LIIF_HOST_DEVICE PackedUnit packed_unit(MmaPolicy policy, int width, int group, int unit) {
-  if (is_wgmma(policy)) return wgmma_unit(group, unit);
+  if (is_wgmma(policy)) return wgmma_unit(group * chunk_units(width) + unit);
   const int vector = is_16_bit(policy) ? 8 : 4;
   const int tiles = vector / 2, channels = 4 * vector, groups = width / channels;
   if (policy == MmaPolicy::kFloat32) {  // [four inputs][out group][tile][e][quad]

@@ -157,7 +157,7 @@ def decode(inputs: DecodeInputs, save: bool | None, coord_grad: bool) -> tuple[T
 
     # Optimizers may change weights without counting it, so training packs them every time.
     packed = PACKED.get(inputs, arguments[-1], pack) if save is None else pack()
-    if not _has_own_product(inputs):
+    if not _has_own_product(inputs) or arguments[-1] in hopper.POLICIES.values():
         return _C.cuda_decode(*arguments, packed, saved, coord_grad, 0, rows, True), saved
     if saved.numel():
         _C.cuda_decode(*arguments, packed, saved, coord_grad, 0, rows, False)

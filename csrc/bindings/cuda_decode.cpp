@@ -46,11 +46,11 @@ CudaDecode cuda_decode(const DecodeInputs& inputs, int64_t policy_number) {
   c.latent_is_float = dtype == ScalarType::Float;
   STD_TORCH_CHECK(c.latent_is_float || (is_16_bit(policy) && dtype == narrow),
                   "latent_map must be float32 or in the operands' 16 bits");
-  STD_TORCH_CHECK(!is_wgmma(policy) || (p.out_width() <= kMaxWgmmaOuts && c.hidden >= 1 &&
-                                        p.batch * p.queries <= kMaxWgmmaQueries && !p.query_term),
-                  "the wgmma kernels take up to ", kMaxWgmmaOuts,
-                  " outputs, at least 1 hidden layer after the first, up to ", kMaxWgmmaQueries,
-                  " queries and no query term");
+  STD_TORCH_CHECK(
+      !is_wgmma(policy) ||
+          (p.out_width() <= kMaxWgmmaOuts && c.hidden >= 1 && p.batch * p.queries <= kMaxWgmmaQueries && !p.query_term),
+      "the wgmma kernels take up to ", kMaxWgmmaOuts, " outputs, at least 1 hidden layer after the first, up to ",
+      kMaxWgmmaQueries, " queries and no query term");
   const char* error = nullptr;
   const DeviceGuard guard(c.device);
   c.variant = choose_variant(policy, static_cast<int>(widest), p.batch * p.queries * p.corners, &error);

@@ -47,11 +47,12 @@ struct Decode {
     }
     set_out_layout(problem);
     hidden = problem.layers - 1;
-    outs = fused_outs(problem);
+    const auto policy = static_cast<MmaPolicy>(arguments[first + 10].cast<int>());
+    outs = fused_outs(policy, problem);
     latent_is_float = py::isinstance<py::array_t<float>>(latent_map);
     const char* error = nullptr;
-    variant = choose_variant(static_cast<MmaPolicy>(arguments[first + 10].cast<int>()), static_cast<int>(widest),
-                             problem.batch * problem.queries * problem.corners, &error);
+    variant =
+        choose_variant(policy, static_cast<int>(widest), problem.batch * problem.queries * problem.corners, &error);
     check(error);
   }
 

@@ -69,8 +69,8 @@ LIIF_HOST_DEVICE constexpr int warp_rows(int rows, int width, int operand_bytes)
   return rows == 32 ? 1 : (width * operand_bytes < 256 ? 4 : 2);
 }
 
-// Outputs that the kernels make. Other than by wgmma, more than kMaxFusedOuts are the caller's product with the blended hidden vectors,
-// which the forward writes and whose gradients the backward takes.
+// Outputs that the kernels make. Without wgmma, more than kMaxFusedOuts are the caller's product with the blended hidden
+// vectors, which the forward writes and whose gradients the backward takes.
 LIIF_HOST_DEVICE int fused_outs(MmaPolicy policy, const DecodeProblem<float>& p) {
   const int64_t outs = p.widths[p.layers];
   return is_wgmma(policy) || outs <= kMaxFusedOuts ? static_cast<int>(outs) : 0;

@@ -151,6 +151,7 @@ class Backend(NamedTuple):
     every: int = 1  # a slow backend runs one of so many cases of each test,
     every_proof: int = 1  # one of so many with `-m prove`, and the others with `-m exhaustive`
     most_queries: int = 1 << 20  # of a random case
+    emulates: bool = False  # the CUDA sources on the CPU
     infers: bool = False  # a kernel for inference in 16 bits: only tests with the mark `inference` run on it
     has_tf32: bool = False  # follows torch's switch for TF32
     has_atomics: bool = False  # adds gradients in no fixed order unless torch.use_deterministic_algorithms is on
@@ -184,8 +185,8 @@ _ROWS = [
     Backend("reference", "reference", _reference),
     Backend("torch", "torch", _reference, rounds_biases=True, most_queries=4000),
     *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ISAS),
-    Backend("cuda-emulated", activate=emulated, every=6, every_proof=2, most_queries=40, **_CUDA),
-    Backend("hopper-emulated", "cuda", hopper_emulated, every=12, most_queries=70, infers=True),
+    Backend("cuda-emulated", activate=emulated, emulates=True, every=6, every_proof=2, most_queries=40, **_CUDA),
+    Backend("hopper-emulated", "cuda", hopper_emulated, emulates=True, every=12, most_queries=70, infers=True),
     Backend("triton-interpreted", activate=interpreted, every=60, every_proof=24, most_queries=9, **_TRITON),
     Backend("cuda", activate=_on_device("cuda"), device="cuda", **_CUDA),
     Backend("triton", activate=_on_device("triton"), device="cuda", **_TRITON),

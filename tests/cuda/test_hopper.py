@@ -40,7 +40,7 @@ def kernels():
 @pytest.mark.parametrize(
     ("kind", "hidden", "outs"),
     [(BFLOAT16, PAPER, 3), (FLOAT16, (64, 256, 192), 4)],
-    ids=["paper", "any-layers"],
+    ids=["paper", "any-layers-float16"],
 )
 def test_no_schedule_changes_a_bit(kernels, kind, hidden, outs, queries, device, seed):
     problem = make_problem(Case(2, 3, 5, 7, queries, hidden, outs), kind, grad=False)
@@ -88,6 +88,7 @@ def test_a_window_from_a_part_of_the_map(kernels, kind):
     assert norm_error(image, exact) <= 2 * norm_error(plain, exact) + 1e-3
 
 
+@pytest.mark.prove
 def test_the_check_on_a_gpu_compares_with_float64(kernels, monkeypatch):
     """tests.gpu.hopper on the emulator: it passes right results, and names a wrong one."""
     backend, cases = hopper.BACKEND._replace(device="cpu", most_queries=40), hopper.CASES[::7]

@@ -74,6 +74,7 @@ def test_triton_comes_after_cuda_in_the_table():
     assert [name for name, _, _ in backends.report()] == names
 
 
+@pytest.mark.prove
 def test_nothing_imports_our_kernels_or_the_compiler_before_an_op_needs_them():
     """torch may import Triton and its compiler itself; this package must not: they take seconds."""
     code = (

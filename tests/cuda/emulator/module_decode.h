@@ -1,4 +1,6 @@
 // The fused decode's launchers on numpy arrays: the steps of csrc/bindings/cuda_decode.cpp.
+#pragma once
+
 #include "cuda/decode/launch.h"
 #include "numpy_arrays.h"
 #include "simt.h"

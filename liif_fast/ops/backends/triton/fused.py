@@ -32,6 +32,7 @@ from .launch import (
     Shapes,
     TileConfigKey,
     current_device,
+    holds_wide,
     padded_width,
     tile_config,
     tile_width,
@@ -39,9 +40,7 @@ from .launch import (
 from .layerwise import DecodeGrads, backward_first_layer, last_layer, product_of_rows
 from .rows import as_operand
 
-MAX_WIDTH = 256  # of a hidden layer: registers do not hold wider ones,
-# except in inference in 16 bits. AMD's and Intel's GPUs have too little shared memory for that.
-MAX_INFERENCE_WIDTH = MAX_WIDTH if torch.version.hip or torch.version.xpu else 512
+MAX_WIDTH, MAX_INFERENCE_WIDTH = 256, 512  # of a hidden layer: registers do not hold wider ones; see launch.holds_wide
 FUSED_CHUNK_BYTES = 1 << 29  # of activations and gradients that a backward computes again, of blends of many outputs
 
 
@@ -88,10 +87,11 @@ def pack_kernel(
 
 
 def can_fuse(widths: Sequence[int], matmul_dtype: torch.dtype, infers: bool = False) -> bool:
-    """Whether these kernels take an imnet (K, *hidden, O); infers: without a backward."""
+    """Whether these kernels take an imnet (K, *hidden, O); infers: without a backward, on the current device."""
     if matmul_dtype not in (torch.float32, torch.bfloat16, torch.float16) or len(widths) == 1:
         return False
-    return max(widths[:-1]) <= (MAX_INFERENCE_WIDTH if infers and matmul_dtype.itemsize == 2 else MAX_WIDTH)
+    wide = infers and matmul_dtype.itemsize == 2 and holds_wide(current_device())
+    return max(widths[:-1]) <= (MAX_INFERENCE_WIDTH if wide else MAX_WIDTH)
 
 
 def kernel_outs(inputs: DecodeInputs) -> int:

@@ -178,12 +178,6 @@ __device__ __forceinline__ void first_layer_of(const DecodeTask& task, int64_t t
       for (int half = 0; half < 2; ++half)
         latents[m][half].load(task, geometry.rows[coords.tile_row(m, half)].offset + (has_latent ? channel : 0));
     const int thread = read_thread(), first_row = thread / T::kTeamThreads * T::kTeamRows + thread % kWarp / 4;
-    float terms[T::kRowTiles / 2][T::kVector] = {};  // of each pair of m16 tiles: four corners have one query
-    if (task.query_term && has_latent) {
-#pragma unroll
-      for (int pair = 0; pair < T::kRowTiles / 2; ++pair)
-        load_term<T>(task, tile, first_row + pair * 32, channel, terms[pair]);
-    }
     const FirstVectors<T> vectors(task, channel);
     __syncwarp();
 #pragma unroll
@@ -196,10 +190,10 @@ __device__ __forceinline__ void first_layer_of(const DecodeTask& task, int64_t t
 #pragma unroll
         for (int i = 0; i < T::kVector; ++i) v[i] = has_latent ? v[i] : 0.0f;
         if (task.query_term && has_latent) {
-          if (task.corners == 1 && (m % 2 != 0 || half != 0))
-            load_term<T>(task, tile, first_row + m * 16 + half * 8, channel, terms[m / 2]);
+          float term[T::kVector];
+          load_term<T>(task, tile, first_row + m * 16 + half * 8, channel, term);
 #pragma unroll
-          for (int i = 0; i < T::kVector; ++i) v[i] += terms[m / 2][i];
+          for (int i = 0; i < T::kVector; ++i) v[i] += term[i];
         }
         vectors.finish(task, geometry, coords.tile_row(m, half), v);
         words[half] = to_words<T>(v);

@@ -156,7 +156,7 @@ class Backend(NamedTuple):
     has_tf32: bool = False  # follows torch's switch for TF32
     has_atomics: bool = False  # adds gradients in no fixed order unless torch.use_deterministic_algorithms is on
     widest: int = 256  # layer of an imnet that runs in one kernel,
-    most_outs: int = 16  # and its outputs; others run through PyTorch's own layers, or are refused
+    most_outs: int = 1 << 20  # and its outputs; others run through PyTorch's own layers, or are refused
     rounds_biases: bool = False  # of hidden layers, as PyTorch does
     rounds_edges: bool = False  # whether the first and the last layer round their operands too: see rounded_model
     chunks: tuple = ()  # (module, variable) of its size of a backward's step, and a size that makes several steps

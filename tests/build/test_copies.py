@@ -53,6 +53,7 @@ run(liif_fast.ops)
     assert len(ran) == 3 and len(set(ran)) == 1 and ran[0].endswith(" 6.0") and result.stderr == ""
 
 
+@pytest.mark.prove
 def test_another_extension_after_an_import_is_one_warning(tmp_path):
     copy = shutil.copy(LIBRARY, tmp_path / "copy.so")
     script = """

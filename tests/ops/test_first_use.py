@@ -97,7 +97,7 @@ def half_the_masks(results, arguments):
 
 
 def a_tiles_latents(results, arguments):
-    arguments[-3].flatten(1, 2)[:, 20:40] = 0  # grad_latent_map
+    arguments[-4].flatten(1, 2)[:, 20:40] = 0  # grad_latent_map
     return results
 
 

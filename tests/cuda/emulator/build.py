@@ -152,9 +152,9 @@ def probes() -> Path:
     return _compile("probes", [HERE / "probes.cpp"], [*FLAGS, "-O1", *SANITIZERS], [])
 
 
-def cycles() -> Path:
-    """The program of tests/gpu/cycles.cu."""
-    return _compile("cycles", [ROOT / "tests" / "gpu" / "cycles.cu"], [*FLAGS, "-O1"], [])
+def clocked(name: str) -> Path:
+    """A program of tests/gpu that reads the clock: cycles or hopper_probes."""
+    return _compile(name, [ROOT / "tests" / "gpu" / f"{name}.cu"], [*FLAGS, "-O1"], [])
 
 
 def ring(csrc: Path, target: Path, hopper: bool = False) -> Path:

@@ -126,9 +126,8 @@ class DecodeGrads(NamedTuple):
             return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
 
         weights, biases = [zero(weight) for weight in inputs.weights], [zero(bias) for bias in inputs.biases]
-        coord, cell = (
-            None if point is None or not coord_grad else zero(point) for point in (inputs.coord, inputs.cell)
-        )
+        ends = inputs.coord, inputs.cell
+        coord, cell = (None if point is None or not coord_grad else zero(point) for point in ends)
         term = None if inputs.query_term is None else zero(inputs.query_term)
         return cls(zero(inputs.latent_map), zero(inputs.weight_geometry), weights, biases, coord, cell, term)
 

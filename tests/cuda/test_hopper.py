@@ -251,17 +251,43 @@ MISTAKES = {
 }
 
 
+# With 128 channels.
+NARROW_MISTAKES = {
+    "gives a bias back while its warp reads it": (
+        [(CONSUMERS, "      __syncwarp();  // all lanes have read the bias\n", "")],
+        "",
+    ),
+    "packs the last rows under their own group": (
+        [
+            (
+                CONSUMERS,
+                "  wait_products<0>();\n  if (!is_last) pack_half<T>(right, bias, quad, high);\n",
+                "  if (!is_last) pack_half<T>(right, bias, quad, high);\n  wait_products<0>();\n",
+            )
+        ],
+        "",
+    ),
+    "expects weights without their bias": ([(PRODUCERS, "(brings_bias ? kBiasBytes : 0)", "0")], ""),
+}
+
+
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> str:
-    """The hash of the decode without a mistake, which no schedule changes."""
-    (found,) = set(outcomes(tmp_path_factory.mktemp("sound"), [], hopper=True))
-    assert int(found, 16)
-    return found
+def sound(tmp_path_factory) -> dict[int, str]:
+    """The hash of the decode without a mistake, which no schedule changes, with as many channels."""
+    hashes = {}
+    for width in (256, 128):
+        (hashes[width],) = set(outcomes(tmp_path_factory.mktemp("sound"), [], hopper=width))
+        assert int(hashes[width], 16)
+    return hashes
+
+
+def every(mistakes: dict, width: int) -> list:
+    return [pytest.param(*value, width, id=name.replace(" ", "-")) for name, value in mistakes.items()]
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize(("patches", "message"), MISTAKES.values(), ids=[name.replace(" ", "-") for name in MISTAKES])
-def test_a_planted_mistake_is_seen(sound, tmp_path, patches, message):
-    *_, last = found = outcomes(tmp_path, patches, sound, message, hopper=True)
-    assert last != sound, found
+@pytest.mark.parametrize(("patches", "message", "width"), every(MISTAKES, 256) + every(NARROW_MISTAKES, 128))
+def test_a_planted_mistake_is_seen(sound, tmp_path, patches, message, width):
+    *_, last = found = outcomes(tmp_path, patches, sound[width], message, hopper=width)
+    assert last != sound[width], found
     assert message in last, found

@@ -31,10 +31,8 @@ CudaDecode cuda_decode(const DecodeInputs& inputs, int64_t policy_number) {
   c.problem = decode_problem<float>(inputs);
   const DecodeProblem<float>& p = c.problem;
   c.hidden = p.layers - 1;
-  const MmaPolicy policy = to_policy(policy_number);
-  const int most_outs = is_wgmma(policy) ? kMaxWgmmaOuts : kMaxFusedOuts;
-  STD_TORCH_CHECK(p.layers > 0 && p.out_width() <= most_outs, "the fused decode has a last layer of at most ",
-                  most_outs, " outputs");
+  STD_TORCH_CHECK(p.layers > 0 && p.out_width() <= kMaxFusedOuts, "the fused decode has a last layer of at most ",
+                  kMaxFusedOuts, " outputs");
   int64_t widest = 0;
   for (int layer = 0; layer < p.layers; ++layer) {
     STD_TORCH_CHECK(p.widths[layer] % kWidthStep == 0 && p.widths[layer] <= kMaxFusedWidth,
@@ -43,14 +41,16 @@ CudaDecode cuda_decode(const DecodeInputs& inputs, int64_t policy_number) {
     widest = std::max(widest, p.widths[layer]);
   }
   c.outs = static_cast<int>(p.out_width());
+  const MmaPolicy policy = to_policy(policy_number);
   const ScalarType dtype = inputs.latent_map.scalar_type();
   const ScalarType narrow = is_float16(policy) ? ScalarType::Half : ScalarType::BFloat16;
   c.latent_is_float = dtype == ScalarType::Float;
   STD_TORCH_CHECK(c.latent_is_float || (is_16_bit(policy) && dtype == narrow),
                   "latent_map must be float32 or in the operands' 16 bits");
-  STD_TORCH_CHECK(!is_wgmma(policy) || (c.hidden >= 1 && p.batch * p.queries <= kMaxWgmmaQueries),
-                  "the wgmma kernels take at least 1 hidden layer after the first, and up to ", kMaxWgmmaQueries,
-                  " queries");
+  STD_TORCH_CHECK(
+      !is_wgmma(policy) || (c.outs <= kMaxWgmmaOuts && c.hidden >= 1 && p.batch * p.queries <= kMaxWgmmaQueries),
+      "the wgmma kernels take up to ", kMaxWgmmaOuts, " outputs, 1 or more hidden layers after the first, ", "and ",
+      kMaxWgmmaQueries, " queries");
   const char* error = nullptr;
   const DeviceGuard guard(c.device);
   c.variant = choose_variant(policy, static_cast<int>(widest), p.batch * p.queries * p.corners, &error);

@@ -17,7 +17,7 @@ constexpr int kMaxFusedWidth = 256;                     // of any layer but the 
 constexpr int kMaxFusedOuts = 16;                       // of the last
 constexpr int kWidthStep = 16;                          // widths are multiples of it
 constexpr int kRowPadding = 128;                        // a multiple of the rows of every variant that saves
-constexpr int kMaxWgmmaOuts = 128;                      // of the wgmma policies
+constexpr int kMaxWgmmaOuts = 16;                       // of the wgmma policies
 constexpr int64_t kMaxWgmmaQueries = int64_t{1} << 30;  // of the batch
 
 // How products are made: the operands' dtype, on tensor cores (kFloat32: on CUDA cores). kWgmma...: by warpgroups, on

@@ -120,9 +120,8 @@ def _against_fused_cuda(request: OpRequest) -> str:
             f"backend 'cuda' decodes with hidden layers whose width is a multiple of {_FUSED_WIDTH_STEP} up to "
             f"{_FUSED_WIDTH}, not {odd[0]}"
         )
-    outs = request.widths[-1] if request.widths else 0
-    if outs > _FUSED_OUTS and (request.trains or against_hopper(request)):
-        return f"backend 'cuda' decodes to at most {_FUSED_OUTS} outputs, not {outs}"
+    if request.widths and request.widths[-1] > _FUSED_OUTS:
+        return f"backend 'cuda' decodes to at most {_FUSED_OUTS} outputs, not {request.widths[-1]}"
     return ""
 
 

@@ -125,8 +125,10 @@ def test_the_first_backend_comes_from_the_table(gpu_here, monkeypatch):
         request: "cuda",
         narrow: "cuda",
         narrow._replace(widths=(64, 128, 16)): "cuda",
+        narrow._replace(widths=(64, 128, 17)): "triton",
         narrow._replace(widths=(64, 64, 3)): "triton",
         narrow._replace(trains=True): "cuda",
+        narrow._replace(extras=("a query term",)): "triton",
         narrow._replace(op="gather"): "cuda",
     }
     monkeypatch.setattr(backends, "_TRITON_PROBLEM", "")
@@ -179,7 +181,6 @@ REFUSALS = {
     "float64": ("cuda", torch.float64, (64, 64, 3), "decodes in float32, bfloat16 or float16, not float64"),
     "odd": ("cuda", torch.float32, (64, 40, 3), ".* width is a multiple of 16 up to 256, not 40"),
     "wide": ("cuda", torch.float32, (272, 64, 3), ".* width is a multiple of 16 up to 256, not 272"),
-    "outs": ("cuda", torch.float16, (64, 64, 17), "decodes to at most 16 outputs, not 17"),
     "linear": ("cuda", torch.float16, (3,), "decodes with 2 to 65 layers, this imnet has 1"),
 }
 
@@ -192,7 +193,7 @@ def test_cuda_refuses_with_a_reason(gpu_here, device, dtype, widths, message):
         backends.choose(request, "cuda")
     assert not backends.can_run_cuda(request)
     if widths:
-        assert backends.can_run_cuda(request._replace(dtype=torch.float32, widths=(64, 256, 16)))
+        assert backends.can_run_cuda(request._replace(dtype=torch.float32, widths=(64, 256, 576)))
 
 
 HOPPER_REFUSALS = {
@@ -201,6 +202,7 @@ HOPPER_REFUSALS = {
     "no hidden layer": ({"widths": (256, 3)}, "decodes with at least 3 layers, this imnet has 2: it has no product"),
     "narrow": ({"widths": (64, 64, 3)}, "decodes with a widest layer of 65 to 256 channels, not 64"),
     "outputs": ({"widths": (256, 256, 17)}, "decodes to at most 16 outputs, not 17"),
+    "query term": ({"has_query_term": True}, "decodes without a query term"),
     "queries": ({"queries": 2**30 + 1}, "decodes at most 1073741824 queries at a time, not 1073741825"),
 }
 

@@ -42,7 +42,7 @@ def kernels():
 @pytest.mark.parametrize(
     ("kind", "hidden", "outs", "queries"),
     [(BFLOAT16, PAPER, 3, 70), (FLOAT16, (64, 256, 192), 4, 70), (BFLOAT16, (128,) * 6, 6, 130)],
-    ids=["paper", "any-layers", "narrow"],
+    ids=["paper", "any-layers-float16", "narrow"],
 )
 def test_no_schedule_changes_a_bit(kernels, kind, hidden, outs, queries, device, seeds):
     problem = make_problem(Case(1, 3, 5, 7, queries, hidden, outs), kind, grad=False)
@@ -54,7 +54,7 @@ def test_no_schedule_changes_a_bit(kernels, kind, hidden, outs, queries, device,
         assert torch.equal(decode(problem, "cuda"), expected), seed
 
 
-# Layers of 256 and of 128 channels: the fewest, as many as the ring's stages and more. Outputs in one pass and in several.
+# Layers of 256 and of 128 channels: the fewest, as many as the ring has stages, more. Outputs in one pass and in several.
 @pytest.mark.parametrize(
     "hidden",
     [(256, 16), (16, 256), (256,) * 7, (48, 240, 256, 16), (128, 16), (16,) * 5, (80,) * 6, proved((16,) * 20)],
@@ -71,7 +71,7 @@ def test_the_hopper_kernel_is_the_one_that_runs(kernels):
     module = import_module("liif_fast.ops.backends.cuda.decode")
     policies = []
     pack = module._C.cuda_decode_pack
-    module._C.cuda_decode_pack = lambda *arguments: policies.append(arguments[9]) or pack(*arguments)
+    module._C.cuda_decode_pack = lambda *arguments: policies.append(arguments[10]) or pack(*arguments)
     problem = make_problem(Case(queries=9, hidden=PAPER), BFLOAT16)
     with torch.no_grad():
         decode(problem, "cuda")
@@ -96,6 +96,7 @@ def test_a_window_from_a_part_of_the_map(kernels, kind):
     assert norm_error(image, exact) <= 2 * norm_error(plain, exact) + 1e-3
 
 
+@pytest.mark.prove
 def test_the_check_on_a_gpu_compares_with_float64(kernels, monkeypatch):
     """tests.gpu.hopper on the emulator: it passes right results, and names a wrong one."""
     backend, cases = hopper.BACKEND._replace(device="cpu", most_queries=40), hopper.CASES[::7]

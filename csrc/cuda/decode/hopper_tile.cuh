@@ -9,7 +9,7 @@ namespace liif_fast {
 
 constexpr int kWarpgroup = 128;
 
-// kOuts_: outputs at a time. kHidden_: hidden layers; 0: as many as the task says, and up to kMaxWgmmaOuts outputs.
+// kOuts_: outputs at a time. kHidden_: hidden layers; 0: as many as the task says, and up to kMaxFusedOuts outputs.
 template <class Element_, int kCorners_, int kOuts_, int kHidden_, int kWidth_ = 256>
 struct HopperTile {
   using Element = Element_;
@@ -39,7 +39,7 @@ struct alignas(1024) HopperWorkspace {
   uint4 first[T::kConsumers][2 * T::kSteps][kWarpgroup];  // the first layer's activations, as operands of each thread
   float biases[T::kBiases][T::kWidth];
   float base[T::kWidth], by_row[T::kWidth], by_col[T::kWidth], by_cell_row[T::kWidth], by_cell_col[T::kWidth];
-  float last[T::kHidden ? T::kOuts : kMaxWgmmaOuts][T::kWidth], last_bias[kMaxWgmmaOuts];
+  float last[T::kHidden ? T::kOuts : kMaxFusedOuts][T::kWidth], last_bias[kMaxFusedOuts];
   CornerRow rows[T::kConsumers][T::kConsumerRows];
   float2 rel_cell[T::kConsumers][T::kConsumerRows];
   float weight[2][T::kConsumers][T::kConsumerRows];  // of the blend; for even and odd tiles of this block

@@ -14,10 +14,9 @@
 namespace liif_fast {
 
 constexpr int kMaxFusedWidth = 256;                     // of any layer but the last
-constexpr int kMaxFusedOuts = 16;                       // of the last
+constexpr int kMaxFusedOuts = 16;                       // of the last, see fused_outs
 constexpr int kWidthStep = 16;                          // widths are multiples of it
 constexpr int kRowPadding = 128;                        // a multiple of the rows of every variant that saves
-constexpr int kMaxWgmmaOuts = 16;                       // of the wgmma policies
 constexpr int64_t kMaxWgmmaQueries = int64_t{1} << 30;  // of the batch
 
 // How products are made: the operands' dtype, on tensor cores (kFloat32: on CUDA cores). kWgmma...: by warpgroups, on
@@ -69,6 +68,13 @@ LIIF_HOST_DEVICE constexpr int warp_rows(int rows, int width, int operand_bytes)
   return rows == 32 ? 1 : (width * operand_bytes < 256 ? 4 : 2);
 }
 
+// Outputs that the kernels make. More than kMaxFusedOuts are the caller's product with the blended hidden vectors,
+// which the forward writes and whose gradients the backward takes. The wgmma kernels have no such forward.
+LIIF_HOST_DEVICE int fused_outs(const DecodeProblem<float>& p) {
+  const int64_t outs = p.widths[p.layers];
+  return outs <= kMaxFusedOuts ? static_cast<int>(outs) : 0;
+}
+
 // Packed vectors of a problem (DecodeTask::packed_vectors), and partial sums of its columns (BackwardArrays::sums).
 LIIF_HOST_DEVICE int packed_vector_count(int hidden, int outs) { return hidden + 1 + 4 + outs + 1; }
 LIIF_HOST_DEVICE int sum_count(int hidden, int outs) { return hidden + 1 + 4 + outs; }
@@ -108,11 +114,12 @@ LIIF_HOST_DEVICE PackedUnit packed_unit(MmaPolicy policy, int width, int group, 
 // ------------------------------------------------------------------------------------------------------------
 // arguments
 
-// The activations that a forward saves for its backward: arrays over tiles first_tile to first_tile + tiles.
+// The activations that a forward saves for its backward: arrays over tiles first_tile to first_tile + tiles. Without
+// masks it writes only `blended`, if that is not null.
 struct SavedActivations {
   void* rows;       // activations [layers][tiles * rows][width], in the operands' dtype
   void* blended;    // blended hidden vectors [tiles * slots][width]
-  uint32_t* masks;  // [layers][tiles][words][threads], a bit for every ReLU; null: nothing is saved
+  uint32_t* masks;  // [layers][tiles][words][threads], a bit for every ReLU
   int64_t first_tile, tiles;
   bool last_layer;  // whether rows holds the last hidden layer's activations, for gradients of coordinates
 };
@@ -140,6 +147,7 @@ struct DecodeTask : DecodeQueries<float> {
 // The backward's arrays, apart from the saved activations. grad_out has out's strides.
 struct BackwardArrays {
   const float* grad_out;
+  const float* blended;   // without fused outputs: gradients of blended hidden vectors [tiles * slots][width]
   float* latent_map;      // added to; null in the deterministic order, which needs the next two instead
   float* latent_rows;     // gradients of every row's latent [tiles * rows][width]
   int64_t* latent_index;  // the latent of every row, counted through the map in memory [tiles * rows]
@@ -148,6 +156,7 @@ struct BackwardArrays {
   // the hidden layers, of the four geometry terms, of the last layer's rows.
   float* sums;
   float *coord, *cell;  // [total, 2]; null where no gradient is wanted
+  float* query_term;    // [total, task.width]; null without query terms
 };
 
 // ------------------------------------------------------------------------------------------------------------

@@ -368,7 +368,7 @@ class Block {
       nullptr;  // of each block: dynamic shared, asynchronous view
   std::vector<BulkCopy> bulk_;
   std::vector<unsigned> wakes_;  // the sweep that a sleeping warp wakes in
-  bool completed_ = false;  // a phase of a barrier, by the thread that runs
+  bool completed_ = false;       // a phase of a barrier, by the thread that runs
   unsigned sweeps_ = 0, first_block_ = 0, block_threads_ = 1, runs_ = 0;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::unordered_map<const void*, Barrier> barriers_;

@@ -33,7 +33,13 @@ def against_device(kind: str, index: int | None) -> str:
     return ""
 
 
-def against_imnet(widths: Sequence[int], matmul_dtype: torch.dtype, trains: bool, queries: int | None = None) -> str:
+def against_imnet(
+    widths: Sequence[int],
+    matmul_dtype: torch.dtype,
+    trains: bool,
+    queries: int | None = None,
+    has_query_term: bool = False,
+) -> str:
     """Why the Hopper kernel does not decode with an imnet; '' where it does.
 
     widths: of the imnet's layers, (K, *hidden, O). trains: whether autograd records the decode. queries: of the whole
@@ -41,6 +47,8 @@ def against_imnet(widths: Sequence[int], matmul_dtype: torch.dtype, trains: bool
     """
     if trains:
         return "the Hopper kernel is for inference, and saves nothing for a backward"
+    if has_query_term:
+        return "the Hopper kernel decodes without a query term"
     if matmul_dtype not in POLICIES:
         return f"the Hopper kernel multiplies float16 or bfloat16, not {matmul_dtype}"
     if len(widths) < 3:

@@ -54,7 +54,7 @@ def test_no_schedule_changes_a_bit(kernels, kind, hidden, outs, queries, device,
         assert torch.equal(decode(problem, "cuda"), expected), seed
 
 
-# Layers of 256 and of 128 channels: the fewest, as many as the ring has stages, more. Outputs in one pass and in several.
+# Layers of 256 and of 128 channels: the fewest, as many as the ring has stages, more. Outputs in one pass and in more.
 @pytest.mark.parametrize(
     "hidden",
     [(256, 16), (16, 256), (256,) * 7, (48, 240, 256, 16), (128, 16), (16,) * 5, (80,) * 6, proved((16,) * 20)],

@@ -43,7 +43,14 @@ def problem(case, mode, dtype, term=True):
     return {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
 
 
-def run(case, mode, tensors, **options):
+def on(backend):
+    """Where `run` decodes."""
+    return {"backend": backend.op_backend, "device": backend.device}
+
+
+def run(case, mode, tensors, *, device="cpu", **options):
+    """The decode of tensors on the CPU, on a device."""
+    tensors = {name: tensor if tensor is None else tensor.to(device) for name, tensor in tensors.items()}
     weights = [tensor for name, tensor in tensors.items() if name.startswith("weight")]
     biases = [tensor for name, tensor in tensors.items() if name.startswith("bias")]
     if mode == "points":
@@ -53,7 +60,7 @@ def run(case, mode, tensors, **options):
     else:
         options |= {"size": case.size, "window": case.window, "source": (-0.7, 1.3, 4.4, 8.9)}
     options |= {"query_term": tensors.get("term"), "local_ensemble": case.local_ensemble}
-    return ops.decode(tensors["latent_map"], tensors["geometry"], weights, biases, **options)
+    return ops.decode(tensors["latent_map"], tensors["geometry"], weights, biases, **options).cpu()
 
 
 def with_gradients(out, tensors):
@@ -82,20 +89,20 @@ def test_equals_the_reference_forward_and_backward(backend, name, mode, term):
     tensors = problem(case, mode, torch.float32, term)
     if reason := reason_against(backend, case, mode, term):
         with pytest.raises(RuntimeError, match=re.escape(reason)):
-            run(case, mode, tensors, backend=backend.op_backend)
+            run(case, mode, tensors, **on(backend))
         return
     wide = problem(case, mode, torch.float64, term)
     for key, tensor in wide.items():  # the same numbers
         tensor.data.copy_(tensors[key])
-    found = with_gradients(run(case, mode, tensors, backend=backend.op_backend), tensors)
+    found = with_gradients(run(case, mode, tensors, **on(backend)), tensors)
     expected = with_gradients(run(case, mode, wide, backend="reference"), wide)
     assert found[0].shape == expected[0].shape and found[0].dtype == torch.float32
     assert range_error(found[0], expected[0]) <= LIMITS[torch.float32, "result"]
     for key, grad, exact in zip(tensors, found[1:], expected[1:]):
         assert norm_error(grad, exact) <= 5 * LIMITS[torch.float32, "gradient"], key
     with torch.no_grad():
-        assert range_error(run(case, mode, tensors, backend=backend.op_backend), expected[0]) <= 1e-4
-    again = with_gradients(run(case, mode, tensors, backend=backend.op_backend, recompute=True), tensors)
+        assert range_error(run(case, mode, tensors, **on(backend)), expected[0]) <= 1e-4
+    again = with_gradients(run(case, mode, tensors, **on(backend), recompute=True), tensors)
     for one, other in zip(found, again):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -108,8 +115,8 @@ SOURCES = ((1.25, 2.5, 3.3, 2.75), (-2.0, -1.5, 5.0, 13.7), (9.0, 4.0, 2.0, 20.0
 @pytest.mark.parametrize("size", [(11, 14), (24, 27)])  # of the latter, pixels lie on latents and between two
 def test_every_pixel_of_a_source_window_reads_its_own_latent(backend, size):
     """The same as in PyTorch's calls: layers that pass the latent's number through, which bfloat16 holds exactly."""
-    one = torch.eye(16, dtype=torch.bfloat16)
-    latent_map = (torch.arange(72.0).view(1, 8, 9, 1) * torch.eye(16)[0]).bfloat16()
+    one = torch.eye(16, dtype=torch.bfloat16, device=backend.device)
+    latent_map = (torch.arange(72.0).view(1, 8, 9, 1) * torch.eye(16)[0]).to(one)
     layers = one.new_zeros(16, 4), [one, one[:1]], [one.new_zeros(16), one.new_zeros(16), one.new_zeros(1)]
     for source in (None, *SOURCES):
         options = {"size": size, "source": source, "local_ensemble": False}
@@ -125,12 +132,17 @@ def test_a_source_window_is_query_at_its_float64_centers(backend, unfold):
     """Sub-pixel windows inside, across and beyond the border; of a part of the features too."""
     case = Case(batch=2, height=8, width=9, hidden=(16, 16), feat_unfold=unfold)
     feat, _, _, weights, biases = random_problem(case, torch.float64)
-    name, size, window = backend.op_backend, (11, 14), (2, 3, 6, 9)
+    size, window = (11, 14), (2, 3, 6, 9)
+
+    def render(feat, **options):
+        layers = ([tensor.to(backend.device) for tensor in each] for each in (weights, biases))
+        options |= {"feat_unfold": unfold, "backend": backend.op_backend}
+        return ops.render(feat.to(backend.device), size, *layers, **options).cpu()
+
     for source in SOURCES:
-        options = {"window": window, "source": source, "feat_unfold": unfold, "backend": name}
         if reason := reason_against(backend, case, "source", False, torch.float64):
             with pytest.raises(RuntimeError, match=re.escape(reason)):
-                ops.render(feat, size, weights, biases, **options)
+                render(feat, window=window, source=source)
             return
         steps = [source[2 + axis] / size[axis] for axis in (0, 1)]
         rows, cols = (
@@ -141,16 +153,14 @@ def test_a_source_window_is_query_at_its_float64_centers(backend, unfold):
         cell = coord.new_tensor([2 * steps[0] / 8, 2 * steps[1] / 9]).expand(coord.shape)
         expected = ops.reference.query(feat, coord, cell, weights, biases, feat_unfold=unfold)
         expected = expected.transpose(1, 2).unflatten(2, window[2:])
-        assert range_error(ops.render(feat, size, weights, biases, **options), expected) < 1e-11
-    whole = ops.render(feat, size, weights, biases, window=window, feat_unfold=unfold, backend=name)
-    assert range_error(whole, expected) < 1e-11  # the last source is the whole map
-    part, source = (2, 1, 8, 9), (3.5, 2.5, 2.0, 3.0)
-    options = {"source": source, "feat_unfold": unfold, "backend": name}
-    expected = ops.render(feat, size, weights, biases, **options)
-    found = ops.render(feat[:, :, 2:7, 1:7], size, weights, biases, feat_region=part, **options)
-    assert range_error(found, expected) < 1e-11
+        assert range_error(render(feat, window=window, source=source), expected) < 1e-11
+    assert range_error(render(feat, window=window), expected) < 1e-11  # the last source is the whole map
+    options = {"source": (3.5, 2.5, 2.0, 3.0)}
+    expected = render(feat, **options)
+    options["feat_region"] = (2, 1, 8, 9)
+    assert range_error(render(feat[:, :, 2:7, 1:7], **options), expected) < 1e-11
     with pytest.raises(ValueError, match="the window needs feature rows"):
-        ops.render(feat[:, :, 2:5, 1:7], size, weights, biases, feat_region=part, **options)
+        render(feat[:, :, 2:5, 1:7], **options)
 
 
 @pytest.mark.one_isa
@@ -160,12 +170,10 @@ def test_sixteen_bits_and_autocast(backend, dtype):
     tensors = problem(case, "points", torch.float32, not reason_against(backend, case, "points", True))
     exact = run(case, "points", tensors, backend="reference")
     layers = {name: t if name in ("coord", "cell", "latent_map") else t.to(dtype) for name, t in tensors.items()}
-    found = [run(case, "points", layers, backend=backend.op_backend)]  # a float32 map under layers of 16 bits
-    found.append(
-        run(case, "points", {**layers, "latent_map": tensors["latent_map"].to(dtype)}, backend=backend.op_backend)
-    )
-    with torch.autocast("cpu", dtype):
-        found.append(run(case, "points", tensors, backend=backend.op_backend))
+    found = [run(case, "points", layers, **on(backend))]  # a float32 map under layers of 16 bits
+    found.append(run(case, "points", {**layers, "latent_map": tensors["latent_map"].to(dtype)}, **on(backend)))
+    with torch.autocast(backend.device, dtype):
+        found.append(run(case, "points", tensors, **on(backend)))
     assert [out.dtype for out in found] == [dtype, dtype, torch.float32]
     assert all(range_error(out, exact) < 0.03 for out in found)
 

@@ -102,10 +102,6 @@ def can_run_cpu(request: OpRequest, raise_error: bool = False) -> bool:
     return _result(reason, raise_error)
 
 
-def _against_extras(backend: str, request: OpRequest) -> str:
-    return f"backend '{backend}' decodes without {' and '.join(request.extras)}: use 'torch'" if request.extras else ""
-
-
 def _against_fused_cuda(request: OpRequest) -> str:
     """Why the fused CUDA kernels cannot decode with this imnet; '' where they can."""
     if request.dtype == torch.float64:

@@ -174,7 +174,7 @@ def main(arch: int) -> None:
     if arch != 86:
         decode(torch.float16, 64, save=True, coord_grad=True, ensemble=False)
         decode(torch.float16, 64, save=True, coord_grad=True, general=True)
-        decode(torch.float64, 64, grid=True, save=False)
+        decode(torch.float64, 64, grid=True, save=False, general=True)
         everything_else(torch.bfloat16)
         torch.use_deterministic_algorithms(True)
         decode(torch.bfloat16, 64, grid=True, save=True)

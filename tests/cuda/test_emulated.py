@@ -129,7 +129,7 @@ def test_ordered_gradients_of_gather_are_those_of_the_cpu_backend(kernels, sched
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("ensemble", [True, False], ids=["ensemble", "nearest"])
+@pytest.mark.parametrize("ensemble", [True, pytest.param(False, marks=pytest.mark.prove)], ids=["ensemble", "nearest"])
 def test_steps_of_many_outputs_end_inside_of_batch_entries(kernels, monkeypatch, mode, ensemble):
     """The last layer is then a product outside of the kernels, of a bounded number of queries."""
     case = Case(3, 2, 3, 4, 50, (16, 32), 17, local_ensemble=ensemble)

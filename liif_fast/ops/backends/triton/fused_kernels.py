@@ -427,8 +427,9 @@ def fused_decode_backward_kernel(
     for k in tl.static_range(NB):
         if OUTS > 0:
             weight_pair = tl.load(imnet.last + (k * BLOCK + inner)[None, :] * (2 * MAX_OUTS) + pair[:, None])
-            value = tl.dot(rest, weight_pair, input_precision=PRECISION)
-            value = tl.dot(rounded, weight_pair, value, input_precision=PRECISION)
+            value = tl.dot(rounded, weight_pair, input_precision=PRECISION)
+            if OP != tl.float32 or PRECISION != "ieee":  # otherwise nothing was rounded
+                value = tl.dot(rest, weight_pair, value, input_precision=PRECISION)
             value = store_last_grads(value, memory, sums, layers, k, OP, PRECISION, STORED, NB)
         else:
             place = memory.layers + (layers * memory.total * STORED + k * BLOCK) + memory.block

@@ -40,16 +40,15 @@ CudaDecode cuda_decode(const DecodeInputs& inputs, int64_t policy_number) {
     widest = std::max(widest, p.widths[layer]);
   }
   const MmaPolicy policy = to_policy(policy_number);
-  c.outs = fused_outs(policy, p);
+  c.outs = fused_outs(p);
   const ScalarType dtype = inputs.latent_map.scalar_type();
   const ScalarType narrow = is_float16(policy) ? ScalarType::Half : ScalarType::BFloat16;
   c.latent_is_float = dtype == ScalarType::Float;
   STD_TORCH_CHECK(c.latent_is_float || (is_16_bit(policy) && dtype == narrow),
                   "latent_map must be float32 or in the operands' 16 bits");
   STD_TORCH_CHECK(
-      !is_wgmma(policy) ||
-          (p.out_width() <= kMaxWgmmaOuts && c.hidden >= 1 && p.batch * p.queries <= kMaxWgmmaQueries && !p.query_term),
-      "the wgmma kernels take up to ", kMaxWgmmaOuts, " outputs, at least 1 hidden layer after the first, up to ",
+      !is_wgmma(policy) || (c.outs > 0 && c.hidden >= 1 && p.batch * p.queries <= kMaxWgmmaQueries && !p.query_term),
+      "the wgmma kernels take up to ", kMaxFusedOuts, " outputs, at least 1 hidden layer after the first, up to ",
       kMaxWgmmaQueries, " queries and no query term");
   const char* error = nullptr;
   const DeviceGuard guard(c.device);

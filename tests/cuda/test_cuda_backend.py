@@ -124,8 +124,8 @@ def test_the_first_backend_comes_from_the_table(gpu_here, monkeypatch):
     expected = {
         request: "cuda",
         narrow: "cuda",
-        narrow._replace(widths=(64, 128, 40)): "cuda",
-        narrow._replace(widths=(64, 128, 40), trains=True): "cuda",
+        narrow._replace(widths=(64, 128, 16)): "cuda",
+        narrow._replace(widths=(64, 128, 17)): "triton",
         narrow._replace(widths=(64, 64, 3)): "triton",
         narrow._replace(trains=True): "cuda",
         narrow._replace(extras=("a query term",)): "triton",
@@ -201,7 +201,7 @@ HOPPER_REFUSALS = {
     "float32": ({"matmul_dtype": torch.float32}, "multiplies float16 or bfloat16, not torch.float32"),
     "no hidden layer": ({"widths": (256, 3)}, "decodes with at least 3 layers, this imnet has 2: it has no product"),
     "narrow": ({"widths": (64, 64, 3)}, "decodes with a widest layer of 65 to 256 channels, not 64"),
-    "outputs": ({"widths": (256, 256, 129)}, "decodes to at most 128 outputs, not 129"),
+    "outputs": ({"widths": (256, 256, 17)}, "decodes to at most 16 outputs, not 17"),
     "query term": ({"has_query_term": True}, "decodes without a query term"),
     "queries": ({"queries": 2**30 + 1}, "decodes at most 1073741824 queries at a time, not 1073741825"),
 }

@@ -38,7 +38,7 @@ SHAPES = (
     Case(2, 64, 48, 37, 40_001, PAPER),
     Case(2, 16, 33, 20, 5000, (128,) * 7, 5, local_ensemble=False),
     Case(3, 16, 20, 33, 3333, PAPER, 2, cell_decode=False),
-    Case(1, 16, 31, 31, 20_000, (256, 256), 18),
+    Case(1, 16, 31, 31, 20_000, (256, 256), 16),
     Case(2, 16, 17, 9, 700, (64, 256, 256), 3),
     Case(1, 16, 17, 9, 20_000, (256,) * 9, 3, local_ensemble=False),
     Case(1, 3, 1, 1, 129, (160, 144, 192), 3, feat_unfold=False),

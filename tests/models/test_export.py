@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
+import torch._inductor
 from torch import nn
 
 import liif_fast
 from liif_fast.cli import main
 from liif_fast.models import LIIF, MetaSR
-from liif_fast.models.export import export
+from liif_fast.models.export import export, to_program
 from liif_fast.utils.normalization import normalizations
 from tests.helpers import range_error
 
@@ -80,6 +81,21 @@ def test_float16_at_a_scale_on_the_command_line(tmp_path, capsys):
         found = run(opened, image)
         assert found.dtype == torch.float16 and found.shape[2:] == size  # 2.5 pixels become 2, 17.5 become 18
         assert range_error(found, expected(model, image.float(), size)) < 1e-2
+
+
+@pytest.mark.prove
+def test_aotinductor_compiles_a_program_of_a_fixed_size(tmp_path):
+    """For images of any height and width. At -O0, since the compiler takes minutes for the default."""
+    model = make("LIIF")
+    program = to_program(model, size=(20, 31))
+    options = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "model.pt2"), inductor_configs=options
+    )
+    compiled = torch._inductor.aoti_load_package(package)
+    for source, _ in SIZES[2:]:
+        image = torch.rand(2, 3, *source)
+        assert range_error(compiled(image), expected(model, image, (20, 31))) < 1e-5
 
 
 @pytest.mark.prove

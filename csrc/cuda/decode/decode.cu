@@ -38,14 +38,14 @@ __device__ __forceinline__ float vector_value(const PackTask& task, int vector, 
     return term < terms && channel < p.width ? p.weight_geometry[channel * terms + term] : 0.0f;
   }
   const int out = term - 4;
-  if (out < fused_outs(task.policy, p))
+  if (out < fused_outs(p))
     return channel < p.widths[hidden] ? p.weights[hidden][out * p.widths[hidden] + channel] : 0.0f;
   return channel < p.widths[p.layers] ? p.biases[p.layers][channel] : 0.0f;
 }
 
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ PackTask task) {
   const int hidden = task.problem.layers - 1, chunk = chunk_units(task.width);
-  const int outs = fused_outs(task.policy, task.problem);
+  const int outs = fused_outs(task.problem);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t at = first; at < task.units; at += stride) {
@@ -211,7 +211,7 @@ DecodeTask make_task(const DecodeProblem<float>& p, const DecodeVariant& variant
   task.rel_cell[0] = mul_rounded(p.grid_cell[0], static_cast<float>(p.map_height));
   task.rel_cell[1] = mul_rounded(p.grid_cell[1], static_cast<float>(p.map_width));
   task.hidden = p.layers - 1;
-  task.outs = fused_outs(variant.policy, p);
+  task.outs = fused_outs(p);
   task.weights = static_cast<const unsigned char*>(packed);
   const int64_t vectors_bytes = static_cast<int64_t>(packed_vector_count(task.hidden, task.outs)) * variant.width * 4;
   task.packed_vectors =

@@ -39,7 +39,7 @@ __device__ __forceinline__ void load_vectors(const HopperTask& task, HopperWorks
   const float* const biases = bias_vector<T>(task, T::kHidden ? 1 : task.hidden);
   for (int i = thread; i < kLoaded * T::kWidth; i += T::kThreads)
     space.biases[kFirst + i / T::kWidth][i % T::kWidth] = biases[i];
-  for (int i = thread; i < T::kKeptOuts * T::kWidth; i += T::kThreads)
+  for (int i = thread; i < static_cast<int>(sizeof(space.last)) / 4; i += T::kThreads)
     space.last[i / T::kWidth][i % T::kWidth] = i < task.outs * T::kWidth ? last_vector<T>(task, 0)[i] : 0.0f;
   if (thread < task.outs) space.last_bias[thread] = last_vector<T>(task, task.outs)[thread];
   for (int i = thread; i < T::kWidth; i += T::kThreads) {

@@ -117,11 +117,9 @@ template <class T, class Add>
 __device__ __forceinline__ void decode_outputs(const HopperTask& task, const HopperWorkspace<T>& space, int tile,
                                                int row, const Add& add) {
 #pragma unroll 1
-  for (int next = 0; next < task.outs; next += T::kOuts) {
-    // The last outputs again rather than rows that do not exist.
-    const int first = next > 0 && next > task.outs - T::kOuts ? task.outs - T::kOuts : next;
+  for (int first = 0; first < task.outs; first += T::kOuts) {
     LastSums<T> sums = {};
-    add((task.outs <= T::kKeptOuts ? space.last[0] : last_vector<T>(task, 0)) + first * T::kWidth, sums);
+    add(space.last[first], sums);
     write_queries<T>(task, space, tile, sums, row, first);
   }
 }

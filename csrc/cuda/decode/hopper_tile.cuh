@@ -9,7 +9,7 @@ namespace liif_fast {
 
 constexpr int kWarpgroup = 128;
 
-// kOuts_: outputs at a time. kHidden_: hidden layers; 0: as many as the task says, and any number of outputs.
+// kOuts_: outputs at a time. kHidden_: hidden layers; 0: as many as the task says, and up to kMaxFusedOuts outputs.
 template <class Element_, int kCorners_, int kOuts_, int kHidden_, int kWidth_ = 256>
 struct HopperTile {
   using Element = Element_;
@@ -25,7 +25,6 @@ struct HopperTile {
   static constexpr int kPartBytes = kHalf * 64 * 2, kBlockBytes = 2 * kPartBytes;  // a part has 64 inputs
   static constexpr int kStages = 4;  // of the ring; a tile begins at the first, so that a block's stage is a constant
   static constexpr int kBiases = kHidden ? kHidden : kStages + 1;  // of each hidden layer, or of stages and the last
-  static constexpr int kKeptOuts = kHidden ? kOuts : 16;           // the last layer's rows in shared memory
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup, kMakers = 3 * kWarp;
   // A launch gives 384 threads at most 168 registers each, of which warps give and take: 504 for three warpgroups. More
   // would let the second consumer wait for ever; with 216 for a consumer, ptxas serializes the products (C7512).
@@ -40,7 +39,7 @@ struct alignas(1024) HopperWorkspace {
   uint4 first[T::kConsumers][2 * T::kSteps][kWarpgroup];  // the first layer's activations, as operands of each thread
   float biases[T::kBiases][T::kWidth];
   float base[T::kWidth], by_row[T::kWidth], by_col[T::kWidth], by_cell_row[T::kWidth], by_cell_col[T::kWidth];
-  float last[T::kKeptOuts][T::kWidth], last_bias[kMaxWgmmaOuts];
+  float last[T::kHidden ? T::kOuts : kMaxFusedOuts][T::kWidth], last_bias[kMaxFusedOuts];
   CornerRow rows[T::kConsumers][T::kConsumerRows];
   float2 rel_cell[T::kConsumers][T::kConsumerRows];
   float weight[2][T::kConsumers][T::kConsumerRows];  // of the blend; for even and odd tiles of this block

@@ -17,7 +17,6 @@ constexpr int kMaxFusedWidth = 256;                     // of any layer but the 
 constexpr int kMaxFusedOuts = 16;                       // of the last, see fused_outs
 constexpr int kWidthStep = 16;                          // widths are multiples of it
 constexpr int kRowPadding = 128;                        // a multiple of the rows of every variant that saves
-constexpr int kMaxWgmmaOuts = 128;                      // of the wgmma policies
 constexpr int64_t kMaxWgmmaQueries = int64_t{1} << 30;  // of the batch
 
 // How products are made: the operands' dtype, on tensor cores (kFloat32: on CUDA cores). kWgmma...: by warpgroups, on
@@ -69,11 +68,11 @@ LIIF_HOST_DEVICE constexpr int warp_rows(int rows, int width, int operand_bytes)
   return rows == 32 ? 1 : (width * operand_bytes < 256 ? 4 : 2);
 }
 
-// Outputs that the kernels make. Without wgmma, more than kMaxFusedOuts are the caller's product with the blended hidden
-// vectors, which the forward writes and whose gradients the backward takes.
-LIIF_HOST_DEVICE int fused_outs(MmaPolicy policy, const DecodeProblem<float>& p) {
+// Outputs that the kernels make. More than kMaxFusedOuts are the caller's product with the blended hidden vectors,
+// which the forward writes and whose gradients the backward takes. The wgmma kernels have no such forward.
+LIIF_HOST_DEVICE int fused_outs(const DecodeProblem<float>& p) {
   const int64_t outs = p.widths[p.layers];
-  return is_wgmma(policy) || outs <= kMaxFusedOuts ? static_cast<int>(outs) : 0;
+  return outs <= kMaxFusedOuts ? static_cast<int>(outs) : 0;
 }
 
 // Packed vectors of a problem (DecodeTask::packed_vectors), and partial sums of its columns (BackwardArrays::sums).

@@ -48,7 +48,7 @@ struct Decode {
     set_out_layout(problem);
     hidden = problem.layers - 1;
     const auto policy = static_cast<MmaPolicy>(arguments[first + 10].cast<int>());
-    outs = fused_outs(policy, problem);
+    outs = fused_outs(problem);
     latent_is_float = py::isinstance<py::array_t<float>>(latent_map);
     const char* error = nullptr;
     variant =
@@ -162,10 +162,9 @@ void bind_decode(py::module_& m) {
     return units;
   });
   // The numbers that the Python side repeats.
-  m.attr("limits") =
-      py::dict(py::arg("layers") = kMaxLayers, py::arg("width") = kMaxFusedWidth, py::arg("width_step") = kWidthStep,
-               py::arg("outs") = kMaxFusedOuts, py::arg("row_padding") = kRowPadding,
-               py::arg("wgmma_outs") = kMaxWgmmaOuts, py::arg("wgmma_queries") = kMaxWgmmaQueries);
+  m.attr("limits") = py::dict(py::arg("layers") = kMaxLayers, py::arg("width") = kMaxFusedWidth,
+                              py::arg("width_step") = kWidthStep, py::arg("outs") = kMaxFusedOuts,
+                              py::arg("row_padding") = kRowPadding, py::arg("wgmma_queries") = kMaxWgmmaQueries);
   m.def("saved_bytes", [](int policy, int widest, int hidden, bool local_ensemble, bool last_layer, int64_t rows) {
     const char* error = nullptr;
     const DecodeVariant variant = choose_variant(static_cast<MmaPolicy>(policy), widest, rows, &error);

@@ -1,7 +1,8 @@
 // `ring SEEDS`: one decode of 256 channels, forward and backward, under as many schedules. Prints a line for each: a
 // hash of all that the kernels wrote, or the emulator's error. Schedules change no bit of a sound kernel's results.
 // `ring SEEDS HASH TEXT` ends after a line that is not HASH and has TEXT in it.
-// With HOPPER: the Hopper kernel's forward, in a cluster of two blocks that have three tiles and two.
+// With HOPPER, 256 or 128: the Hopper kernel's forward with as many channels, in a cluster of two blocks of several
+// tiles. With 128 more layers than the ring has stages.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -33,7 +34,9 @@ namespace liif_fast {
 #ifdef HOPPER
 template <>
 const char* launch_hopper<MmaPolicy::kWgmmaBFloat16>(const HopperTask& task, void* stream) {
-  return launch_tile<HopperTile<__nv_bfloat16, 4, 3, 3>>(task, stream);
+  return launch_tile<
+      std::conditional_t<HOPPER == 256, HopperTile<__nv_bfloat16, 4, 3, 3>, HopperTile<__nv_bfloat16, 4, 4, 0, 128>>>(
+      task, stream);
 }
 #else
 template <>
@@ -53,11 +56,11 @@ LIIF_UNUSED(kFloat32)
 namespace {
 
 #ifdef HOPPER
-constexpr int64_t kHidden = 3, kQueries = 150;
+constexpr int64_t kHidden = HOPPER == 256 ? 3 : 5, kQueries = 150, kWidth = HOPPER;
 #else
-constexpr int64_t kHidden = 2, kQueries = 40;
+constexpr int64_t kHidden = 2, kQueries = 40, kWidth = 256;
 #endif
-constexpr int64_t kWidth = 256, kOuts = 3, kSide = 5;
+constexpr int64_t kOuts = 3, kSide = 5;
 
 // FNV-1a.
 template <class T>

@@ -74,6 +74,8 @@ class Block {
           resume(thread);
           ran = true;
           if (!error_.empty()) throw std::runtime_error(error_);
+          // Those who waited for the phase may run before other lanes of the warp that completed it.
+          if (std::exchange(completed_, false) && schedule.seed && random_() % 2) break;
         }
         done += fiber.done;
         if (schedule.seed % 2 && random_() % 8 == 0) make_copy(fiber);
@@ -283,6 +285,7 @@ class Block {
     if (barrier.missing != 0 || barrier.bytes != 0) return;
     barrier.missing = barrier.expected;
     ++barrier.phase;
+    completed_ = true;
   }
 
   // Makes a bulk copy. Its block must still run, since its memory and barriers then are a later block's.
@@ -365,6 +368,7 @@ class Block {
       nullptr;  // of each block: dynamic shared, asynchronous view
   std::vector<BulkCopy> bulk_;
   std::vector<unsigned> wakes_;  // the sweep that a sleeping warp wakes in
+  bool completed_ = false;       // a phase of a barrier, by the thread that runs
   unsigned sweeps_ = 0, first_block_ = 0, block_threads_ = 1, runs_ = 0;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::unordered_map<const void*, Barrier> barriers_;

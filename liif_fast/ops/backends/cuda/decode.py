@@ -22,7 +22,7 @@ from . import hopper
 from .packed import PACKED
 
 _ROW_PADDING = 128  # kRowPadding of launch.h
-_FUSED_OUTS = 16  # kMaxFusedOuts: more are a product of PyTorch
+_FUSED_OUTS = hopper.MOST_OUTS  # kMaxFusedOuts: more are a product of PyTorch
 _CHUNK_ROWS = 1536 * _ROW_PADDING  # of the backward: bounds its workspace, 100 MB a layer of 256 in 16 bits
 _SAVED_ALIGNMENT = 256  # of the arrays in `saved`
 _ALIGNMENT = 16  # kernels read the latent map and query terms in vectors of 16 bytes
@@ -157,7 +157,7 @@ def decode(inputs: DecodeInputs, save: bool | None, coord_grad: bool) -> tuple[T
 
     # Optimizers may change weights without counting it, so training packs them every time.
     packed = PACKED.get(inputs, arguments[-1], pack) if save is None else pack()
-    if not _has_own_product(inputs) or arguments[-1] in hopper.POLICIES.values():
+    if not _has_own_product(inputs):
         return _C.cuda_decode(*arguments, packed, saved, coord_grad, 0, rows, True), saved
     if saved.numel():
         _C.cuda_decode(*arguments, packed, saved, coord_grad, 0, rows, False)

@@ -15,7 +15,7 @@ from .. import extension, gpu
 ENABLED = os.environ.get("LIIF_FAST_HOPPER", "1") != "0"
 POLICIES = {torch.float16: 4, torch.bfloat16: 5}  # the wgmma policies of launch.h's MmaPolicy
 # Of csrc/cuda/decode/launch.h; a test compares.
-MOST_WIDTH, MOST_OUTS, MOST_QUERIES = 256, 128, 1 << 30
+MOST_WIDTH, MOST_OUTS, MOST_QUERIES = 256, 16, 1 << 30
 _LEAST_WIDTH = 65  # narrower layers would be padded to twice their size
 
 

@@ -22,7 +22,6 @@ from .fused_kernels import (
     blend_backward_kernel,
     fused_decode_backward_kernel,
     fused_decode_forward_kernel,
-    mask_bytes,
 )
 from .launch import (
     DTYPES,
@@ -39,6 +38,7 @@ from .launch import (
 )
 from .layerwise import DecodeGrads, backward_first_layer, last_layer, product_of_rows
 from .rows import as_operand
+from .tile_memory import mask_bytes
 
 MAX_WIDTH, MAX_INFERENCE_WIDTH = 256, 512  # of a hidden layer: registers do not hold wider ones; see launch.holds_wide
 FUSED_CHUNK_BYTES = 1 << 29  # of activations and gradients that a backward computes again, of blends of many outputs

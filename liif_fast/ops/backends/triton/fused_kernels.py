@@ -18,13 +18,14 @@ row for each query and not for each corner.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .rows import as_operand, find_queries, find_rows, first_layer, joined, out_offset, relu
+from .tile_memory import TileMemory, load_mask, mask_bytes, store_mask, stored_columns
 
 MAX_OUTS = tl.constexpr(8)  # of a last layer in the kernel; its product has twice as many columns
 
@@ -57,24 +58,6 @@ class RowGrads(NamedTuple):
     layers: Tensor  # [L + 1, rows, S]: gradients of every layer's output before its ReLU, in matmul_dtype
     bias_sums: Tensor  # [tiles, L, P]: each tile's sums for the hidden layers' biases
     area_weight: Tensor  # [rows]; empty without gradients of coordinates
-
-
-class TileMemory(NamedTuple):
-    """Where a tile's rows are in the memory of saved activations or of gradients, STORED columns a row."""
-
-    layers: Any  # pointer to the tile's first row in the first layer's activations or gradients
-    masks: Any  # pointer to the tile's first row in the first layer's masks
-    total: Any  # rows of the whole launch, the distance between layers
-    valid: Any  # [ROWS]
-    row: Any  # [ROWS], distance from the tile's first row
-    block: Any  # [ROWS, BLOCK]: offsets of a block's values
-
-
-@triton.constexpr_function
-def mask_bytes(width, wide):
-    """Bytes of the ReLU mask of a row of `width` activations: eight bytes for 64 columns of 16 bits; a byte for each
-    column of 32 bits, where bits would save little."""
-    return width if wide else (width + 63) // 64 * 8
 
 
 @triton.constexpr_function
@@ -125,64 +108,6 @@ def advance(blocks, computed, block, slot, NB: tl.constexpr):
             return following, (block,)
         else:
             return following, replace_block(computed, block, slot, NB - 1)
-
-
-@triton.jit
-def stored_columns(valid, slot, STORED: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr):
-    """Which of a block's values have a place in memory: rows that exist, columns before STORED."""
-    if STORED == NB * BLOCK:
-        return valid[:, None]
-    else:
-        return valid[:, None] & (tl.arange(0, BLOCK) + slot * BLOCK < STORED)[None, :]
-
-
-@triton.jit
-def mask_place(memory, layer, slot, WIDE: tl.constexpr, STORED: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to the ReLU mask of a tile's block."""
-    stride: tl.constexpr = mask_bytes(STORED, WIDE)
-    size: tl.constexpr = mask_bytes(BLOCK, WIDE)
-    place = memory.masks + (layer * memory.total * stride + slot * size)
-    return place + (memory.row * stride)[:, None] + tl.arange(0, size)[None, :]
-
-
-@triton.jit
-def store_mask(memory, layer, slot, carried, STORED: tl.constexpr, NB: tl.constexpr):
-    """Stores which columns of a block are positive.
-
-    As bits, bit j of byte i is column 8j + i of 64. carried: activations after ReLU as they go from layer to layer. As
-    integers they are positive where the activations are positive or NaN.
-    """
-    WIDE: tl.constexpr = carried.dtype != tl.int16
-    ROWS: tl.constexpr = carried.shape[0]
-    BLOCK: tl.constexpr = carried.shape[1]
-    size: tl.constexpr = mask_bytes(BLOCK, WIDE)
-    place = mask_place(memory, layer, slot, WIDE, STORED, BLOCK)
-    if WIDE:
-        positive = carried.to(tl.int32, bitcast=True) > 0
-        tl.store(place, positive.to(tl.uint8), mask=stored_columns(memory.valid, slot, STORED, NB, BLOCK))
-    else:
-        tl.static_assert(NB == 1 or BLOCK % 64 == 0, "blocks share no group of 64 columns")
-        BITS: tl.constexpr = BLOCK // size
-        bit = tl.arange(0, BITS)
-        positive = tl.reshape(carried > 0, [ROWS, size // 8, BITS, 8])
-        bits = tl.sum(tl.where(positive, (1 << bit)[None, None, :, None], 0), axis=2)
-        tl.store(place, tl.reshape(bits, [ROWS, size]).to(tl.uint8), mask=memory.valid[:, None])
-
-
-@triton.jit
-def load_mask(memory, layer, slot, WIDE: tl.constexpr, STORED: tl.constexpr, NB: tl.constexpr):
-    """The mask that store_mask stored, [ROWS, BLOCK]; columns from STORED on are not positive."""
-    ROWS: tl.constexpr = memory.block.shape[0]
-    BLOCK: tl.constexpr = memory.block.shape[1]
-    size: tl.constexpr = mask_bytes(BLOCK, WIDE)
-    place = mask_place(memory, layer, slot, WIDE, STORED, BLOCK)
-    if WIDE:
-        return tl.load(place, mask=stored_columns(memory.valid, slot, STORED, NB, BLOCK), other=0) != 0
-    else:
-        tl.static_assert(NB == 1 or BLOCK % 64 == 0, "blocks share no group of 64 columns")
-        bit = tl.arange(0, BLOCK // size)
-        bits = tl.reshape(tl.load(place, mask=memory.valid[:, None], other=0), [ROWS, size // 8, 1, 8]).to(tl.int32)
-        return tl.reshape((bits & (1 << bit)[None, None, :, None]) != 0, [ROWS, BLOCK])
 
 
 @triton.jit
@@ -427,8 +352,9 @@ def fused_decode_backward_kernel(
     for k in tl.static_range(NB):
         if OUTS > 0:
             weight_pair = tl.load(imnet.last + (k * BLOCK + inner)[None, :] * (2 * MAX_OUTS) + pair[:, None])
-            value = tl.dot(rest, weight_pair, input_precision=PRECISION)
-            value = tl.dot(rounded, weight_pair, value, input_precision=PRECISION)
+            value = tl.dot(rounded, weight_pair, input_precision=PRECISION)
+            if OP != tl.float32 or PRECISION != "ieee":  # otherwise nothing was rounded
+                value = tl.dot(rest, weight_pair, value, input_precision=PRECISION)
             value = store_last_grads(value, memory, sums, layers, k, OP, PRECISION, STORED, NB)
         else:
             place = memory.layers + (layers * memory.total * STORED + k * BLOCK) + memory.block

@@ -74,12 +74,14 @@ def emulated() -> Iterator[None]:
 
 @contextmanager
 def hopper_emulated() -> Iterator[None]:
-    """emulated(), whose inference runs the Hopper kernel, in clusters of two and with imnets that are narrow for it."""
-    hopper = import_module(f"{_MODULES}.cuda.hopper")
+    """emulated(), whose forward runs the Hopper kernel, in clusters of two and with imnets that are narrow for it."""
+    hopper, decode = (import_module(f"{_MODULES}.cuda.{part}") for part in ("hopper", "decode"))
+    padded_width = decode._padded_width
     with emulated(), pytest.MonkeyPatch.context() as patch:
         set_device("sm_90-pair")
         patch.setattr(hopper, "against_device", lambda *_: "")
         patch.setattr(hopper, "_LEAST_WIDTH", 1)
+        patch.setattr(decode, "_padded_width", lambda each: 256 if decode._uses_hopper(each) else padded_width(each))
         yield
 
 
@@ -151,7 +153,7 @@ class Backend(NamedTuple):
     every: int = 1  # a slow backend runs one of so many cases of each test,
     every_proof: int = 1  # one of so many with `-m prove`, and the others with `-m exhaustive`
     most_queries: int = 1 << 20  # of a random case
-    infers: bool = False  # a kernel for inference in 16 bits: only tests with the mark `inference` run on it
+    hopper: bool = False  # the Hopper kernel: only 16 bits and tests with the mark `hopper` run on it
     has_tf32: bool = False  # follows torch's switch for TF32
     has_atomics: bool = False  # adds gradients in no fixed order unless torch.use_deterministic_algorithms is on
     widest: int = 256  # layer of an imnet that runs in one kernel,
@@ -163,7 +165,7 @@ class Backend(NamedTuple):
     def reason_against(self, op: str, dtype: torch.dtype, case: Case | None = None) -> str:
         """Why the backend refuses an op, or a decode with this case's imnet; '' where it runs it."""
         widths = () if case is None else (*case.hidden, case.outs)
-        if self.infers and widths and (reason := cuda.hopper.against_imnet(widths, torch.float16, trains=False)):
+        if self.hopper and widths and (reason := cuda.hopper.against_imnet(widths, torch.float16)):
             return reason
         return reason_against(self.op_backend, op, dtype, self.device, widths)
 
@@ -185,7 +187,7 @@ _ROWS = [
     Backend("torch", "torch", _reference, rounds_biases=True, most_queries=4000),
     *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ISAS),
     Backend("cuda-emulated", activate=emulated, every=6, every_proof=2, most_queries=40, **_CUDA),
-    Backend("hopper-emulated", "cuda", hopper_emulated, every=12, most_queries=70, infers=True),
+    Backend("hopper-emulated", activate=hopper_emulated, every=12, most_queries=70, hopper=True, **_CUDA),
     Backend("triton-interpreted", activate=interpreted, every=60, every_proof=24, most_queries=9, **_TRITON),
     Backend("cuda", activate=_on_device("cuda"), device="cuda", **_CUDA),
     Backend("triton", activate=_on_device("triton"), device="cuda", **_TRITON),

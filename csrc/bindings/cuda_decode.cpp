@@ -123,9 +123,9 @@ std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& packed, cons
   const DeviceGuard guard(c.device);
   const bool in_rows = grads.latent_map.numel() == 0;
   const int64_t width = c.variant.width, latent_rows = in_rows ? rows.count : 0;
-  const ScalarType dtype = !is_16_bit(c.variant.policy)              ? ScalarType::Float
-                           : c.variant.policy == MmaPolicy::kFloat16 ? ScalarType::Half
-                                                                     : ScalarType::BFloat16;
+  const ScalarType dtype = !is_16_bit(c.variant.policy)   ? ScalarType::Float
+                           : is_float16(c.variant.policy) ? ScalarType::Half
+                                                          : ScalarType::BFloat16;
   std::vector<Tensor> out{
       torch::stable::new_empty(grad_out, {c.hidden, rows.count, width}, dtype),
       zeros<float>(grad_out, {int64_t{c.variant.blocks} * c.variant.row_sums, sum_count(c.hidden, c.outs), width}),

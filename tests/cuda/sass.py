@@ -93,6 +93,7 @@ def measure_hopper(code: list[Instruction]) -> dict[str, int]:
         "fences": count(code, "WARPGROUP.ARRIVE"),
         "waits": count(code, "WARPGROUP.DEPBAR"),
         "stores": count(code, "STG"),
+        "stores_of_16_bytes": stores(code, wide=True),
         "wide_loads": count(code, "LDG.E.128"),
         "loads_in_flight": flights(code)[1],  # the map has two types, each with its own code
         "instructions_of_the_loop": len(loop),

@@ -196,7 +196,6 @@ def test_cuda_refuses_with_a_reason(gpu_here, device, dtype, widths, message):
 
 
 HOPPER_REFUSALS = {
-    "training": ({"trains": True}, "is for inference, and saves nothing for a backward"),
     "float32": ({"matmul_dtype": torch.float32}, "multiplies float16 or bfloat16, not torch.float32"),
     "no hidden layer": ({"widths": (256, 3)}, "decodes with 3 to 18 layers, this imnet has 2"),
     "narrow": ({"widths": (64, 128, 3)}, "decodes with a widest layer of 129 to 256 channels, not 128"),
@@ -207,7 +206,7 @@ HOPPER_REFUSALS = {
 
 @pytest.mark.parametrize(("change", "message"), HOPPER_REFUSALS.values(), ids=HOPPER_REFUSALS)
 def test_the_hopper_kernel_is_left_out_with_a_reason(change, message):
-    imnet = {"widths": (256,) * 4 + (3,), "matmul_dtype": torch.bfloat16, "trains": False}
+    imnet = {"widths": (256,) * 4 + (3,), "matmul_dtype": torch.bfloat16}
     assert hopper.against_imnet(**imnet) == ""
     assert hopper.against_imnet(**{**imnet, **change}) == f"the Hopper kernel {message}"
 

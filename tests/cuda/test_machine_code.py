@@ -27,11 +27,13 @@ KERNELS = {
     "backward": "decode_backward_kernel",
 }
 HOPPER_KERNELS = {
-    "paper": r"decode_hopper_kernel.*bfloat16Li4ELi3ELi3E",
-    "any layers": r"decode_hopper_kernel.*bfloat16Li4ELi4ELi0E",
-    "any layers, one corner": r"decode_hopper_kernel.*halfLi1ELi4ELi0E",
+    "paper": r"decode_hopper_kernelINS_10HopperTileI13__nv_bfloat16Li4ELi3ELi3E",
+    "any layers": r"decode_hopper_kernelINS_10HopperTileI13__nv_bfloat16Li4ELi4ELi0E",
+    "any layers, one corner": r"decode_hopper_kernelINS_10HopperTileI6__halfLi1ELi4ELi0E",
+    "training": r"decode_hopper_kernelINS_16HopperSaving.*bfloat16Li4ELi4ELi0E",
+    "training, one corner": r"decode_hopper_kernelINS_16HopperSaving.*halfLi1ELi4ELi0E",
 }
-EXACT = ("products", "fences", "waits", "stores", "wide_loads")
+EXACT = ("products", "fences", "waits", "stores", "stores_of_16_bytes", "wide_loads")
 AT_LEAST = ("wide_stores", "loads_in_flight", "copies_under_products")  # the other numbers are upper limits
 
 

@@ -144,8 +144,8 @@ DecodeVariant choose_variant(MmaPolicy policy, int width, int64_t total_rows, co
   DeviceLimits limits = {};
   const cudaError_t status = device_limits(limits);
   *error = status == cudaSuccess ? nullptr : cudaGetErrorString(status);
-  if (is_wgmma(policy)) return {policy, kMaxFusedWidth, kRowPadding, 0, 0};  // the launch asks for its blocks
-  const int bytes = operand_bytes(policy), padded = padded_width(width), large = large_rows(bytes);
+  const int bytes = operand_bytes(policy), large = large_rows(bytes);
+  const int padded = is_wgmma(policy) ? kMaxFusedWidth : padded_width(width);
   const bool is_small_problem = (total_rows + large - 1) / large < 2 * limits.processors;
   const bool small = padded == 256 &&
                      (is_small_problem || has_small_tiles_only(limits.arch) || limits.block_bytes < kLargeSharedBytes);
@@ -197,8 +197,9 @@ const char* launch_pack(const DecodeProblem<float>& problem, const DecodeVariant
   const int groups = group_count(variant.policy, variant.width);
   const int64_t units = static_cast<int64_t>(problem.layers - 1) * groups * chunk_units(variant.width);
   uint4* const chunks = static_cast<uint4*>(packed);
-  const PackTask task{problem,    variant.policy, variant.width, groups,
-                      transposed, units,          chunks,        reinterpret_cast<float*>(chunks + units)};
+  const MmaPolicy policy = transposed ? backward_policy(variant.policy) : variant.policy;
+  const PackTask task{problem,    policy, variant.width, groups,
+                      transposed, units,  chunks,        reinterpret_cast<float*>(chunks + units)};
   return launch(pack_kernel, blocks_for(units / kWarp + 1), stream, task);
 }
 
@@ -237,17 +238,22 @@ const char* dispatch_policy(MmaPolicy policy, const F& f) {
     case MmaPolicy::kFloat32:
       return f(std::integral_constant<MmaPolicy, MmaPolicy::kFloat32>{});
     default:
-      return "the wgmma kernels save nothing and have no backward";
+      return "the wgmma kernels have launches of their own";
   }
 }
 
-const char* launch_wgmma(const DecodeTask& task, const DecodeVariant& variant, void* workspace, void* stream) {
+const char* launch_wgmma(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
+                         void* workspace, void* stream) {
   const int64_t rows = neighbor_rows(task), cols = neighbor_cols(task);
   AxisNeighbors* const neighbors = static_cast<AxisNeighbors*>(workspace);
   const unsigned blocks = blocks_for((rows + cols + kWarp - 1) / kWarp);
   if (const char* error = launch(neighbors_kernel, blocks, stream, task, neighbors, rows, cols)) return error;
   HopperTask hopper = {};
   static_cast<DecodeTask&>(hopper) = task;
+  hopper.first_tile = task.first_tile * variant.rows / kRowPadding;
+  hopper.tiles = (task.tiles * variant.rows + kRowPadding - 1) / kRowPadding;
+  hopper.saved = saved;
+  hopper.saved_tile_rows = variant.rows;
   hopper.neighbor_rows = neighbors;
   hopper.neighbor_cols = neighbors + rows;
   hopper.columns = Divisor::of(task.coord ? 1 : task.window_width);
@@ -266,7 +272,7 @@ int64_t workspace_bytes(const DecodeProblem<float>& problem, const DecodeVariant
 const char* launch_decode_forward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
                                   void* workspace, void* stream) {
   if (task.tiles == 0) return nullptr;
-  if (is_wgmma(variant.policy) && !saved.masks) return launch_wgmma(task, variant, workspace, stream);
+  if (is_wgmma(variant.policy)) return launch_wgmma(task, variant, saved, workspace, stream);
   return dispatch_policy(variant.policy,
                          [&](auto policy) { return launch_forward<policy()>(task, variant, saved, stream); });
 }
@@ -274,8 +280,9 @@ const char* launch_decode_forward(const DecodeTask& task, const DecodeVariant& v
 const char* launch_decode_backward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
                                    const BackwardArrays& backward, void* stream) {
   if (task.tiles == 0) return nullptr;
-  return dispatch_policy(
-      variant.policy, [&](auto policy) { return launch_backward<policy()>(task, variant, saved, backward, stream); });
+  return dispatch_policy(backward_policy(variant.policy), [&](auto policy) {
+    return launch_backward<policy()>(task, variant, saved, backward, stream);
+  });
 }
 
 }  // namespace liif_fast

@@ -1,4 +1,4 @@
-// The fused decode of inference on compute capability 9.0: 256 channels, 16 bits, products of warpgroups (wgmma).
+// The fused decode's forward on compute capability 9.0: 256 channels, 16 bits, products of warpgroups (wgmma).
 //
 // A block has three warpgroups. In the first, the producers, one thread streams weights through a ring in shared
 // memory, and three warps make the first layer's activations of the next tile. The other two, the consumers, multiply:
@@ -134,6 +134,9 @@ const char* launch_tile(const HopperTask& task, void* stream) {
 template <MmaPolicy kPolicy>
 const char* launch_hopper(const HopperTask& task, void* stream) {
   using Element = std::conditional_t<is_float16(kPolicy), __half, __nv_bfloat16>;
+  if (task.saved.masks)
+    return task.corners == 4 ? launch_tile<HopperSavingTile<HopperTile<Element, 4, 4, 0>>>(task, stream)
+                             : launch_tile<HopperSavingTile<HopperTile<Element, 1, 4, 0>>>(task, stream);
   if (task.corners != 4) return launch_tile<HopperTile<Element, 1, 4, 0>>(task, stream);
   if (task.hidden == 3 && task.outs <= 3) return launch_tile<HopperTile<Element, 4, 3, 3>>(task, stream);
   return launch_tile<HopperTile<Element, 4, 4, 0>>(task, stream);

@@ -1,17 +1,9 @@
 // The Hopper decode's consumers: products, packing, blend, last layer. hopper.cuh describes the kernel.
 #pragma once
 
-#include "cuda/decode/hopper_tile.cuh"
+#include "cuda/decode/hopper_saving.cuh"
 
 namespace liif_fast {
-
-using HalfSums = float[64];           // [n8 tile][row, row + 8][two channels]
-using HalfOperands = uint32_t[8][4];  // [k16 step][word]
-
-// Four channels of a packed vector, which a lane holds in two n8 tiles.
-__device__ __forceinline__ float4 lane_channels(const float* half, int step, int quad) {
-  return *reinterpret_cast<const float4*>(half + step / 2 * 32 + quad * 8 + step % 2 * 4);
-}
 
 // The next layer's operands: relu(sums + bias), which have the same place in a lane.
 template <class T>
@@ -39,9 +31,6 @@ __device__ __forceinline__ void load_half(const uint4 (*first)[kWarpgroup], int 
 
 template <class T>
 using LastSums = float[T::kOuts][T::kSums];
-
-// The upper one of a thread's two rows of its consumer.
-__device__ __forceinline__ int lane_row(int thread) { return thread % kWarpgroup / kWarp * 16 + thread % kWarp / 4; }
 
 // The blending weights of a thread's rows: the upper one's, and the lower one's eight further on.
 template <class T>
@@ -98,7 +87,7 @@ __device__ __forceinline__ void write_queries(const HopperTask& task, const Hopp
       total[o] += __shfl_xor_sync(kAllLanes, total[o], 2);
       if (T::kCorners == 4) total[o] += __shfl_xor_sync(kAllLanes, total[o], 16);
     }
-    const int query = row_query<T>(tile, thread / kWarpgroup - 1, lane_row(thread) + 8 * s);
+    const int query = row_query<T>(tile + first_tile<T>(task), thread / kWarpgroup - 1, lane_row(thread) + 8 * s);
     if (tile < 0 || lane % 4 != 0 || (T::kCorners == 4 && lane >= 16) || query >= task.total) continue;
     const Quotient at = task.entry_queries.divide(query);
     float* const out = task.out + at.quotient * task.out_batch + at.remainder * task.out_query;
@@ -150,6 +139,12 @@ __device__ __forceinline__ void consume_layers(const HopperTask& task, HopperWor
     load_half<T>(first, thread, low);
     load_half<T>(first + T::kSteps, thread, high);
     arrive(&space.taken[consumer]);
+    [[maybe_unused]] SavedLayer<T> saved;
+    if constexpr (T::kSaves) {
+      saved = first_saved_layer<T>(task, tile);
+      save_half<T, 0>(saved, low);
+      save_half<T, 1>(saved, high);
+    }
     const float* bias = space.biases[0];
 #pragma unroll 1
     for (int layer = 1;; ++layer) {
@@ -159,19 +154,31 @@ __device__ __forceinline__ void consume_layers(const HopperTask& task, HopperWor
       multiply_block<T, 3, true>(space, parity, empty, gives, high, right);
       const bool is_last = layer == task.hidden;
       // Under the fourth group.
-      if (!is_last) pack_half<T>(left, bias, quad, low);
+      if (T::kSaves || !is_last) pack_half<T>(left, bias, quad, low);
+      if constexpr (T::kSaves) {
+        next_saved_layer<T>(task, layer, saved);
+        save_half<T, 0>(saved, low);
+      }
       wait_products<0>();
       has_before = true;
       parity ^= 1;
-      if (is_last) break;
+      if (!T::kSaves && is_last) break;
       pack_half<T>(right, bias + T::kHalf, quad, high);
+      if constexpr (T::kSaves) {
+        save_half<T, 1>(saved, high);
+        if (is_last) break;
+      }
       bias += T::kWidth;
     }
     LastSums<T> sums = {};
     const float* const weight = lane_weight<T>(space, buffer);
     add_last_layer<T>(left, bias, space.last[0], quad, weight, sums);
     add_last_layer<T>(right, bias + T::kHalf, space.last[0] + T::kHalf, quad, weight, sums);
-    write_queries<T>(task, space, tile, sums);
+    if constexpr (T::kSaves) {
+      save_blended<T, 0>(task, tile, left, bias, weight);
+      save_blended<T, 1>(task, tile, right, bias + T::kHalf, weight);
+    }
+    if (!T::kSaves || task.out) write_queries<T>(task, space, tile, sums);
     buffer ^= 1;
   }
 }

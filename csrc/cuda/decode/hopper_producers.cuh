@@ -32,7 +32,7 @@ __device__ __forceinline__ void stream_weights(const HopperTask& task, HopperWor
 template <class T>
 __device__ __forceinline__ void locate_row(const HopperTask& task, HopperWorkspace<T>& space, int tile, uint32_t buffer,
                                            int consumer, int r) {
-  const int total = static_cast<int>(task.total), wanted = row_query<T>(tile, consumer, r);
+  const int total = static_cast<int>(task.total), wanted = row_query<T>(tile + first_tile<T>(task), consumer, r);
   const int query = wanted < total ? wanted : total - 1;
   const Quotient place = task.coord ? Quotient{query, query} : task.columns.divide(query);
   const AxisNeighbors row = task.neighbor_rows[place.quotient], col = task.neighbor_cols[place.remainder];

@@ -15,7 +15,8 @@ struct HopperTile {
   using Element = Element_;
   static constexpr int kCorners = kCorners_, kOuts = kOuts_, kHidden = kHidden_, kWidth = 256, kHalf = 128;
   static constexpr int kConsumers = 2, kConsumerRows = 64, kRows = kConsumers * kConsumerRows;
-  static constexpr int kQueries = kConsumerRows / kCorners;                        // of a consumer
+  static constexpr int kQueries = kConsumerRows / kCorners;  // of a consumer
+  static constexpr bool kSaves = false;
   static constexpr int kSums = kCorners == 4 ? 1 : 2;                              // queries of a lane's two rows
   static constexpr int kSteps = kHalf / 16;                                        // of inputs, in a half
   static constexpr int kPartBytes = kHalf * 64 * 2, kBlockBytes = 2 * kPartBytes;  // a part has 64 inputs
@@ -25,6 +26,12 @@ struct HopperTile {
   // would let the second consumer wait for ever; with 216 for a consumer, ptxas serializes the products (C7512).
   static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 3 * 168, "the launch's registers");
+};
+
+// The same for training.
+template <class T>
+struct HopperSavingTile : T {
+  static constexpr bool kSaves = true;
 };
 
 // A block's shared memory. Two-fold: of either consumer.
@@ -41,11 +48,28 @@ struct alignas(1024) HopperWorkspace {
   uint64_t full[T::kStages], empty[T::kStages], made[T::kConsumers], taken[T::kConsumers];
 };
 
+using HalfSums = float[64];           // [n8 tile][row, row + 8][two channels]
+using HalfOperands = uint32_t[8][4];  // [k16 step][word]
+
+// Four channels of a packed vector, which a lane holds in two n8 tiles.
+__device__ __forceinline__ float4 lane_channels(const float* half, int step, int quad) {
+  return *reinterpret_cast<const float4*>(half + step / 2 * 32 + quad * 8 + step % 2 * 4);
+}
+
+// The upper one of a thread's two rows of its consumer.
+__device__ __forceinline__ int lane_row(int thread) { return thread % kWarpgroup / kWarp * 16 + thread % kWarp / 4; }
+
 // A block's tiles are blockIdx.x, blockIdx.x + gridDim.x and so on. Both blocks of a cluster have as many, since
 // weights come to both; those after the last are not written. ptxas spills what all warps share, so each role counts by
 // itself.
 __device__ __forceinline__ bool cluster_has(const HopperTask& task, int tile) {
   return tile - static_cast<int>(cluster_rank()) < static_cast<int>(task.tiles);
+}
+
+// The tile from which a launch counts: training decodes parts of the queries.
+template <class T>
+__device__ __forceinline__ int first_tile(const HopperTask& task) {
+  return T::kSaves ? static_cast<int>(task.first_tile) : 0;
 }
 
 // The query of a consumer's row.

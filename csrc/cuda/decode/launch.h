@@ -22,7 +22,7 @@ constexpr int kMaxWgmmaHidden = 16;                     // hidden layers after t
 constexpr int64_t kMaxWgmmaQueries = int64_t{1} << 30;  // of the batch
 
 // How products are made: the operands' dtype, on tensor cores (kFloat32: on CUDA cores). kWgmma...: by warpgroups, on
-// compute capability 9.0, for inference.
+// compute capability 9.0, in the forward.
 enum class MmaPolicy { kFloat16, kBFloat16, kTf32, kFloat32, kWgmmaFloat16, kWgmmaBFloat16 };
 
 LIIF_HOST_DEVICE constexpr bool is_wgmma(MmaPolicy policy) {
@@ -30,6 +30,10 @@ LIIF_HOST_DEVICE constexpr bool is_wgmma(MmaPolicy policy) {
 }
 LIIF_HOST_DEVICE constexpr bool is_float16(MmaPolicy policy) {
   return policy == MmaPolicy::kFloat16 || policy == MmaPolicy::kWgmmaFloat16;
+}
+// The policy of a forward's backward.
+LIIF_HOST_DEVICE constexpr MmaPolicy backward_policy(MmaPolicy policy) {
+  return !is_wgmma(policy) ? policy : is_float16(policy) ? MmaPolicy::kFloat16 : MmaPolicy::kBFloat16;
 }
 LIIF_HOST_DEVICE constexpr bool is_16_bit(MmaPolicy policy) {
   return policy != MmaPolicy::kTf32 && policy != MmaPolicy::kFloat32;
@@ -39,7 +43,7 @@ LIIF_HOST_DEVICE constexpr int operand_bytes(MmaPolicy policy) { return is_16_bi
 // -------------------------------------------------------------------------------------------------------------
 // variants Constant expressions, so that kernels, launchers and tests all read the same ones.
 
-// Which kernels run a problem on a device.
+// Which kernels run a problem on a device. Of wgmma policies: the backward's, which reads what their forward saves.
 struct DecodeVariant {
   MmaPolicy policy;
   int width;     // 64, 128 or 256

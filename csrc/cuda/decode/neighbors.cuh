@@ -38,6 +38,8 @@ struct Divisor {
 struct HopperTask : DecodeTask {
   const AxisNeighbors *neighbor_rows, *neighbor_cols;  // at coordinates: of every query
   Divisor columns, entry_queries;                      // of the window; queries of a batch entry
+  SavedActivations saved;                              // for a backward
+  int saved_tile_rows;                                 // of the tiles in `saved`
 };
 
 // hopper.cuh defines it, one .cu for each policy instantiates it.

@@ -191,7 +191,7 @@ def against_hopper(request: OpRequest) -> str:
     """Why the `cuda` backend would not decode with its Hopper kernel; '' where it would."""
     reason = cuda.hopper.against_device(request.device, request.device_index)
     dtype = request.matmul_dtype or request.dtype
-    return reason or cuda.hopper.against_imnet(request.widths, dtype, request.trains)
+    return reason or cuda.hopper.against_imnet(request.widths, dtype)
 
 
 def preference(request: OpRequest) -> preferences.Preference | None:

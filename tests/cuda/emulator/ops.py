@@ -83,7 +83,9 @@ class Ops:
 
     def cuda_decode_backward(self, *arguments: object) -> tuple[Tensor, ...]:
         grad_rows, *others = self.kernels.decode_backward(*map(_arrays, arguments))
-        dtype = {0: torch.float16, 1: torch.bfloat16}.get(arguments[13], torch.float32)
+        dtype = {0: torch.float16, 1: torch.bfloat16, 4: torch.float16, 5: torch.bfloat16}.get(
+            arguments[13], torch.float32
+        )
         return torch.from_numpy(grad_rows).view(dtype), *map(torch.from_numpy, others)
 
     def metasr_query(self, latent_map: Tensor, *tensors_and_region: object) -> Tensor:

@@ -1,4 +1,4 @@
-"""The fused decode on the `cuda` backend: one kernel for the forward, one for the backward, one for Hopper's inference.
+"""The fused decode on the `cuda` backend: one kernel for the forward, one for the backward, one for Hopper's forward.
 
 The forward saves 16-bit (or float32) activations, and one bit per activation for the ReLUs. The backward's kernel
 computes every layer's gradient from them, and the weights' gradients are PyTorch's matrix products of both. Without
@@ -61,28 +61,24 @@ def _kernel_inputs(inputs: DecodeInputs) -> DecodeInputs:
     return inputs.for_kernels(latent_map, torch.float32)
 
 
-def _arguments(inputs: DecodeInputs, policy: int | None = None) -> tuple[object, ...]:
-    """The arguments that all bindings share: the inputs without query_term, an MmaPolicy's number as matmul_dtype.
-
-    policy: that number, None for the kernels that run on every GPU.
-    """
+def _arguments(inputs: DecodeInputs) -> tuple[object, ...]:
+    """The arguments that all bindings share: the inputs without query_term, an MmaPolicy's number as matmul_dtype."""
     float_policy = 2 if allows_tf32() else 3
-    every = {torch.float16: 0, torch.bfloat16: 1}.get(inputs.matmul_dtype, float_policy)
-    return *inputs[:-2], every if policy is None else policy
+    policies = hopper.POLICIES if _uses_hopper(inputs) else {torch.float16: 0, torch.bfloat16: 1}
+    return *inputs[:-2], policies.get(inputs.matmul_dtype, float_policy)
 
 
-def _hopper_policy(inputs: DecodeInputs, trains: bool) -> int | None:
-    """The policy of the Hopper kernel where it decodes these inputs."""
+def _uses_hopper(inputs: DecodeInputs) -> bool:
+    """Whether the Hopper kernel decodes these inputs."""
     device = inputs.latent_map.device
     against = hopper.against_device(device.type, device.index)
-    against = against or hopper.against_imnet(inputs.widths, inputs.matmul_dtype, trains, inputs.queries)
-    return None if against else hopper.POLICIES[inputs.matmul_dtype]
+    return not (against or hopper.against_imnet(inputs.widths, inputs.matmul_dtype, inputs.queries))
 
 
 def decode(inputs: DecodeInputs, save: bool | None, coord_grad: bool) -> tuple[Tensor, Tensor]:
     saved = inputs.empty_saved(saved_bytes(inputs, coord_grad) if save else 0)
     rows = _padded_rows(inputs.rows) if saved.numel() else -1
-    arguments = _arguments(_kernel_inputs(inputs), _hopper_policy(inputs, save is not None))
+    arguments = _arguments(_kernel_inputs(inputs))
 
     def pack() -> Tensor:
         return _C.cuda_decode_pack(*arguments, False)

@@ -1,6 +1,7 @@
-"""When inference on the `cuda` backend runs the Hopper kernel (csrc/cuda/decode/hopper.cuh), and why where it does not.
+"""When the `cuda` backend's forward runs the Hopper kernel (csrc/cuda/decode/hopper.cuh), and why where it does not.
 
-Where it does not, the kernels for every GPU run. LIIF_FAST_HOPPER=0 leaves the Hopper kernel out.
+Where it does not, the kernels for every GPU run. They also are the backward of the Hopper kernel, which saves what they
+read. LIIF_FAST_HOPPER=0 leaves the Hopper kernel out.
 """
 
 from __future__ import annotations
@@ -33,14 +34,11 @@ def against_device(kind: str, index: int | None) -> str:
     return ""
 
 
-def against_imnet(widths: Sequence[int], matmul_dtype: torch.dtype, trains: bool, queries: int | None = None) -> str:
+def against_imnet(widths: Sequence[int], matmul_dtype: torch.dtype, queries: int | None = None) -> str:
     """Why the Hopper kernel does not decode with an imnet; '' where it does.
 
-    widths: of the imnet's layers, (K, *hidden, O). trains: whether autograd records the decode. queries: of the whole
-    batch, None where they are not known yet.
+    widths: of the imnet's layers, (K, *hidden, O). queries: of the whole batch, None where they are not known yet.
     """
-    if trains:
-        return "the Hopper kernel is for inference, and saves nothing for a backward"
     if matmul_dtype not in POLICIES:
         return f"the Hopper kernel multiplies float16 or bfloat16, not {matmul_dtype}"
     if not 1 <= len(widths) - 2 <= MOST_HIDDEN:

@@ -62,12 +62,15 @@ CudaDecode cuda_decode(const DecodeInputs& inputs, int64_t policy_number) {
 // queries.
 Tensor pack(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTensor& cell, const Tensor& weight_geometry,
             const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const Sizes& grid,
-            const std::vector<double>& grid_cell, bool local_ensemble, int64_t policy, bool transposed) {
+            const std::vector<double>& grid_cell, bool local_ensemble, int64_t policy, bool transposed, bool points) {
   const CudaDecode c =
       cuda_decode({latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble}, policy);
   const DeviceGuard guard(c.device);
   Tensor packed = torch::stable::new_empty(latent_map, {packed_bytes(c.variant, c.hidden, c.outs)}, ScalarType::Byte);
-  check_launch(launch_pack(c.problem, c.variant, transposed, packed.mutable_data_ptr(), current_stream(c.device)));
+  const Direction direction = !transposed ? Direction::kForward
+                              : points    ? Direction::kBackwardWithPoints
+                                          : Direction::kBackward;
+  check_launch(launch_pack(c.problem, c.variant, direction, packed.mutable_data_ptr(), current_stream(c.device)));
   return packed;
 }
 
@@ -144,8 +147,9 @@ std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& packed, cons
   backward.latent_index = data<int64_t>(out[3]);
   backward.coord = written(grads.coord, "grad_coord", {p.batch, p.queries, 2});
   backward.cell = written(grads.cell, "grad_cell", {p.batch, p.queries, 2});
-  check_launch(
-      launch_decode_backward(make_task(c, packed, rows), c.variant, saved, backward, current_stream(c.device)));
+  Tensor workspace = torch::stable::new_empty(grad_out, {workspace_bytes(p, c.variant)}, ScalarType::Byte);
+  check_launch(launch_decode_backward(make_task(c, packed, rows), c.variant, saved, backward,
+                                      workspace.mutable_data_ptr(), current_stream(c.device)));
   return out;
 }
 
@@ -173,7 +177,8 @@ std::vector<Tensor> decode_backward(const Tensor& grad_out, const Tensor& saved,
 void register_cuda_decode(Registry& ops) {
   ops.def(
       "cuda_decode_pack(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, "
-      "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, int policy, bool transposed) -> Tensor");
+      "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, int policy, bool transposed, "
+      "bool points) -> Tensor");
   ops.def(
       "cuda_decode(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, "
       "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, int policy, Tensor packed, "

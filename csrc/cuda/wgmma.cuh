@@ -151,5 +151,17 @@ __device__ __forceinline__ uint32_t pack_relu(float low, float high, __half) {
   return word;
 }
 
+// pack() that the compiler does not move either.
+__device__ __forceinline__ uint32_t pack_in_order(float low, float high, __nv_bfloat16) {
+  uint32_t word;
+  asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ uint32_t pack_in_order(float low, float high, __half) {
+  uint32_t word;
+  asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
 }  // namespace liif_fast
 #endif

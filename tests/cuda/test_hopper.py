@@ -55,20 +55,23 @@ def test_no_schedule_changes_a_bit(kernels, kind, hidden, outs, queries, device,
 @pytest.mark.parametrize("outs", [4, proved(1), proved(2)])
 @pytest.mark.parametrize("ensemble", [True, False], ids=["ensemble", "nearest"])
 def test_layers_and_outputs(kernels, hidden, outs, ensemble):
-    check_decode(BACKEND, BFLOAT16, Case(2, 2, 4, 5, 40, hidden, outs, ensemble), "points")
+    check_decode(BACKEND, BFLOAT16, Case(2, 2, 4, 5, 40, hidden, outs, ensemble), "grid")
 
 
 def test_the_hopper_kernel_is_the_one_that_runs(kernels):
-    """In inference and in training; the backward's weights are packed with its policy too."""
+    """In inference and in training, except in a backward to coordinates."""
     module = import_module("liif_fast.ops.backends.cuda.decode")
-    policies = []
+    packed = []
     pack = module._C.cuda_decode_pack
-    module._C.cuda_decode_pack = lambda *arguments: policies.append(arguments[9]) or pack(*arguments)
+    module._C.cuda_decode_pack = lambda *arguments: packed.append(arguments[9:]) or pack(*arguments)
     problem = make_problem(Case(queries=9, hidden=PAPER), BFLOAT16)
     with torch.no_grad():
         decode(problem, "cuda")
     decode(problem, "cuda").sum().backward()
-    assert policies == [5, 5, 5]
+    problem.coord.requires_grad_(False), problem.cell.requires_grad_(False)
+    decode(problem, "cuda").sum().backward()
+    forward, points, backward = (5, False, False), (5, True, True), (5, True, False)
+    assert packed == [forward, forward, points, forward, backward]
 
 
 @pytest.mark.parametrize("kind", [BFLOAT16, FLOAT16], ids=lambda kind: kind.name)
@@ -227,7 +230,7 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> str:
     """The hash of the decode without a mistake, which no schedule changes."""
-    (found,) = set(outcomes(tmp_path_factory.mktemp("sound"), [], hopper=True))
+    (found,) = set(outcomes(tmp_path_factory.mktemp("sound"), [], hopper=1))
     assert int(found, 16)
     return found
 
@@ -235,6 +238,6 @@ def sound(tmp_path_factory) -> str:
 @pytest.mark.prove
 @pytest.mark.parametrize(("patches", "message"), MISTAKES.values(), ids=[name.replace(" ", "-") for name in MISTAKES])
 def test_a_planted_mistake_is_seen(sound, tmp_path, patches, message):
-    *_, last = found = outcomes(tmp_path, patches, sound, message, hopper=True)
+    *_, last = found = outcomes(tmp_path, patches, sound, message, hopper=1)
     assert last != sound, found
     assert message in last, found

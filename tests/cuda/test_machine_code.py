@@ -32,6 +32,8 @@ HOPPER_KERNELS = {
     "any layers, one corner": r"decode_hopper_kernelINS_10HopperTileI6__halfLi1ELi4ELi0E",
     "training": r"decode_hopper_kernelINS_16HopperSaving.*bfloat16Li4ELi4ELi0E",
     "training, one corner": r"decode_hopper_kernelINS_16HopperSaving.*halfLi1ELi4ELi0E",
+    "backward": r"decode_hopper_backward_kernel.*bfloat16Li4ELi4ELi0E",
+    "backward, one corner": r"decode_hopper_backward_kernel.*halfLi1ELi4ELi0E",
 }
 EXACT = ("products", "fences", "waits", "stores", "stores_of_16_bytes", "wide_loads")
 AT_LEAST = ("wide_stores", "loads_in_flight", "copies_under_products")  # the other numbers are upper limits

@@ -88,7 +88,7 @@ MISTAKES = {
 }
 
 
-def outcomes(folder: Path, patches: list[tuple[str, str, str]], *until: str, hopper: bool = False) -> list[str]:
+def outcomes(folder: Path, patches: list[tuple[str, str, str]], *until: str, hopper: int = 0) -> list[str]:
     """What the decode gives under every seed, with these patches in a copy of the sources.
 
     until: a hash and a text; the last outcome is the first that is not the hash and has the text in it.

@@ -33,9 +33,8 @@ __device__ __forceinline__ SavedLayer<T> first_saved_layer(const HopperTask& tas
   const int team_rows = task.saved_tile_rows / 2;
   const int team = row / team_rows, m = (row - team * team_rows) / 16, teams = T::kRows / team_rows;
   const int words = team_rows / 16;  // of a thread
-  const int64_t first = static_cast<int64_t>(tile) * teams / 2 + team / 2;
-  return {static_cast<typename T::Element*>(task.saved.rows) +
-              (static_cast<int64_t>(tile) * T::kRows + row) * T::kWidth + thread % 4 * 8,
+  const int64_t at = task.saved_tile + tile, first = at * teams / 2 + team / 2;
+  return {static_cast<typename T::Element*>(task.saved.rows) + (at * T::kRows + row) * T::kWidth + thread % 4 * 8,
           task.saved.masks + (first * words + m) * kThreads + team % 2 * 128 + row % 8 * 4 + thread % 4,
           tile < static_cast<int>(task.tiles), true};
 }

@@ -152,8 +152,11 @@ def cycles() -> Path:
     return _compile("cycles", [ROOT / "tests" / "gpu" / "cycles.cu"], [*FLAGS, "-O1"], [])
 
 
-def ring(csrc: Path, target: Path, hopper: bool = False) -> Path:
-    """The program of ring.cpp, with the kernels of a copy of csrc. Packing is compiled once if it is the same."""
+def ring(csrc: Path, target: Path, hopper: int = 0) -> Path:
+    """The program of ring.cpp, with the kernels of a copy of csrc. Packing is compiled once if it is the same.
+
+    hopper: 1 for the Hopper kernel's inference, 2 for its training.
+    """
     command = compiler()
     assert command is not None
     decode = csrc / "cuda" / "decode" / "decode.cu"
@@ -163,7 +166,7 @@ def ring(csrc: Path, target: Path, hopper: bool = False) -> Path:
             CACHE.mkdir(parents=True, exist_ok=True)
             _compile_one(ROOT / "csrc" / "cuda" / "decode" / "decode.cu", decode, [*FLAGS, "-O1"])
     # A mistake may leave a parameter unused.
-    flags = [*FLAGS, "-O1", "-w", *(["-DHOPPER"] if hopper else [])]
+    flags = [*FLAGS, "-O1", "-w", *([f"-DHOPPER={hopper}"] if hopper else [])]
     sources = ["-x", "c++", str(HERE / "ring.cpp"), *(["-x", "none"] if decode.suffix == ".o" else []), str(decode)]
     _run([*command, *flags, *_include_flags(csrc), *sources, "-o", str(target)])
     return target

@@ -271,6 +271,10 @@ uint32_t above_zero(uint32_t word, Element) {
 }
 inline float reciprocal(float value) { return 1.0f / value; }
 template <class Element>
+uint32_t pack_in_order(float low, float high, Element) {
+  return pack(low, high, Element{});
+}
+template <class Element>
 uint32_t pack_relu(float low, float high, Element) {
   return pack(relu(low), relu(high), Element{});
 }

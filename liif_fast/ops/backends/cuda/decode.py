@@ -81,7 +81,7 @@ def decode(inputs: DecodeInputs, save: bool | None, coord_grad: bool) -> tuple[T
     arguments = _arguments(_kernel_inputs(inputs))
 
     def pack() -> Tensor:
-        return _C.cuda_decode_pack(*arguments, False)
+        return _C.cuda_decode_pack(*arguments, False, False)
 
     # Optimizers may change weights without counting it, so training packs them every time.
     packed = PACKED.get(inputs, arguments[-1], pack) if save is None else pack()
@@ -113,8 +113,8 @@ def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord
     grad_coord, grad_cell = [*grad_points, zeros((0,)), zeros((0,))][:2]
     grad_weights = [zeros(weight.shape) for weight in weights]
     column_sums = zeros((hidden + 5 + widths[-1], width))
-    packed = _C.cuda_decode_pack(*arguments, True)
-    forward_packed = None if saved.numel() else _C.cuda_decode_pack(*arguments, False)
+    packed = _C.cuda_decode_pack(*arguments, True, coord_grad)
+    forward_packed = None if saved.numel() else _C.cuda_decode_pack(*arguments, False, False)
     grad_out = grad_out.float().contiguous()
     for first in range(0, padded, _CHUNK_ROWS):
         count = min(_CHUNK_ROWS, padded - first)

@@ -105,6 +105,7 @@ def test_the_check_on_a_gpu_compares_with_float64(kernels, monkeypatch):
 # The file, the text that is replaced, and what replaces it; then a part of the emulator's message, "" for wrong values.
 KERNEL, TILE, LAYOUT = "hopper.cuh", "hopper_tile.cuh", "launch.h"
 PRODUCERS, CONSUMERS = "hopper_producers.cuh", "hopper_consumers.cuh"
+SAVING, BACKWARD = "hopper_saving.cuh", "hopper_backward.cuh"
 FIRST_GROUP = (
     "      multiply_block<T, 0, false>(space, parity, empty, gives && (layer > 0 || before >= 0), low, left);\n"
 )
@@ -227,17 +228,65 @@ MISTAKES = {
 }
 
 
+# In what only training runs.
+PACK_RIGHT = "      pack_half<T>(right, bias + T::kHalf, quad, high);\n      if constexpr (T::kSaves) {\n"
+SAVE_RIGHT = "        save_half<T, 1>(saved, high);\n"
+FOURTH_GROUP = "      multiply_block<T, 3, true>(space, parity, empty, gives, high, right);\n"
+PACK_GRADIENTS = "      if (layer > 0) pack_gradients<T, 0>(place(layer), bits, low, from_sums(left));\n"
+UNDER_FOURTH = f"{FOURTH_GROUP}      // Under the fourth group.\n{PACK_GRADIENTS}"
+FINISH_RIGHT = "    finish_first<T, 1>(task, backward, space, tile, bits, right);\n"
+TAKEN = "    arrive(&space.taken[consumer]);\n"
+TRAINING_MISTAKES = {
+    "saves the right half before it is packed": (
+        [
+            (CONSUMERS, f"{PACK_RIGHT}{SAVE_RIGHT}", f"{SAVE_RIGHT}{PACK_RIGHT}"),
+            (CONSUMERS, "      if (!T::kSaves && is_last) break;\n", "      if constexpr (T::kSaves)\n"),
+        ],
+        "",
+    ),
+    "saves a lane's rows in each other's place": (
+        [(SAVING, "at.rows + half * 8 * T::kWidth", "at.rows + (1 - half) * 8 * T::kWidth")],
+        "",
+    ),
+    "saves the bits of a lane's rows in each other's place": (
+        [(SAVING, "0x00020001u << (8 * half + 2 * i)", "0x00020001u << (8 * (1 - half) + 2 * i)")],
+        "",
+    ),
+    "saves the tile after the last one": ([(SAVING, "  if (!at.exists) return;\n", "")], ""),
+    "packs gradients under their own group": (
+        [(BACKWARD, UNDER_FOURTH, f"{PACK_GRADIENTS}{FOURTH_GROUP}")],
+        "",
+    ),
+    "uses gradients before they are loaded": (
+        [(BACKWARD, "    wait_barrier(&space.made[consumer], buffer);\n", "")],
+        "",
+    ),
+    "gives rows back before they are read": (
+        [(BACKWARD, f"{FINISH_RIGHT}{TAKEN}", f"{TAKEN}{FINISH_RIGHT}")],
+        "",
+    ),
+    "sums the last layer's rows before gradients are loaded": (
+        [(BACKWARD, "    sync_threads<T::kMakers>(1);\n", "")],
+        "",
+    ),
+}
+PLANTED = [(1, *mistake) for mistake in MISTAKES.values()] + [(2, *mistake) for mistake in TRAINING_MISTAKES.values()]
+
+
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> str:
-    """The hash of the decode without a mistake, which no schedule changes."""
-    (found,) = set(outcomes(tmp_path_factory.mktemp("sound"), [], hopper=1))
-    assert int(found, 16)
-    return found
+def sound(tmp_path_factory) -> dict[int, str]:
+    """The hashes of inference and training without a mistake, which no schedule changes."""
+    found = {part: set(outcomes(tmp_path_factory.mktemp("sound"), [], hopper=part)) for part in (1, 2)}
+    assert all(len(each) == 1 and int(min(each), 16) for each in found.values()), found
+    return {part: min(each) for part, each in found.items()}
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize(("patches", "message"), MISTAKES.values(), ids=[name.replace(" ", "-") for name in MISTAKES])
-def test_a_planted_mistake_is_seen(sound, tmp_path, patches, message):
-    *_, last = found = outcomes(tmp_path, patches, sound, message, hopper=1)
+@pytest.mark.parametrize(
+    ("part", "patches", "message"), PLANTED, ids=[name.replace(" ", "-") for name in (*MISTAKES, *TRAINING_MISTAKES)]
+)
+def test_a_planted_mistake_is_seen(sound, tmp_path, part, patches, message):
+    sound = sound[part]
+    *_, last = found = outcomes(tmp_path, patches, sound, message, hopper=part)
     assert last != sound, found
     assert message in last, found

@@ -35,7 +35,7 @@ HOPPER_KERNELS = {
     "backward": r"decode_hopper_backward_kernel.*bfloat16Li4ELi4ELi0E",
     "backward, one corner": r"decode_hopper_backward_kernel.*halfLi1ELi4ELi0E",
 }
-EXACT = ("products", "fences", "waits", "stores", "stores_of_16_bytes", "wide_loads")
+EXACT = ("products", "fences", "waits", "stores", "stores_of_16_bytes", "wide_loads", "reductions")
 AT_LEAST = ("wide_stores", "loads_in_flight", "copies_under_products")  # the other numbers are upper limits
 
 

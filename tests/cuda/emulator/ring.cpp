@@ -130,7 +130,7 @@ uint64_t run() {
 #else
   const auto grad_out = random_floats(kQueries * kOuts, 1);
   const SavedShape shape{kHidden, 4, kPoints, {0, kRows}};
-  std::vector<uint32_t> saved(static_cast<size_t>(saved_bytes(variant, shape) / 4));
+  std::vector<uint32_t> saved(static_cast<size_t>(saved_bytes(variant, shape) / 4 + kRows * kWidth));  // and more
   std::vector<float> latent_rows(kRows * kWidth), grad_coord(kQueries * 2);
   std::vector<uint16_t> rows(kHidden * kRows * kWidth);
   std::vector<float> sums(static_cast<size_t>(variant.blocks * variant.row_sums * sum_count(kHidden, kOuts)) * kWidth);

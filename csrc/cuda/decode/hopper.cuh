@@ -1,4 +1,4 @@
-// The fused decode's forward on compute capability 9.0: 256 channels, 16 bits, products of warpgroups (wgmma).
+// The fused decode on compute capability 9.0: 256 channels, 16 bits, products of warpgroups (wgmma).
 //
 // A block has three warpgroups. In the first, the producers, one thread streams weights through a ring in shared
 // memory, and three warps make the first layer's activations of the next tile. The other two, the consumers, multiply:

@@ -61,7 +61,7 @@ LIIF_UNUSED(kFloat32)
 namespace {
 
 #ifdef HOPPER
-constexpr int64_t kHidden = HOPPER == 1 ? 3 : 2, kQueries = 150;
+constexpr int64_t kHidden = HOPPER == 1 ? 3 : 2, kQueries = HOPPER == 1 ? 150 : 90;
 #else
 constexpr int64_t kHidden = 2, kQueries = 40;
 #endif

@@ -1,4 +1,4 @@
-"""The fused decode on the `cuda` backend: one kernel for the forward, one for the backward, one for Hopper's forward.
+"""The fused decode on the `cuda` backend: a kernel for the forward, one for the backward, and both for Hopper.
 
 The forward saves 16-bit (or float32) activations, and one bit per activation for the ReLUs. The backward's kernel
 computes every layer's gradient from them, and the weights' gradients are PyTorch's matrix products of both. Without

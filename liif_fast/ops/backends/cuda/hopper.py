@@ -1,7 +1,7 @@
-"""When the `cuda` backend's forward runs the Hopper kernel (csrc/cuda/decode/hopper.cuh), and why where it does not.
+"""When the `cuda` backend runs the Hopper kernel (csrc/cuda/decode/hopper.cuh), and why where it does not.
 
-Where it does not, the kernels for every GPU run. They also are the backward of the Hopper kernel, which saves what they
-read. LIIF_FAST_HOPPER=0 leaves the Hopper kernel out.
+Where it does not, the kernels for every GPU run. They also compute gradients of coordinates and cells, from what the
+Hopper kernel saves. LIIF_FAST_HOPPER=0 leaves the Hopper kernel out.
 """
 
 from __future__ import annotations

@@ -88,10 +88,12 @@ def _label(entry: Entry) -> str:
 
 
 def methods_table(found: Results, *, workload: str, columns: list[Column], device: str = "cpu") -> str | None:
-    """One row per method; a method that failed has its reason in the first column of numbers."""
-    result = results.newest_with(found, [workload], device)
-    if result is None:
-        return None
+    """One table per instruction set; a method that failed has its reason in the first column of numbers."""
+    each = results.newest_of_each(found, [workload], device)
+    return "\n".join(_one_table(result, workload, columns) for result in each) or None
+
+
+def _one_table(result: dict[str, Any], workload: str, columns: list[Column]) -> str:
     record = result["workloads"][workload]
     rows = []
     for entry in record["methods"].values():

@@ -95,7 +95,7 @@ def slug(machine: dict[str, Any]) -> str:
 
 
 BUSY_LOAD = 0.5  # load average above which other programs distort the numbers
-SHARED = "Other programs used the processor: these times are too long."
+SHARED = "Other programs ran too: times are longer than on a free machine. Ratios hold, since methods take turns."
 
 
 def was_shared(rates: list[float]) -> bool:

@@ -71,11 +71,21 @@ def load_all(folder: Path = FOLDER, name: str = "*") -> Results:
     return sorted(found, key=lambda result: result["date"])
 
 
-def newest_with(results: Results, workloads: list[str], device: str = "cpu") -> dict[str, Any] | None:
-    """The newest result of a device type that timed every one of some workloads."""
-    for result in reversed(results):
+def newest_of_each(results: Results, workloads: list[str], device: str = "cpu") -> Results:
+    """Of a device type: the newest result that timed all workloads, for each instruction set, the widest first."""
+    found: dict[str, dict[str, Any]] = {}
+    for result in results:
         records = [result.get("workloads", {}).get(name, {}).get("methods", {}) for name in workloads]
         timed = all(any("seconds" in entry for entry in methods.values()) for methods in records)
         if timed and result["machine"]["device"] == device:
-            return result
-    return None
+            found[result["machine"].get("instructions", "")] = result
+    return [found[name] for name in sorted(found, key=_width, reverse=True)]
+
+
+def _width(instructions: str) -> tuple[bool, bool]:
+    return "bf16" in instructions, "avx512" in instructions
+
+
+def newest_with(results: Results, workloads: list[str], device: str = "cpu") -> dict[str, Any] | None:
+    """The first of `newest_of_each`."""
+    return next(iter(newest_of_each(results, workloads, device)), None)

@@ -27,6 +27,8 @@ struct DecodeQueries {
 
   int64_t image_height, image_width, window_top, window_left, window_height, window_width;
   T grid_cell[2];
+  PixelAxis rows, cols;  // of a grid's whole image
+  const T* query_term;   // [batch, queries, width], added before the first activation; null: nothing
   bool has_cell;
 
   bool skips_corners;  // the CPU's forward on a grid may leave out corners whose weight is 0 without rounding
@@ -37,8 +39,6 @@ struct DecodeQueries {
 
 template <class T>
 struct DecodeProblem : DecodeQueries<T> {
-  PixelAxis rows, cols;      // of a grid's whole image
-  const T* query_term;       // [batch, queries, width], added before the first activation; null: nothing. Only on a CPU
   const T* weight_geometry;  // [width, 2 or 4]: the first layer's columns for rel_coord (and rel_cell)
   int layers;                // layers after the first
   const T* weights[kMaxLayers];
@@ -63,9 +63,10 @@ struct DecodeGrads {
 
 // A decode's sizes, without its pointers and layers. latent_map: batch, height, width, channels in memory. grid: image
 // height, width; window top, left, height, width; region top, left; map height, width; null: `queries` coordinates.
+// grid_cell: a pixel's row, col size, and with has_axes the origin and step of the rows and those of the columns.
 template <class T>
 DecodeProblem<T> make_decode_problem(const int64_t (&latent_map)[4], int64_t queries, const int64_t* grid,
-                                     const double* grid_cell, bool local_ensemble) {
+                                     const double* grid_cell, bool local_ensemble, bool has_axes = false) {
   DecodeProblem<T> p{};
   p.batch = latent_map[0];
   p.region_height = latent_map[1];
@@ -78,8 +79,8 @@ DecodeProblem<T> make_decode_problem(const int64_t (&latent_map)[4], int64_t que
   if (!grid) return p;
   p.image_height = grid[0];
   p.image_width = grid[1];
-  p.rows = image_axis(p.image_height);
-  p.cols = image_axis(p.image_width);
+  p.rows = has_axes ? PixelAxis{grid_cell[2], grid_cell[3]} : image_axis(p.image_height);
+  p.cols = has_axes ? PixelAxis{grid_cell[4], grid_cell[5]} : image_axis(p.image_width);
   p.window_top = grid[2];
   p.window_left = grid[3];
   p.window_height = grid[4];

@@ -74,14 +74,12 @@ def emulated() -> Iterator[None]:
 
 @contextmanager
 def hopper_emulated() -> Iterator[None]:
-    """emulated(), whose forward runs the Hopper kernel, in clusters of two and with imnets that are narrow for it."""
-    hopper, decode = (import_module(f"{_MODULES}.cuda.{part}") for part in ("hopper", "decode"))
-    padded_width = decode._padded_width
+    """emulated(), whose inference runs the Hopper kernel, in clusters of two and with imnets that are narrow for it."""
+    hopper = import_module(f"{_MODULES}.cuda.hopper")
     with emulated(), pytest.MonkeyPatch.context() as patch:
         set_device("sm_90-pair")
         patch.setattr(hopper, "against_device", lambda *_: "")
         patch.setattr(hopper, "_LEAST_WIDTH", 1)
-        patch.setattr(decode, "_padded_width", lambda each: 256 if decode._uses_hopper(each) else padded_width(each))
         yield
 
 
@@ -153,11 +151,12 @@ class Backend(NamedTuple):
     every: int = 1  # a slow backend runs one of so many cases of each test,
     every_proof: int = 1  # one of so many with `-m prove`, and the others with `-m exhaustive`
     most_queries: int = 1 << 20  # of a random case
-    hopper: bool = False  # the Hopper kernel: only 16 bits and tests with the mark `hopper` run on it
+    emulates: bool = False  # the CUDA sources on the CPU
+    infers: bool = False  # a kernel for inference in 16 bits: only tests with the mark `inference` run on it
     has_tf32: bool = False  # follows torch's switch for TF32
     has_atomics: bool = False  # adds gradients in no fixed order unless torch.use_deterministic_algorithms is on
     widest: int = 256  # layer of an imnet that runs in one kernel,
-    most_outs: int = 16  # and its outputs; others run through PyTorch's own layers, or are refused
+    most_outs: int = 1 << 20  # and its outputs; others run through PyTorch's own layers, or are refused
     rounds_biases: bool = False  # of hidden layers, as PyTorch does
     rounds_edges: bool = False  # whether the first and the last layer round their operands too: see rounded_model
     chunks: tuple = ()  # (module, variable) of its size of a backward's step, and a size that makes several steps
@@ -165,7 +164,7 @@ class Backend(NamedTuple):
     def reason_against(self, op: str, dtype: torch.dtype, case: Case | None = None) -> str:
         """Why the backend refuses an op, or a decode with this case's imnet; '' where it runs it."""
         widths = () if case is None else (*case.hidden, case.outs)
-        if self.hopper and widths and (reason := cuda.hopper.against_imnet(widths, torch.float16)):
+        if self.infers and widths and (reason := cuda.hopper.against_imnet(widths, torch.float16, trains=False)):
             return reason
         return reason_against(self.op_backend, op, dtype, self.device, widths)
 
@@ -177,7 +176,7 @@ class Backend(NamedTuple):
 
 _CUDA = {"op_backend": "cuda", "has_tf32": True, "has_atomics": True}
 _CUDA["chunks"] = ((f"{_MODULES}.cuda.decode", "_CHUNK_ROWS", 128),)
-_TRITON = {"op_backend": "triton", "has_tf32": True, "has_atomics": True, "most_outs": 8}
+_TRITON = {"op_backend": "triton", "has_tf32": True, "has_atomics": True, "most_outs": 1 << 20}
 _TRITON["rounds_edges"] = True
 _TRITON["chunks"] = tuple(
     (f"{_MODULES}.triton.{name}", f"{name.upper()}_CHUNK_BYTES", 20_000) for name in ("fused", "layerwise")
@@ -186,8 +185,8 @@ _ROWS = [
     Backend("reference", "reference", _reference),
     Backend("torch", "torch", _reference, rounds_biases=True, most_queries=4000),
     *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ISAS),
-    Backend("cuda-emulated", activate=emulated, every=6, every_proof=2, most_queries=40, **_CUDA),
-    Backend("hopper-emulated", activate=hopper_emulated, every=12, most_queries=70, hopper=True, **_CUDA),
+    Backend("cuda-emulated", activate=emulated, emulates=True, every=6, every_proof=2, most_queries=40, **_CUDA),
+    Backend("hopper-emulated", "cuda", hopper_emulated, emulates=True, every=12, most_queries=70, infers=True),
     Backend("triton-interpreted", activate=interpreted, every=60, every_proof=24, most_queries=9, **_TRITON),
     Backend("cuda", activate=_on_device("cuda"), device="cuda", **_CUDA),
     Backend("triton", activate=_on_device("triton"), device="cuda", **_TRITON),

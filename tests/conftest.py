@@ -13,6 +13,7 @@ import torch
 
 from liif_fast.ops import first_use
 from tests import backends
+from tests.cuda.emulator import build
 
 first_use.ENABLED = False  # the tests compare every result themselves; tests/ops/test_first_use.py turns it on
 torch.set_num_threads(2)  # results depend on the number in their last bits
@@ -23,6 +24,10 @@ def pytest_addoption(parser):
     parser.addoption("--backend", help=f"backends for tests/ops, separated by commas: cpu (all its kernels), {names}")
 
 
+def pytest_configure(config):
+    build.leaves_out = "not prove" in config.option.markexpr
+
+
 def pytest_generate_tests(metafunc):
     """Parametrizes `backend`, and `kind` with the kinds that the backend knows."""
     if "backend" not in metafunc.fixturenames:
@@ -30,8 +35,8 @@ def pytest_generate_tests(metafunc):
     rows = backends.selected(metafunc.config.getoption("--backend"))
     if not metafunc.definition.get_closest_marker("with_reference"):
         rows = [row for row in rows if row.name != "reference"]
-    if not metafunc.definition.get_closest_marker("hopper"):
-        rows = [row for row in rows if not row.hopper]
+    if not metafunc.definition.get_closest_marker("inference"):
+        rows = [row for row in rows if not row.infers]
     if metafunc.definition.get_closest_marker("one_isa"):
         rows = [row for row in rows if row.op_backend != "cpu" or row.name == "cpu-portable"] or rows
     if "kind" not in metafunc.fixturenames:
@@ -40,7 +45,7 @@ def pytest_generate_tests(metafunc):
     wanted = metafunc.definition.get_closest_marker("kinds")
     kinds = [kind for kind in backends.KINDS if wanted is None or kind.name in wanted.args]
     pairs = [(row, kind) for row in rows for kind in kinds if row.has_tf32 or not kind.tf32]
-    pairs = [(row, kind) for row, kind in pairs if kind.narrow or not row.hopper]
+    pairs = [(row, kind) for row, kind in pairs if kind.narrow or not row.infers]
     metafunc.parametrize(("backend", "kind"), pairs, ids=lambda either: either.name, indirect=True)
 
 
@@ -57,15 +62,19 @@ def pytest_collection_modifyitems(config, items):
         row = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
         if isinstance(row, backends.Backend):  # not where no row runs a test
             groups.setdefault((item.function, row), []).append(item)
+        elif item.path.parent.name == "cuda" and build.LEFT_OUT.search(item.name):
+            item.add_marker(pytest.mark.prove)
     for position, ((_, row), cases) in enumerate(groups.items()):
-        if row.every > 10:  # the widest imnets and compiled graphs take long under an interpreter
-            slow = [item for item in cases if "paper-width" in item.name or "test_compile" in item.name]
+        compiled = () if row.name == "cpu-portable" or row.device != "cpu" else ("test_compile",)  # one graph is quick
+        long = ("paper-width", *compiled) if row.every > 10 else compiled  # the widest imnets under an interpreter
+        if slow := [item for item in cases if any(name in item.name for name in long)]:
             for item in slow:
                 item.add_marker(pytest.mark.exhaustive if "paper-width" in item.name else pytest.mark.prove)
             cases = [item for item in cases if item not in slow]
-        first = position % min(row.every, len(cases) or 1)
+        quick = [item for item in cases if not (row.emulates and build.LEFT_OUT.search(item.name))]
+        chosen = set(quick[position % min(row.every, len(quick) or 1) :: row.every])
         for index, item in enumerate(cases):
-            if (index - first) % row.every:
+            if item not in chosen:
                 item.add_marker(pytest.mark.exhaustive if index % row.every_proof else pytest.mark.prove)
 
 

@@ -61,7 +61,7 @@ SHAPES = {
     "mixed-widths": Case(batch=2, channels=2, hidden=(112, 16, 48), outs=16, queries=50),
     "odd-widths": Case(channels=5, hidden=(13, 37, 1), outs=4, queries=77),
     "wider-than-a-kernel": Case(hidden=(300, 12), queries=16),
-    "many-outputs": Case(outs=37, hidden=(24,), queries=40),
+    "many-outputs": Case(batch=2, outs=37, hidden=(32, 16), queries=40),
     "one-latent": Case(height=1, width=1, hidden=(64, 64), queries=33),
     "one-row": Case(batch=2, height=1, width=9, queries=50),
     "one-column-and-deep": Case(height=9, width=1, hidden=(16,) * 7, queries=40),

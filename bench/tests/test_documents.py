@@ -1,4 +1,4 @@
-"""The documents and the saved results agree; bench.training_step, bench.loader and bench.hopper measure and check."""
+"""The documents and the saved results agree; bench.training_step and bench.loader measure and check."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 
 import liif_fast
 from bench import blocks, loader, patched, relatives, report, results, training_step
-from bench.hopper.__main__ import FLOP_PER_BLOCK, ProbeError, check_build, check_run
 from liif_fast.benchmark.timing import CpuClock
 
 FOUND = results.load_all()
@@ -175,15 +174,3 @@ def test_the_relatives_are_measured_and_tabulated(small_relatives: None) -> None
     result = relatives.measure(CpuClock(), 1, "relatives-decode", ["climate with topography", "guided depth"])
     assert relatives.table(result).count("x |\n") == 4
     assert "guided depth, training step" in (blocks.BLOCKS["relatives-decode"]([{**result, "path": ""}]) or "")
-
-
-def test_the_hopper_probes_are_checked_by_the_compiler_and_compared_with_cublas() -> None:
-    assert check_build("0 bytes spill stores\n8 bytes spill stores")["kernels"] == 2
-    for output in ("64 bytes spill stores", "ptxas info : (C7510) Potential Performance Loss: wgmma"):
-        with pytest.raises(ProbeError, match=r"spilled|serializes"):
-            check_build(output)
-    probe = {"tflop_per_second": 400.0, "cycles_per_block": FLOP_PER_BLOCK / 4096 * 2, "error": 1e-3}
-    checked = check_run({"device": "x", "rate": dict(probe)}, 800.0)["probes"]["rate"]
-    assert (checked["of_cublas"], checked["of_clock"]) == (0.5, 0.5)
-    with pytest.raises(ProbeError, match="rate is wrong"):
-        check_run({"rate": {**probe, "error": float("nan")}}, 800.0)

@@ -69,7 +69,9 @@ def test_every_backend_takes_part_or_has_a_reason(name: str, device: str) -> Non
             assert all(entry.refusal for entry in entries)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.prove if name == "training-step" else ()) for name in TINY]
+)
 def test_every_method_computes_the_workload(name: str, fast: None) -> None:
     record = measure.measure(tiny(name), CpuClock(), rounds=1)
     assert {f"cpu-{dtype}" for dtype in ("fp32", "bf16")} <= record["methods"].keys()
@@ -147,6 +149,7 @@ def test_a_run_saves_a_file_and_prints_its_path(tmp_path: Any, capsys: pytest.Ca
             run.main(wrong)
 
 
+@pytest.mark.prove
 def test_the_memory_of_a_decode_is_measured_in_a_process_of_its_own() -> None:
     workload = replace(WORKLOADS["size-256"], map_size=(32, 32), out_size=(32, 32))
     method = next(method for method in methods_for(workload, "cpu") if method.name == "torch-fp32")

@@ -15,19 +15,6 @@ void check_decode(const DecodeInputs& inputs, bool bf16) {
   STD_TORCH_CHECK(!bf16 || bf16_kernels(), "this processor has no AVX-512-BF16: multiply in float32");
 }
 
-// The problem with what only the CPU's kernels take: a query term, and a grid with positions of its own.
-template <class T>
-DecodeProblem<T> cpu_problem(const DecodeInputs& inputs, const MaybeTensor& query_term) {
-  DecodeProblem<T> p = decode_problem<T>(inputs);
-  p.query_term = checked<T>(query_term, "query_term", kCpu, {p.batch, p.queries, p.width});
-  const std::vector<double>& cell = inputs.grid_cell;
-  if (!p.coord && cell.size() == 6) {
-    p.rows = {cell[2], cell[3]};
-    p.cols = {cell[4], cell[5]};
-  }
-  return p;
-}
-
 // The slab that a tensor of bytes holds, or null if it is empty.
 char* checked_slab(const Tensor& saved) {
   if (saved.numel() == 0) return nullptr;
@@ -65,11 +52,12 @@ Tensor decode(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTen
               const Tensor& weight_geometry, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
               const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble,
               const MaybeTensor& query_term, bool bf16, const Tensor& saved, bool skips_corners) {
-  const DecodeInputs inputs{latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble};
+  const DecodeInputs inputs{latent_map, coord, cell,      weight_geometry, weights,
+                            biases,     grid,  grid_cell, local_ensemble,  query_term};
   check_decode(inputs, bf16);
   return with_geometry(latent_map, [&](auto zero) {
     using T = decltype(zero);
-    DecodeProblem<T> p = cpu_problem<T>(inputs, query_term);
+    DecodeProblem<T> p = decode_problem<T>(inputs);
     const ScalarType dtype = latent_map.scalar_type();
     const bool bf16_map = bf16 && dtype == ScalarType::BFloat16;
     STD_TORCH_CHECK(bf16_map || dtype == kDtype<T>, "latent_map has the wrong dtype");
@@ -89,11 +77,12 @@ std::vector<Tensor> boxed_decode_backward(const Tensor& grad_out, const Tensor& 
                                           const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble,
                                           const MaybeTensor& query_term, bool bf16, const Tensor& saved,
                                           bool coord_grad) {
-  const DecodeInputs inputs{latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble};
+  const DecodeInputs inputs{latent_map, coord, cell,      weight_geometry, weights,
+                            biases,     grid,  grid_cell, local_ensemble,  query_term};
   check_decode(inputs, bf16);
   return with_geometry(latent_map, [&](auto zero) {
     using T = decltype(zero);
-    const DecodeProblem<T> p = cpu_problem<T>(inputs, query_term);
+    const DecodeProblem<T> p = decode_problem<T>(inputs);
     STD_TORCH_CHECK(latent_map.scalar_type() == kDtype<T>, "latent_map has the wrong dtype");
     DecodeGrads<T> grads{};
     grads.grad_out = checked<T>(grad_out, "grad_out", kCpu, out_sizes(p));

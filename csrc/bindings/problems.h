@@ -52,6 +52,7 @@ struct DecodeInputs {
   const Sizes& grid;
   const std::vector<double>& grid_cell;
   bool local_ensemble;
+  const MaybeTensor& query_term;
 };
 
 // All but `out`. The dtype of the latent map is the caller's to check.
@@ -66,9 +67,9 @@ DecodeProblem<T> decode_problem(const DecodeInputs& in) {
   STD_TORCH_CHECK(in.coord || (in.grid.size() == 10 && (in.grid_cell.size() == 2 || in.grid_cell.size() == 6)),
                   "a grid is ten sizes and a cell of two, with origin and step of rows and columns if they are not the "
                   "image's own");
-  DecodeProblem<T> p =
-      make_decode_problem<T>({map.size(0), map.size(1), map.size(2), map.size(3)}, in.coord ? in.coord->size(1) : 0,
-                             in.coord ? nullptr : in.grid.data(), in.grid_cell.data(), in.local_ensemble);
+  DecodeProblem<T> p = make_decode_problem<T>({map.size(0), map.size(1), map.size(2), map.size(3)},
+                                              in.coord ? in.coord->size(1) : 0, in.coord ? nullptr : in.grid.data(),
+                                              in.grid_cell.data(), in.local_ensemble, in.grid_cell.size() == 6);
   p.latent_map = map.const_data_ptr();
   p.has_cell = in.weight_geometry.size(1) == 4;
   if (in.coord) {
@@ -80,6 +81,7 @@ DecodeProblem<T> decode_problem(const DecodeInputs& in) {
                         p.map_height > 0 && p.map_width > 0,
                     "the grid has a negative size");
   }
+  p.query_term = checked<T>(in.query_term, "query_term", device, {p.batch, p.queries, p.width});
   p.weight_geometry = checked<T>(in.weight_geometry, "weight_geometry", device, {p.width, p.has_cell ? 4 : 2});
   STD_TORCH_CHECK(in.weights.size() <= kMaxLayers && in.biases.size() == in.weights.size() + 1, "an imnet of at most ",
                   kMaxLayers + 1, " layers, each with a bias, was expected");

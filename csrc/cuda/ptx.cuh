@@ -56,6 +56,13 @@ __device__ __forceinline__ void mma_step(float (&acc)[kRowTiles][kColTiles][4], 
           : "r"(a[m].x), "r"(a[m].y), "r"(a[m].z), "r"(a[m].w), "r"(b[n].x), "r"(b[n].y));
 }
 
+// The thread's index in its block. It is read where this stands, so that nothing made of it stays in registers.
+__device__ __forceinline__ int read_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // 16 bytes that the running kernel does not read again.
 __device__ __forceinline__ void store_once(uint4* to, uint4 words) { __stcs(to, words); }
 

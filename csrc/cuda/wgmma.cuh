@@ -119,6 +119,17 @@ LIIF_MULTIPLY_ADD(__half, "f16.f16")
 #undef LIIF_MULTIPLY_ADD
 #undef LIIF_EIGHT
 
+// d [64, 8] of the same: with the first eight of b's columns.
+template <uint32_t kOffset, bool kAdds>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], __nv_bfloat16) {
+  asm volatile(
+      "{\n.reg .pred adds;\n.reg .b64 b;\nsetp.ne.b32 adds, %9, 0;\nmov.b64 b, {%8, 0x40000040};\n"
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, {%4, %5, %6, %7}, b, adds, 1, 1, 0;\n}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "n"(((kSharedBase + kOffset) & 0x3FFFF) >> 4 | 1u << 16),
+        "n"(kAdds ? 1 : 0));
+}
+
 // To one unit in the last place. The exact division is a call, around which ptxas spills.
 __device__ __forceinline__ float reciprocal(float value) {
   float result;

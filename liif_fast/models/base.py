@@ -143,33 +143,46 @@ class ImplicitModel(Pretrained, nn.Module):
         window: tuple[int, int, int, int] | None = None,
         cell: tuple[float, float] | None = None,
         feat_region: tuple[int, int, int, int] | None = None,
+        source: tuple[float, float, float, float] | None = None,
     ) -> Tensor:
         """Decode the current features as an image of `size` (h, w), or a window of it -> [B,out,h,w].
 
         window: (top, left, height, width) in output pixels; None = the whole image.
-        cell: (rows, cols) pixel size in coordinates; None = (2/h, 2/w), that of the grid.
+        cell: (rows, cols) pixel size in coordinates; None = that of the grid, (2/h, 2/w) without `source`.
         feat_region: (top, left, H, W) if feat is only a part of an H x W map, beginning at (top, left).
+        source: (top, left, height, width) of the part of the input that the image of `size` shows, in input pixels,
+            which need not be whole and may lie beyond the border; None = all of it.
         """
         feat = self._current_feat()
         size = validation.check_size("size", size)
         top, left, rows, cols = validation.check_window(window, size)
         region = validation.check_region(feat_region, feat)
+        box = validation.check_source(source)
         if feat_region is not None:
-            validation.check_reach(size, (top, left, rows, cols), region, feat, self._reach())
+            validation.check_reach(size, (top, left, rows, cols), region, feat, self._reach(), box)
         geometry = geometry_dtype(feat)
-        cells = cell or (2 / size[0], 2 / size[1])
+        # Of the image, in coordinates of the whole map.
+        ranges = box and [
+            (2 * box[i] / region[2 + i] - 1, 2 * (box[i] + box[2 + i]) / region[2 + i] - 1) for i in (0, 1)
+        ]
+        cells = cell or [(high - low) / size[i] for i, (low, high) in enumerate(ranges or [(-1.0, 1.0)] * 2)]
         # One pass even for an empty window, to get its shape. An exported program decodes all rows at once.
         exports = torch.compiler.is_exporting()
         step = rows if exports else max(1, _RENDER_CHUNK // max(cols, 1))
         chunks = []
         for row in [top] if exports else range(top, top + max(rows, 1), step):
             count = rows if exports else min(step, top + rows - row)
-            coord = window_coord(size, (row, left, count, cols), dtype=geometry, device=feat.device)
+            coord = window_coord(size, (row, left, count, cols), ranges=ranges, dtype=geometry, device=feat.device)
             coord = coord.expand(feat.shape[0], -1, 2)
             steps = torch.stack([torch.full_like(coord[..., 0], side) for side in cells], dim=-1)
             out = self._query_region(coord, steps, region)
             chunks.append(out.transpose(1, 2).reshape(feat.shape[0], out.shape[-1], count, cols))
         return torch.cat(chunks, dim=2)
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile a {type(self).__name__}: use torch.jit.trace or torch.export"
+        )
 
     def _query_region(self, coord: Tensor, cell: Tensor, region: tuple[int, int, int, int]) -> Tensor:
         """query_rgb with coordinates and cells of the whole map, of which feat is the checked `region`."""

@@ -49,17 +49,25 @@ def window_coord(
     size: tuple[int, int],
     window: tuple[int, int, int, int],
     *,
+    ranges: Sequence[tuple[float, float]] | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Centers of the pixels in `window` (top, left, height, width) of an image of `size` (h, w): [height*width, 2].
 
-    Equal bit for bit to the rows of `make_coord(size)` in the window; the rest of the grid is not computed.
+    ranges: (low, high) of rows and columns that the image shows, computed in float64; None = (-1, 1).
+    Without ranges equal bit for bit to the rows of `make_coord(size)` in the window; the rest is not computed.
     """
     top, left, height, width = window
-    rows = _centers(size[0], dtype=dtype, device=device)[top : top + height]
-    cols = _centers(size[1], dtype=dtype, device=device)[left : left + width]
-    return torch.stack(torch.meshgrid(rows, cols, indexing="ij"), dim=-1).view(-1, 2)
+    if ranges is None:
+        rows, cols = (_centers(pixels, dtype=dtype, device=device) for pixels in size)
+    else:
+        rows, cols = (
+            _centers(pixels, low, high, dtype=torch.float64, device=device).to(dtype)
+            for pixels, (low, high) in zip(size, ranges, strict=True)
+        )
+    grid = torch.meshgrid(rows[top : top + height], cols[left : left + width], indexing="ij")
+    return torch.stack(grid, dim=-1).view(-1, 2)
 
 
 def to_pixel_samples(img: Tensor) -> tuple[Tensor, Tensor]:

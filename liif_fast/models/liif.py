@@ -86,6 +86,7 @@ class LIIF(ImplicitModel):
         window: tuple[int, int, int, int] | None = None,
         cell: tuple[float, float] | None = None,
         feat_region: tuple[int, int, int, int] | None = None,
+        source: tuple[float, float, float, float] | None = None,
     ) -> Tensor:
         """Decode the current features as an image of `size` (h, w), or a window of it -> [B,out,h,w].
 
@@ -93,9 +94,9 @@ class LIIF(ImplicitModel):
         """
         layers = linear_layers(self.imnet)
         if layers is None:
-            return super().render(size, window=window, cell=cell, feat_region=feat_region)
+            return super().render(size, window=window, cell=cell, feat_region=feat_region, source=source)
         feat = self._current_feat()
-        options = self._decoder(feat, layers)
+        options = {**self._decoder(feat, layers), "source": source}
         return ops.render(feat, size, window=window, cell=cell, feat_region=feat_region, **options)
 
     def _decoder(self, feat: Tensor, layers: Sequence[nn.Linear]) -> dict[str, Any]:

@@ -98,9 +98,14 @@ class DecodeInputs(NamedTuple):
         return self.latent_map.shape[0] * self.entry_queries
 
     @property
+    def corners(self) -> int:
+        """Of a query."""
+        return 4 if self.local_ensemble else 1
+
+    @property
     def rows(self) -> int:
         """Rows of the imnet's input: one for each corner of each query."""
-        return self.queries * (4 if self.local_ensemble else 1)
+        return self.queries * self.corners
 
     @property
     def out_shape(self) -> tuple[int, ...]:

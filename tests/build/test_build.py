@@ -185,6 +185,7 @@ def test_two_builds_at_once_take_turns(project):
     assert [one.wait() for one in both] == [0, 0]
 
 
+@pytest.mark.prove
 @needs_compiler
 def test_broken_source_stops_the_build_and_leaves_the_old_library(project):
     """In every mode but none: pip would keep a wheel without the extension for good."""
@@ -201,6 +202,7 @@ def test_broken_source_stops_the_build_and_leaves_the_old_library(project):
     assert "the package is built without its C++ extension: LIIF_FAST_BUILD=none" in without.stderr
 
 
+@pytest.mark.prove
 @needs_compiler
 def test_cuda_sources_go_to_nvcc_and_auto_does_without_them(project, toolkit):
     source, facts = project / "csrc" / "cuda" / "four.cu", project / "liif_fast" / "_build.json"
@@ -264,6 +266,7 @@ def test_sanitized_build_leaves_the_package_alone(project):
 # ---- wheels and source distributions ---------------------------------------------------------------------------------
 
 
+@pytest.mark.prove
 @needs_compiler
 @pytest.mark.parametrize(
     ("variables", "tag", "missing"),
@@ -283,6 +286,7 @@ def test_wheel_carries_the_data_and_the_extension_or_the_reason(variables, tag, 
     assert not any(name.startswith(("tests/", "csrc/", "bench/")) for name in names)
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("tools", ["setuptools", "torch", "compiler"])
 def test_no_wheel_without_the_extension_where_a_tool_is_missing(tools, project):
     """pip's isolated builds have no torch: a wheel of pure Python would stay in pip's cache."""

@@ -53,6 +53,7 @@ run(liif_fast.ops)
     assert len(ran) == 3 and len(set(ran)) == 1 and ran[0].endswith(" 6.0") and result.stderr == ""
 
 
+@pytest.mark.prove
 def test_another_extension_after_an_import_is_one_warning(tmp_path):
     copy = shutil.copy(LIBRARY, tmp_path / "copy.so")
     script = """
@@ -74,7 +75,8 @@ print(liif_fast.ops.gather(torch.rand(1, 3, 4, 5), torch.zeros(1, 2, 2))[0].shap
     assert shape == "torch.Size([1, 2, 4, 29])"
 
 
-@pytest.mark.parametrize("name", ["renamed", pytest.param("host.vendor.liif_fast", marks=pytest.mark.prove)])
+@pytest.mark.prove
+@pytest.mark.parametrize("name", ["renamed", "host.vendor.liif_fast"])
 def test_a_copy_of_the_package_under_another_name_runs_beside_it(name, tmp_path):
     """The copy is `ops` and the extension alone, as a kernel of the Hub has them."""
     folder = tmp_path.joinpath(*name.split("."))

@@ -109,6 +109,7 @@ def test_the_command_tells_its_default_model(
     assert "model: " not in capsys.readouterr().out
 
 
+@pytest.mark.prove
 def test_the_tables_of_an_evaluation_name_the_models_by_hash(
     stand_in: Published, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,9 +124,11 @@ def test_the_first_backend_comes_from_the_table(gpu_here, monkeypatch):
     expected = {
         request: "cuda",
         narrow: "cuda",
-        narrow._replace(widths=(64, 128, 3)): "triton",
-        narrow._replace(widths=(64, 256, 5)): "triton",
+        narrow._replace(widths=(64, 128, 40)): "cuda",
+        narrow._replace(widths=(64, 128, 40), trains=True): "cuda",
+        narrow._replace(widths=(64, 64, 3)): "triton",
         narrow._replace(trains=True): "cuda",
+        narrow._replace(extras=("a query term",)): "triton",
         narrow._replace(op="gather"): "cuda",
     }
     monkeypatch.setattr(backends, "_TRITON_PROBLEM", "")
@@ -141,7 +143,7 @@ def test_the_first_backend_comes_from_the_table(gpu_here, monkeypatch):
 
 
 def test_a_trace_takes_the_first_backend_as_a_constant(monkeypatch):
-    narrow = backends.OpRequest("decode", "cuda", torch.float32, (64, 128, 3), matmul_dtype=torch.bfloat16)
+    narrow = backends.OpRequest("decode", "cuda", torch.float32, (64, 64, 3), matmul_dtype=torch.bfloat16)
     for name in ("cuda", "triton"):
         monkeypatch.setitem(backends.BACKENDS, name, lambda *_: True)
     found = {0: (9, 0), 1: (8, 0)}
@@ -179,7 +181,6 @@ REFUSALS = {
     "float64": ("cuda", torch.float64, (64, 64, 3), "decodes in float32, bfloat16 or float16, not float64"),
     "odd": ("cuda", torch.float32, (64, 40, 3), ".* width is a multiple of 16 up to 256, not 40"),
     "wide": ("cuda", torch.float32, (272, 64, 3), ".* width is a multiple of 16 up to 256, not 272"),
-    "outs": ("cuda", torch.float16, (64, 64, 17), "decodes to at most 16 outputs, not 17"),
     "linear": ("cuda", torch.float16, (3,), "decodes with 2 to 65 layers, this imnet has 1"),
 }
 
@@ -192,21 +193,27 @@ def test_cuda_refuses_with_a_reason(gpu_here, device, dtype, widths, message):
         backends.choose(request, "cuda")
     assert not backends.can_run_cuda(request)
     if widths:
-        assert backends.can_run_cuda(request._replace(dtype=torch.float32, widths=(64, 256, 16)))
+        assert backends.can_run_cuda(request._replace(dtype=torch.float32, widths=(64, 256, 576)))
 
 
 HOPPER_REFUSALS = {
+    "trained width": (
+        {"trains": True, "widths": (64, 128, 3)},
+        "trains with a widest layer of more than 128 channels, not 128",
+    ),
+    "trained outputs": ({"trains": True, "widths": (256, 256, 5)}, "trains with at most 4 outputs, not 5"),
     "float32": ({"matmul_dtype": torch.float32}, "multiplies float16 or bfloat16, not torch.float32"),
-    "no hidden layer": ({"widths": (256, 3)}, "decodes with 3 to 18 layers, this imnet has 2"),
-    "narrow": ({"widths": (64, 128, 3)}, "decodes with a widest layer of 129 to 256 channels, not 128"),
-    "outputs": ({"widths": (256, 256, 5)}, "decodes to at most 4 outputs, not 5"),
+    "no hidden layer": ({"widths": (256, 3)}, "decodes with at least 3 layers, this imnet has 2: it has no product"),
+    "narrow": ({"widths": (64, 64, 3)}, "decodes with a widest layer of 65 to 256 channels, not 64"),
+    "outputs": ({"widths": (256, 256, 129)}, "decodes to at most 128 outputs, not 129"),
+    "query term": ({"has_query_term": True}, "decodes without a query term"),
     "queries": ({"queries": 2**30 + 1}, "decodes at most 1073741824 queries at a time, not 1073741825"),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), HOPPER_REFUSALS.values(), ids=HOPPER_REFUSALS)
 def test_the_hopper_kernel_is_left_out_with_a_reason(change, message):
-    imnet = {"widths": (256,) * 4 + (3,), "matmul_dtype": torch.bfloat16}
+    imnet = {"widths": (256,) * 4 + (3,), "matmul_dtype": torch.bfloat16, "trains": False}
     assert hopper.against_imnet(**imnet) == ""
     assert hopper.against_imnet(**{**imnet, **change}) == f"the Hopper kernel {message}"
 

@@ -23,10 +23,10 @@ def test_limits_are_those_of_the_headers():
         "layers": backends._FUSED_LAYERS,
         "width": backends._FUSED_WIDTH,
         "width_step": backends._FUSED_WIDTH_STEP,
-        "outs": backends._FUSED_OUTS,
+        "outs": cuda_decode._FUSED_OUTS,
         "row_padding": cuda_decode._ROW_PADDING,
         "wgmma_outs": hopper.MOST_OUTS,
-        "wgmma_hidden": hopper.MOST_HIDDEN,
+        "trained_outs": hopper.MOST_TRAINED_OUTS,
         "wgmma_queries": hopper.MOST_QUERIES,
     }
 

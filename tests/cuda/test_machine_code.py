@@ -27,14 +27,18 @@ KERNELS = {
     "backward": "decode_backward_kernel",
 }
 HOPPER_KERNELS = {
-    "paper": r"decode_hopper_kernelINS_10HopperTileI13__nv_bfloat16Li4ELi3ELi3E",
-    "any layers": r"decode_hopper_kernelINS_10HopperTileI13__nv_bfloat16Li4ELi4ELi0E",
-    "any layers, one corner": r"decode_hopper_kernelINS_10HopperTileI6__halfLi1ELi4ELi0E",
+    "paper": r"decode_hopper_kernel.*bfloat16Li4ELi3ELi3E",
+    "any layers": r"decode_hopper_kernelINS_10HopperTileI13__nv_bfloat16Li4ELi4ELi0ELi256E",
+    "any layers, one corner": r"decode_hopper_kernelINS_10HopperTileI6__halfLi1ELi4ELi0ELi256E",
+    "128 channels": r"decode_hopper_kernel.*halfLi4ELi4ELi0ELi128E",
+    "128 channels, one corner": r"decode_hopper_kernel.*bfloat16Li1ELi4ELi0ELi128E",
     "training": r"decode_hopper_kernelINS_16HopperSaving.*bfloat16Li4ELi4ELi0E",
     "training, one corner": r"decode_hopper_kernelINS_16HopperSaving.*halfLi1ELi4ELi0E",
     "backward": r"decode_hopper_backward_kernel.*bfloat16Li4ELi4ELi0E",
     "backward, one corner": r"decode_hopper_backward_kernel.*halfLi1ELi4ELi0E",
 }
+SM_90A = ("-arch=compute_90a", "-code=sm_90a")
+NOTES = re.compile(r"\(C7\d+\)[^\n]*")  # ptxas's, where it serializes products
 EXACT = ("products", "fences", "waits", "stores", "stores_of_16_bytes", "wide_loads", "reductions")
 AT_LEAST = ("wide_stores", "loads_in_flight", "copies_under_products")  # the other numbers are upper limits
 
@@ -61,11 +65,17 @@ def is_within(key: str, value: int, allowed: int) -> bool:
     return value == allowed if key in EXACT else value >= allowed if key in AT_LEAST else value <= allowed
 
 
-def check(budgets: dict, patterns: dict, measure: Callable, command: list, cubin: Path) -> str:
-    """Compile a probe and compare its kernels with their budgets; returns what the compiler says."""
+def compile_probe(command: list, cubin: Path) -> str:
+    """What the compiler says."""
     command = [toolkit().command[0], *setup_py().NVCC_FLAGS, "-Xptxas", "-v", "-I", HERE.parents[1] / "csrc", *command]
     result = subprocess.run([*command, "-cubin", "-o", cubin], capture_output=True, text=True, check=True)
-    codes, report = sass.read_kernels(cuobjdump(), cubin), result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def check(budgets: dict, patterns: dict, measure: Callable, command: list, cubin: Path) -> str:
+    """Compile a probe and compare its kernels with their budgets; returns what the compiler says."""
+    report = compile_probe(command, cubin)
+    codes = sass.read_kernels(cuobjdump(), cubin)
     for name, pattern in patterns.items():
         (code,) = [code for mangled, code in codes.items() if re.search(pattern, mangled)]
         found, budget = {**usage(report, f".*{pattern}"), **measure(code)}, budgets[name]
@@ -85,6 +95,13 @@ def test_the_decode_is_compiled_to_what_its_comments_say(arch, tmp_path):
 @needs_nvcc
 def test_the_hopper_decode_is_compiled_to_what_its_comments_say(tmp_path):
     """An edit anywhere may make ptxas serialize the products, which it says in a note, or spill."""
-    command = ["-arch=compute_90a", "-code=sm_90a", HERE / "hopper_probe.cu"]
+    command = [*SM_90A, HERE / "hopper_probe.cu"]
     report = check(BUDGET["hopper"], HOPPER_KERNELS, sass.measure_hopper, command, tmp_path / "probe.cubin")
-    assert not re.findall(r"\(C7\d+\)[^\n]*", report)
+    assert not NOTES.findall(report)
+
+
+@needs_nvcc
+def test_the_probes_of_the_hopper_decode_neither_spill_nor_wait_for_each_product(tmp_path):
+    report = compile_probe([*SM_90A, HERE.parent / "gpu" / "hopper_probes.cu"], tmp_path / "probes.cubin")
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert spills == [("0", "0", "0")] * 8 and not NOTES.findall(report)

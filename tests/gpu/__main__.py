@@ -20,12 +20,12 @@ from tests.gpu import report
 
 BUDGET_S = 470.0
 SHARES = {
-    "hopper-kernel": 0.08,
-    "check": 0.12,
-    "tests": 0.4,
-    "benchmarks": 0.24,
+    "hopper-kernel": 0.16,
+    "hopper-probes": 0.06,
+    "check": 0.1,
+    "tests": 0.39,
+    "benchmarks": 0.23,
     "cycles": 0.06,
-    "hopper": 0.1,
 }  # of the budget; seconds left over go to the next steps
 LOG = "log.txt"
 _TAIL = 3000  # characters of a step's output in the report
@@ -41,8 +41,9 @@ def steps(out: Path, processes: int, backends: str) -> dict[str, list[str]]:
     tests += ["--report-log", str(out / report.TESTS), "--report-log-exclude-logs-on-passed-tests"]
     timings = ["bench.run", "--device", "cuda", "--budget", "{seconds}", "--out", str(out), "--name", "gpu"]
     check = ["liif_fast", "doctor", "--check", "--output", str(out / "check.txt")]
-    modules = {"hopper-kernel": ["tests.gpu.hopper"], "check": check, "tests": tests, "benchmarks": timings}
-    modules |= {"cycles": ["tests.gpu.cycles"], "hopper": ["bench.hopper"]}
+    clocks = {name: ["tests.gpu.cycles", name] for name in ("hopper_probes", "cycles")}
+    modules = {"hopper-kernel": ["tests.gpu.hopper"], "hopper-probes": clocks["hopper_probes"], "check": check}
+    modules |= {"tests": tests, "benchmarks": timings, "cycles": clocks["cycles"]}
     return {name: [sys.executable, "-m", *words] for name, words in modules.items()}
 
 

@@ -2,12 +2,8 @@
 // bfloat16 at width 256, and prints JSON. The kernel is the decode's own, with a clock at the borders of the phases;
 // its output is compared with that of the kernel without clocks. Weights and latents are arbitrary, since no phase
 // depends on their values. It calibrates models of the machine code.
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <vector>
-
 #include "cuda/decode/forward.cuh"
+#include "program.h"
 
 namespace liif_fast {
 namespace {
@@ -32,31 +28,6 @@ __global__ void __launch_bounds__(kThreads, min_blocks_per_sm<T>())
   const bool writes = blockIdx.x == 0 && threadIdx.x % kWarp == 0;
   Clocks marks{writes ? clocks + threadIdx.x / kWarp : nullptr};
   forward_tiles<T, false>(task, saved, marks);
-}
-
-void check(const char* error) {
-  if (!error) return;
-  std::fprintf(stderr, "%s\n", error);
-  std::exit(1);
-}
-void check(cudaError_t error) { check(error == cudaSuccess ? nullptr : cudaGetErrorString(error)); }
-
-// Memory that both sides read.
-template <class E>
-E* allocate(int64_t count) {
-  void* found = nullptr;
-#ifdef __CUDACC__
-  check(cudaMallocManaged(&found, static_cast<size_t>(count) * sizeof(E)));
-#else
-  found = std::calloc(static_cast<size_t>(count), sizeof(E));
-#endif
-  std::memset(found, 0, static_cast<size_t>(count) * sizeof(E));
-  return static_cast<E*>(found);
-}
-void finish() {
-#ifdef __CUDACC__
-  check(cudaDeviceSynchronize());
-#endif
 }
 
 template <class T>

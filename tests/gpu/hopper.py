@@ -1,4 +1,4 @@
-"""The Hopper kernel in the first minute of a GPU: 20 decodes against float64, then its rate next to cuBLAS's.
+"""The Hopper kernel in the first minute of a GPU: 20 decodes against float64, its rate next to cuBLAS's, sanitizers.
 
 `python -m tests.gpu.hopper` prints JSON. It ends with status 1 where a decode is wrong or the kernel does not run.
 """
@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
+import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,23 +23,26 @@ from liif_fast.benchmark.problem import random_problem
 from liif_fast.benchmark.timing import Candidate, interleave
 from liif_fast.ops import backends, first_use
 from tests.backends import KINDS, TABLE, Backend, Kind
+from tests.gpu import sanitizer
 from tests.helpers import Case
+from tests.ops.decoding import decode, make_problem
 from tests.ops.tolerances import check_decode
 
-PAPER, ROUNDS = (256, 256, 256, 256), 20
+PAPER, ROUNDS, SANITIZER_S = (256, 256, 256, 256), 20, 40
+LOGGED = ("clocks.sm", "power.draw", "temperature.gpu")  # by nvidia-smi
 BACKEND = TABLE["hopper-emulated"]._replace(device="cuda", most_queries=1 << 20)
 # Tiles: none whole, one, several for every block of a cluster. Layers, outputs, corners, maps, batches.
 SHAPES = (
     Case(channels=8, queries=1, hidden=PAPER),
     Case(channels=8, height=24, width=24, queries=9216, hidden=PAPER),
     Case(2, 64, 48, 37, 40_001, PAPER),
-    Case(2, 16, 33, 20, 5000, PAPER, 1, local_ensemble=False),
+    Case(2, 16, 33, 20, 5000, (128,) * 7, 5, local_ensemble=False),
     Case(3, 16, 20, 33, 3333, PAPER, 2, cell_decode=False),
-    Case(1, 16, 31, 31, 20_000, (256, 256), 4),
+    Case(1, 16, 31, 31, 20_000, (256, 256), 18),
     Case(2, 16, 17, 9, 700, (64, 256, 256), 3),
     Case(1, 16, 17, 9, 20_000, (256,) * 9, 3, local_ensemble=False),
     Case(1, 3, 1, 1, 129, (160, 144, 192), 3, feat_unfold=False),
-    Case(1, 8, 40, 40, 60_000, (256, 16, 256), 3),
+    Case(1, 8, 40, 40, 60_000, (128, 16, 96, 128), 3),
 )
 CASES = [(KINDS[3 + i % 2], case, mode) for i, case in enumerate(SHAPES) for mode in ("points", "grid")]
 
@@ -50,6 +56,42 @@ def check(backend: Backend, cases: Sequence[tuple[Kind, Case, str]] = CASES) -> 
         except (AssertionError, RuntimeError) as error:
             wrong.append(f"{kind.name}, {mode}, {case}: {' '.join(str(error).split())[:200]}")
     return wrong
+
+
+def run_sanitized() -> None:
+    """A decode of several tiles for every block, for racecheck and synccheck."""
+    kind, case, mode = CASES[2]
+    problem = make_problem(case, kind, mode, "cuda", grad=False)
+    with torch.no_grad():
+        decode(problem, "cuda")
+    torch.cuda.synchronize()
+    print(sanitizer.FINISHED, flush=True)
+
+
+def watch(run: Callable[[], Any], seconds: float = 0.5) -> dict[str, float]:
+    """Medians of clock (MHz), power (W) and temperature while `run` is repeated, and the lowest clock; {} where
+    nvidia-smi cannot log them."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return {}
+    device = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
+    command = [program, device, f"--query-gpu={','.join(LOGGED)}", "--format=csv,noheader,nounits", "-lms", "20"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as log:
+        assert log.stdout is not None
+        log.stdout.readline()  # it has begun
+        begin = time.monotonic()
+        while time.monotonic() - begin < seconds:
+            for _ in range(10):
+                run()
+            torch.cuda.synchronize()
+        log.terminate()
+        lines = [line.split(",") for line in log.stdout.read().splitlines()]
+    numbers = [[float(cell) for cell in line] for line in lines if len(line) == len(LOGGED) and "[" not in line[0]]
+    if not numbers:
+        return {}
+    columns = list(zip(*numbers, strict=True))
+    found = {name: statistics.median(column) for name, column in zip(LOGGED, columns, strict=True)}
+    return {**found, "lowest clocks.sm": min(columns[0]), "samples": len(numbers)}
 
 
 def rate() -> dict[str, Any]:
@@ -77,15 +119,24 @@ def rate() -> dict[str, Any]:
         "tflop_per_second": round(reached, 1),
         "cublas_tflop_per_second": round(library, 1),
         "of_cublas": round(reached / library, 4),
+        "repeated": watch(candidate.run),
+        "cublas_repeated": watch(cublas.candidate.run),
     }
 
 
 def main() -> None:
     first_use.ENABLED = False  # the cases are the check
+    if sys.argv[1:] == ["--sanitized"]:
+        run_sanitized()
+        return
     if reason := backends.against_hopper(backends.OpRequest("decode", "cuda", torch.bfloat16, (*PAPER, 3))):
         sys.exit(reason)
     wrong = check(BACKEND)
-    print(json.dumps({"cases": len(CASES), "wrong": wrong, **({} if wrong else rate())}, indent=1))
+    print(json.dumps({"cases": len(CASES), "wrong": wrong, **({} if wrong else rate())}, indent=1), flush=True)
+    for tool in () if wrong or sanitizer.find() is None else ("racecheck", "synccheck"):
+        reasons, summary = sanitizer.run(tool, ["tests.gpu.hopper", "--sanitized"], SANITIZER_S)
+        print(json.dumps({tool: summary, "wrong": reasons}, indent=1), flush=True)
+        wrong += reasons
     if wrong:
         sys.exit(1)
 

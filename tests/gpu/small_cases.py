@@ -11,9 +11,9 @@ import itertools
 import torch
 
 from tests.gpu.problems import OPS, make_problem, run
+from tests.gpu.sanitizer import FINISHED
 from tests.helpers import Case
 
-FINISHED = "all small cases ran"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A remainder in every direction: rows that fill no tile, columns that fill no vector, two maps.
 CASES = (

@@ -8,7 +8,7 @@ import pytest
 
 from tests.gpu import __main__ as command
 from tests.gpu import report, small_cases
-from tests.gpu.test_sanitizers import read_output
+from tests.gpu.sanitizer import FINISHED, read_output
 
 SUITE = """
 import os, sys, time, types, pytest
@@ -116,8 +116,8 @@ def test_errors_of_the_command_name_the_remedy(tmp_path, monkeypatch):
         command.main(["--out", str(tmp_path)])
 
 
-CLEAN = f"{small_cases.FINISHED}\n========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
-OURS = f"""{small_cases.FINISHED}
+CLEAN = f"{FINISHED}\n========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
+OURS = f"""{FINISHED}
 ========= Invalid __global__ read of size 4 bytes
 =========     at void liif_fast::gather_kernel<float>(liif_fast::Gather)+0x150 in gather.cu:12
 =========     by thread (31,0,0) in block (1,0,0)
@@ -125,7 +125,7 @@ OURS = f"""{small_cases.FINISHED}
 ========= Program hit cudaErrorLaunchFailure (error 719) due to "unspecified launch failure" on CUDA API call.
 ========= ERROR SUMMARY: 2 errors
 """
-RACE = f"""{small_cases.FINISHED}
+RACE = f"""{FINISHED}
 ========= Error: Race reported between Write access at liif_fast::(anonymous namespace)::query_kernel()+0x90
 =========     and Read access at liif_fast::(anonymous namespace)::query_kernel()+0x100 [508 hazards]
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
@@ -140,7 +140,7 @@ RACE = f"""{small_cases.FINISHED}
         (OURS.replace("liif_fast", "cutlass"), ""),
         (RACE, "Error: Race reported between Write access at liif_fast"),
         (CLEAN.replace("0 errors", "7 errors"), "7 reports that cannot be told apart"),
-        (CLEAN.replace(small_cases.FINISHED, ""), "the small cases did not finish"),
+        (CLEAN.replace(FINISHED, ""), "the cases did not finish"),
     ],
 )
 def test_the_output_of_a_sanitizer_is_read(output, reason):

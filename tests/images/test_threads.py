@@ -45,7 +45,14 @@ def _one_thread():
 
 
 @pytest.mark.parametrize(
-    ("make", "training"), [(liif, False), (liif, True), (metasr, False), (changed_imnet, True), (Duck, True)]
+    ("make", "training"),
+    [
+        (liif, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.prove)
+            for case in ((liif, True), (metasr, False), (changed_imnet, True), (Duck, True))
+        ),
+    ],
 )
 def test_threads_share_a_model(make, training):
     """With different options, and a callback that fails."""

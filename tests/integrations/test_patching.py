@@ -145,7 +145,7 @@ def test_distributed_data_parallel(cls: type) -> None:
 
 
 @needs_cpu
-@pytest.mark.parametrize("cls", BOTH)
+@pytest.mark.parametrize("cls", [pytest.param(BOTH[0], marks=pytest.mark.prove), *BOTH[1:]])
 def test_compile_traces_the_ops(cls: type) -> None:
     """Without an eager call before it: the comparison runs while the model is traced."""
     model = make(cls)

@@ -99,6 +99,7 @@ def test_a_wrong_kernel_is_found_out(wrong: float, monkeypatch: pytest.MonkeyPat
         assert all(map(torch.equal, results(model), expected))
 
 
+@pytest.mark.prove
 @needs_cpu
 @pytest.mark.parametrize("cls", [classes.TwiceTheCell, Upscaler])
 def test_compile_traces_the_own_code_where_it_must(cls: type, caplog: pytest.LogCaptureFixture) -> None:
@@ -143,6 +144,7 @@ def test_arguments_by_name_and_an_upscaling_encoder() -> None:
             model.query_rgb(feature, COORD)  # its own code, which has no nearest sampling
 
 
+@pytest.mark.prove
 @needs_cpu
 @pytest.mark.parametrize("cls", BOTH)
 def test_exports_and_function_transforms_run_the_own_code(cls: type) -> None:

@@ -185,6 +185,7 @@ def test_other_models_load_as_before(spandrel, tmp_path):
         spandrel.ModelLoader().load_from_state_dict({"x": torch.zeros(1)})
 
 
+@pytest.mark.prove
 def test_without_spandrel_the_import_is_one_sentence():
     code = "import sys; sys.modules['spandrel'] = None\nimport liif_fast.integrations.spandrel"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

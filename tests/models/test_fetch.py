@@ -135,8 +135,9 @@ time.sleep(60)
 """
 
 
+@pytest.mark.prove
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL does not exist on Windows")
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.prove)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_kill_during_the_download_leaves_no_half_file(
     stand_in: Published, cache: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

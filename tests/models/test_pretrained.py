@@ -132,6 +132,7 @@ for call in (lambda: LIIF.from_pretrained("owner/name"), lambda: LIIF.from_pretr
 """
 
 
+@pytest.mark.prove
 def test_without_the_hubs_client_folders_still_load(tmp_path):
     model_with_norm().save_pretrained(tmp_path / "a")
     command = [sys.executable, "-c", WITHOUT_HUB, str(tmp_path / "a"), str(tmp_path / "b")]

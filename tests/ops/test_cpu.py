@@ -159,6 +159,7 @@ def test_threads_save_activations_of_their_own(slab_limit):
                 assert all(norm_error(a, b) <= 1e-5 for a, b in zip(results, wanted, strict=True))
 
 
+@pytest.mark.prove
 def test_training_steps_do_not_take_more_and_more_memory():
     problem = make_problem(Case(1, 3, 5, 7, 301, (64, 64)), KIND["float32"])
 

@@ -81,6 +81,7 @@ def test_the_convolution_that_keeps_its_precision(size):
     assert (forward.get_total_flops(), backward.get_total_flops()) == expected
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("order", ["liif_fast, torch.utils.flop_counter", "torch.utils.flop_counter, liif_fast"])
 def test_the_order_of_imports_does_not_matter(order):
     check = (

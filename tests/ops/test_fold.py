@@ -68,6 +68,7 @@ def test_convolutions_follow_the_switch_of_matrix_products(monkeypatch, precisio
     assert seen == [expected, expected]
 
 
+@pytest.mark.prove
 def test_convolutions_leave_the_switches_of_the_process_alone():
     """A convolution's switch that was never set still follows the switch of the whole process."""
     script = """

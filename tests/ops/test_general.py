@@ -63,10 +63,10 @@ def with_gradients(out, tensors):
     return [out, *zeros]
 
 
-def reason_against(backend, case, mode, term):
+def reason_against(backend, case, mode, term, dtype=torch.float32):
     extras = (*(["a query term"] if term else []), *(["a source window"] if mode == "source" else []))
     widths = (*case.hidden, case.outs)
-    request = backends.OpRequest("decode", backend.device, torch.float32, widths, extras=extras)
+    request = backends.OpRequest("decode", backend.device, dtype, widths, extras=extras)
     try:
         backends.BACKENDS[backend.op_backend](request, raise_error=True)
     except RuntimeError as error:
@@ -100,17 +100,37 @@ def test_equals_the_reference_forward_and_backward(backend, name, mode, term):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+SOURCES = ((1.25, 2.5, 3.3, 2.75), (-2.0, -1.5, 5.0, 13.7), (9.0, 4.0, 2.0, 20.0), (0, 0, 8, 9))
+
+
+@pytest.mark.inference
+@pytest.mark.one_isa
+@pytest.mark.parametrize("size", [(11, 14), (24, 27)])  # of the latter, pixels lie on latents and between two
+def test_every_pixel_of_a_source_window_reads_its_own_latent(backend, size):
+    """The same as in PyTorch's calls: layers that pass the latent's number through, which bfloat16 holds exactly."""
+    one = torch.eye(16, dtype=torch.bfloat16)
+    latent_map = (torch.arange(72.0).view(1, 8, 9, 1) * torch.eye(16)[0]).bfloat16()
+    layers = one.new_zeros(16, 4), [one, one[:1]], [one.new_zeros(16), one.new_zeros(16), one.new_zeros(1)]
+    for source in (None, *SOURCES):
+        options = {"size": size, "source": source, "local_ensemble": False}
+        if source and (reason := reason_against(backend, Case(hidden=(16, 16)), "source", False)):
+            pytest.skip(reason)
+        found = ops.decode(latent_map, *layers, **options, backend=backend.op_backend)
+        expected = ops.decode(latent_map, *layers, **options, backend="torch")
+        assert torch.equal(found, expected) and expected.unique().numel() > 3
+
+
 @pytest.mark.parametrize("unfold", [True, False], ids=["unfold", "plain"])
 def test_a_source_window_is_query_at_its_float64_centers(backend, unfold):
     """Sub-pixel windows inside, across and beyond the border; of a part of the features too."""
     case = Case(batch=2, height=8, width=9, hidden=(16, 16), feat_unfold=unfold)
     feat, _, _, weights, biases = random_problem(case, torch.float64)
     name, size, window = backend.op_backend, (11, 14), (2, 3, 6, 9)
-    for source in ((1.25, 2.5, 3.3, 2.75), (-2.0, -1.5, 5.0, 13.7), (9.0, 4.0, 2.0, 20.0), (0, 0, 8, 9)):
+    for source in SOURCES:
         options = {"window": window, "source": source, "feat_unfold": unfold, "backend": name}
-        if reason := reason_against(backend, case, "source", False):
+        if reason := reason_against(backend, case, "source", False, torch.float64):
             with pytest.raises(RuntimeError, match=re.escape(reason)):
-                ops.render(feat.float(), size, *([t.float() for t in each] for each in (weights, biases)), **options)
+                ops.render(feat, size, weights, biases, **options)
             return
         steps = [source[2 + axis] / size[axis] for axis in (0, 1)]
         rows, cols = (

@@ -82,8 +82,6 @@ def require_registered(backend):
 @pytest.mark.parametrize("matmul_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_opcheck_of_decode(backend, mode, matmul_dtype):
     require_registered(backend)
-    if mode == "term" and backend.op_backend != "cpu":
-        pytest.skip("only the backend cpu fuses a query term")
     arguments = decode_arguments(problem_on(backend, SMALL), mode)
     for save in (True, False):
         tests = ["test_schema", "test_faketensor", "test_autograd_registration"]

@@ -111,6 +111,7 @@ def test_averaged_weights():
     assert torch.allclose(distance, torch.full_like(distance, 0.125), atol=1e-5)
 
 
+@pytest.mark.prove
 def test_a_compiled_encoder_gives_the_same_step_and_the_same_names():
     net, loss, _ = step(compile_encoder=True)
     whole, expected, _ = step()

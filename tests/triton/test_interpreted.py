@@ -18,16 +18,19 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-from liif_fast.ops.backends.triton import fused, launch
+from liif_fast.ops.backends.triton import fused, launch, layerwise
 from liif_fast.ops.backends.triton.rows import as_operand
 from liif_fast.ops.inputs import DecodeInputs
 from tests.backends import KINDS, TABLE
-from tests.helpers import Case, random_problem
+from tests.helpers import Case, norm_error, random_problem, range_error
+from tests.ops import test_general as general
+from tests.ops.decoding import decode, exact, gradients, make_problem, run
 from tests.ops.rounded_model import to_tf32
-from tests.ops.tolerances import check_decode
+from tests.ops.tolerances import LIMITS, TIMES_PYTORCH, check_decode
 from tests.triton import interpreter
 
 BACKEND = TABLE["triton-interpreted"]
+CASE = Case()  # with the paper's flags
 KIND = {kind.name: kind for kind in KINDS}
 interpreter.correct()
 
@@ -106,6 +109,61 @@ def test_forward_and_backward_may_cut_a_layer_differently(monkeypatch, kind, sav
     blocks = {"forward": 32, "save": save, "backward": backward}
     monkeypatch.setattr(fused, "tile_config", lambda key, _: launch.TileConfig(64, blocks[key.kernel], 4, 2))
     check_decode(BACKEND, KIND[kind], Case(hidden=(120, 100), queries=8), "points")
+
+
+def test_wide_layers_of_inference_stay_in_the_kernel(monkeypatch):
+    monkeypatch.delattr(layerwise, "forward")
+    case = Case(height=2, width=3, hidden=(300, 270), queries=4)
+    problem = make_problem(case, KIND["float16"], grad=False)
+    found, plain, out = decode(problem, "triton"), decode(problem, "reference"), exact(problem)[0]
+    assert norm_error(found, out) <= TIMES_PYTORCH * norm_error(plain, out) + LIMITS[torch.float16, "rounding"]
+
+
+def test_gradients_pass_the_last_layer_as_in_float32():
+    """As the sum for a bias shows, which is added up before the layer's gradient becomes an operand."""
+    problem = make_problem(Case(height=2, width=3, hidden=(16, 16), queries=6), KIND["autocast-float16"])
+    with torch.no_grad():
+        for bias in problem.biases[:2]:
+            bias.add_(9)  # every ReLU passes
+    plain = decode(problem._replace(kind=KIND["float32"]), "reference")
+    assert norm_error(run(problem, BACKEND)[-2], gradients(plain, problem.leaves)[-2]) <= 1e-5
+
+
+@pytest.mark.parametrize("mode", ["points", "source"])
+def test_chunks_of_a_general_decode(monkeypatch, mode):
+    """Query terms and more outputs than a kernel's, whole and with each chunk's part of the terms."""
+    case = Case(batch=2, height=2, width=3, hidden=(16, 24), outs=20, queries=9)
+    tensors, wide = (general.problem(case, mode, dtype) for dtype in (torch.float32, torch.float64))
+    for name, tensor in wide.items():
+        tensor.data.copy_(tensors[name])
+    expected = general.with_gradients(general.run(case, mode, wide, backend="reference"), wide)
+    for recompute, forward, backward in ((False, 1 << 29, 1 << 29), (True, 1000, 20_000)):
+        monkeypatch.setattr(fused, "FUSED_CHUNK_BYTES", forward)
+        out = general.run(case, mode, tensors, backend="triton", recompute=recompute)
+        assert range_error(out, expected[0]) <= LIMITS[torch.float32, "result"]
+        monkeypatch.setattr(fused, "FUSED_CHUNK_BYTES", backward)
+        for found, wanted in zip(general.with_gradients(out, tensors), expected, strict=True):
+            assert norm_error(found, wanted) <= 5 * LIMITS[torch.float32, "gradient"]
+
+
+@pytest.mark.parametrize("outs", [3, 20])
+def test_in_sixteen_bits_a_query_term_is_a_latent_map_of_its_own(outs):
+    """Latents, terms and biases whose sums are exact in any order: every ReLU gets the same number."""
+    tensors = general.problem(Case(height=2, width=3, hidden=(16, 24), outs=outs, queries=6), "points", torch.float32)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_((tensor * 64).round() / 64)
+            if name.startswith(("weight", "bias", "geometry")):
+                tensors[name] = tensor.half().requires_grad_()
+    found = general.run(CASE, "points", tensors, backend="triton")
+    by_query = {name: tensors[name].transpose(0, 1) for name in ("coord", "cell")}
+    latent_map = tensors["latent_map"] + tensors["term"].view(6, 1, 1, -1)
+    own = {**tensors, **by_query, "latent_map": latent_map, "term": None}
+    own = general.run(CASE, "points", own, backend="triton").transpose(0, 1)
+    assert torch.equal(found, own)
+    results = (general.with_gradients(out, tensors) for out in (found, own))
+    for grad, same in zip(*results, strict=True):
+        assert norm_error(grad, same) <= LIMITS[torch.float16, "rounding"]
 
 
 @triton.jit

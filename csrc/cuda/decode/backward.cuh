@@ -94,8 +94,12 @@ __device__ __forceinline__ void store_layer(const DecodeTask& task, const Backwa
 
 // The gradient of the blended hidden vector of a row's query.
 template <class T>
-__device__ __forceinline__ void blended_gradient(const DecodeTask& task, const float* grad_out, int slot, int channel,
-                                                 float (&v)[T::kVector]) {
+__device__ __forceinline__ void blended_gradient(const DecodeTask& task, const BackwardArrays& backward, int64_t tile,
+                                                 const float* grad_out, int slot, int channel, float (&v)[T::kVector]) {
+  if (backward.blended) {
+    const int64_t at = (tile - task.first_tile) * (T::kRows / task.corners) + slot;
+    return load_floats(backward.blended + at * T::kWidth + channel, v);
+  }
 #pragma unroll
   for (int i = 0; i < T::kVector; ++i) v[i] = 0.0f;
   for (int o = 0; o < task.outs; ++o) {
@@ -136,9 +140,10 @@ __device__ __forceinline__ void last_layer_sums(const DecodeTask& task, const Sa
 
 // acc = gradients of the last hidden layer before its ReLU; with row_dots also the gradient of every row's weight.
 template <class T>
-__device__ __forceinline__ void through_blend(const DecodeTask& task, const SavedActivations& saved, int64_t tile,
-                                              const Geometry<T>& geometry, const FragmentCoords<T>& coords,
-                                              const float* grad_out, float* row_dots, Accumulators<T>& acc) {
+__device__ __forceinline__ void through_blend(const DecodeTask& task, const SavedActivations& saved,
+                                              const BackwardArrays& backward, int64_t tile, const Geometry<T>& geometry,
+                                              const FragmentCoords<T>& coords, const float* grad_out, float* row_dots,
+                                              Accumulators<T>& acc) {
   Mask<T> mask;
   mask.load(saved, task.hidden, tile);
   const int warp_col = coords.first_group / T::kColGroups;
@@ -153,7 +158,7 @@ __device__ __forceinline__ void through_blend(const DecodeTask& task, const Save
       for (int k = 0; k < 4; ++k) {  // the four corners of one query, or four queries
         const int m = 2 * pair + k / 2, half = k % 2, row = coords.tile_row(m, half);
         if (k == 0 || task.corners == 1)
-          blended_gradient<T>(task, grad_out, query_slot(row, task.corners), channel, gradient);
+          blended_gradient<T>(task, backward, tile, grad_out, query_slot(row, task.corners), channel, gradient);
         if (row_dots) {
           float hidden[T::kVector];
           from_words<T>(*saved_row<T>(saved, task.hidden, tile, row, channel), hidden);
@@ -254,6 +259,33 @@ __device__ __forceinline__ void finish_first_layer(const DecodeTask& task, const
     }
 }
 
+// The first layer's gradients (in acc) of each query, whose corners one lane holds: those of the query terms.
+template <class T>
+__device__ __forceinline__ void store_term_gradients(const DecodeTask& task, float* query_term, int64_t tile,
+                                                     const FragmentCoords<T>& coords, const Accumulators<T>& acc) {
+#pragma unroll
+  for (int pair = 0; pair < T::kRowTiles / 2; ++pair)
+#pragma unroll
+    for (int group = 0; group < T::kColGroups; ++group) {
+      const int channel = coords.channel(group);
+      float sum[T::kVector];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {  // the four corners of one query, or four queries
+        float v[T::kVector];
+        get_values<T>(acc, 2 * pair + k / 2, group, k % 2, v);
+#pragma unroll
+        for (int i = 0; i < T::kVector; ++i) sum[i] = k == 0 || task.corners == 1 ? v[i] : sum[i] + v[i];
+        if (k < 3 && task.corners == 4) continue;
+        const int row = coords.tile_row(2 * pair + k / 2, k % 2);
+        const int64_t query = find_query<T>(task, tile, query_slot(row, task.corners));
+        if (query < 0 || channel >= task.width) continue;
+        float4* const to = reinterpret_cast<float4*>(query_term + query * task.width + channel);
+#pragma unroll
+        for (int i = 0; i < T::kVector; i += 4) to[i / 4] = make_float4(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+      }
+    }
+}
+
 // Gradients of coord and cell from the rows' products; one thread per query.
 template <class T>
 __device__ __forceinline__ void finish_points(const DecodeTask& task, const BackwardArrays& backward, int64_t tile,
@@ -311,7 +343,7 @@ __device__ __forceinline__ void backward_tiles(const DecodeTask& task, const Sav
     sync_team<T>(coords);
     last_layer_sums<T>(task, saved, backward, tile, coords, grad_out);
     Accumulators<T> acc;
-    through_blend<T>(task, saved, tile, geometry, coords, grad_out, row_dots, acc);
+    through_blend<T>(task, saved, backward, tile, geometry, coords, grad_out, row_dots, acc);
     for (int layer = task.hidden; layer >= 1; --layer) {
       store_layer<T>(
           task, backward, layer, tile, coords, space.act,
@@ -341,6 +373,7 @@ __device__ __forceinline__ void backward_tiles(const DecodeTask& task, const Sav
           }
     }
     finish_first_layer<T>(task, backward, tile, geometry, coords, row_dots, acc);
+    if (backward.query_term) store_term_gradients<T>(task, backward.query_term, tile, coords, acc);
     sync_team<T>(coords);  // geometry and grad_out have been read, row_dots has been written
     if (row_dots) {
       finish_points<T>(task, backward, tile, geometry, coords, row_dots);

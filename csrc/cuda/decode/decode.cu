@@ -38,14 +38,14 @@ __device__ __forceinline__ float vector_value(const PackTask& task, int vector, 
     return term < terms && channel < p.width ? p.weight_geometry[channel * terms + term] : 0.0f;
   }
   const int out = term - 4;
-  if (out < p.widths[p.layers])
+  if (out < fused_outs(task.policy, p))
     return channel < p.widths[hidden] ? p.weights[hidden][out * p.widths[hidden] + channel] : 0.0f;
   return channel < p.widths[p.layers] ? p.biases[p.layers][channel] : 0.0f;
 }
 
 __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ PackTask task) {
   const int hidden = task.problem.layers - 1, chunk = chunk_units(task.width);
-  const int outs = static_cast<int>(task.problem.widths[task.problem.layers]);
+  const int outs = fused_outs(task.policy, task.problem);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t at = first; at < task.units; at += stride) {
@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t at = is_row ? i : i - rows, size = is_row ? task.map_height : task.map_width;
     const int64_t entry = at / (task.coord ? task.queries : is_row ? task.window_height : cols);
     const float coord = task.coord ? task.coord[2 * at + (is_row ? 0 : 1)]
-                        : is_row   ? pixel_center<float>(task.window_top + at % task.window_height, task.image_height)
-                                   : pixel_center<float>(task.window_left + at, task.image_width);
+                        : is_row   ? pixel_center<float>(task.window_top + at % task.window_height, task.rows)
+                                   : pixel_center<float>(task.window_left + at, task.cols);
     AxisNeighbors found;
     for (int side = 0; side < 2; ++side) {
       const Neighbor<float> one = find_neighbor(coord, task.corners == 4 ? 2 * side - 1 : 0, size);
@@ -144,8 +144,8 @@ DecodeVariant choose_variant(MmaPolicy policy, int width, int64_t total_rows, co
   DeviceLimits limits = {};
   const cudaError_t status = device_limits(limits);
   *error = status == cudaSuccess ? nullptr : cudaGetErrorString(status);
-  const int bytes = operand_bytes(policy), large = large_rows(bytes);
-  const int padded = is_wgmma(policy) ? kMaxFusedWidth : padded_width(width);
+  if (is_wgmma(policy) && width <= 128) return {policy, 128, 256, 0, 0};  // as HopperTile
+  const int bytes = operand_bytes(policy), padded = padded_width(width), large = large_rows(bytes);
   const bool is_small_problem = (total_rows + large - 1) / large < 2 * limits.processors;
   const bool small = padded == 256 &&
                      (is_small_problem || has_small_tiles_only(limits.arch) || limits.block_bytes < kLargeSharedBytes);
@@ -197,9 +197,8 @@ const char* launch_pack(const DecodeProblem<float>& problem, const DecodeVariant
   const int groups = group_count(variant.policy, variant.width);
   const int64_t units = static_cast<int64_t>(problem.layers - 1) * groups * chunk_units(variant.width);
   uint4* const chunks = static_cast<uint4*>(packed);
-  const bool by_mma_sync = direction == Direction::kBackwardWithPoints;
   const bool transposed = direction != Direction::kForward;
-  const MmaPolicy policy = by_mma_sync ? points_policy(variant.policy) : variant.policy;
+  const MmaPolicy policy = direction == Direction::kBackwardWithPoints ? points_policy(variant.policy) : variant.policy;
   const PackTask task{problem,    policy, variant.width, groups,
                       transposed, units,  chunks,        reinterpret_cast<float*>(chunks + units)};
   return launch(pack_kernel, blocks_for(units / kWarp + 1), stream, task);
@@ -214,7 +213,7 @@ DecodeTask make_task(const DecodeProblem<float>& p, const DecodeVariant& variant
   task.rel_cell[0] = mul_rounded(p.grid_cell[0], static_cast<float>(p.map_height));
   task.rel_cell[1] = mul_rounded(p.grid_cell[1], static_cast<float>(p.map_width));
   task.hidden = p.layers - 1;
-  task.outs = static_cast<int>(p.out_width());
+  task.outs = fused_outs(variant.policy, p);
   task.weights = static_cast<const unsigned char*>(packed);
   const int64_t vectors_bytes = static_cast<int64_t>(packed_vector_count(task.hidden, task.outs)) * variant.width * 4;
   task.packed_vectors =
@@ -253,15 +252,17 @@ const char* launch_wgmma(const DecodeTask& task, const DecodeVariant& variant, c
   if (const char* error = launch(neighbors_kernel, blocks, stream, task, neighbors, rows, cols)) return error;
   HopperTask hopper = {};
   static_cast<DecodeTask&>(hopper) = task;
-  hopper.first_tile = task.first_tile * variant.rows / kRowPadding;
-  hopper.tiles = (task.tiles * variant.rows + kRowPadding - 1) / kRowPadding;
-  hopper.saved = saved;
-  hopper.saved_tile_rows = variant.rows;
-  hopper.saved_tile = static_cast<int>((task.first_tile - saved.first_tile) * variant.rows / kRowPadding);
   hopper.neighbor_rows = neighbors;
   hopper.neighbor_cols = neighbors + rows;
   hopper.columns = Divisor::of(task.coord ? 1 : task.window_width);
   hopper.entry_queries = Divisor::of(task.queries);
+  hopper.padded_width = variant.width;
+  const int64_t rows_of_tile = variant.width == 128 ? variant.rows : kRowPadding;
+  hopper.first_tile = task.first_tile * variant.rows / rows_of_tile;
+  hopper.tiles = (task.tiles * variant.rows + rows_of_tile - 1) / rows_of_tile;
+  hopper.saved = saved;
+  hopper.saved_tile_rows = variant.rows;
+  hopper.saved_tile = static_cast<int>((task.first_tile - saved.first_tile) * variant.rows / rows_of_tile);
   if (backward)
     return is_float16(variant.policy) ? launch_hopper_backward<MmaPolicy::kWgmmaFloat16>(hopper, *backward, stream)
                                       : launch_hopper_backward<MmaPolicy::kWgmmaBFloat16>(hopper, *backward, stream);

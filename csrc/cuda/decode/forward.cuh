@@ -61,7 +61,7 @@ __device__ __forceinline__ void blend_and_finish(const DecodeTask& task, const S
             blended[s][group][i] = corner == 0 ? weight * relu(v[i]) : fmaf(weight, relu(v[i]), blended[s][group][i]);
         }
       }
-    if (kSaves) {
+    if (kSaves || saved.blended) {
 #pragma unroll
       for (int s = 0; s < kSlots; ++s)
 #pragma unroll
@@ -220,7 +220,7 @@ __device__ __forceinline__ void forward_tiles(const DecodeTask& task, const Save
   sync_team<T>(coords);
   marks();
   for (; tile < task.first_tile + task.tiles; tile += gridDim.x) {
-    first_layer(task, space.geometry, coords, space.act);
+    first_layer(task, tile, space.geometry, coords, space.act);
     if (kSaves)
       save_layer<T>(task, saved, 0, tile, coords, [&](int m, int group, int half, float (&v)[T::kVector]) {
         get_act<T>(space.act, coords, m, group, half, v);

@@ -1,4 +1,5 @@
-// The fused decode on compute capability 9.0: 256 channels, 16 bits, products of warpgroups (wgmma).
+// The fused decode on compute capability 9.0: 128 or 256 channels, 16 bits, products of warpgroups
+// (wgmma).
 //
 // A block has three warpgroups. In the first, the producers, one thread streams weights through a ring in shared
 // memory, and three warps make the first layer's activations of the next tile. The other two, the consumers, multiply:
@@ -15,6 +16,9 @@
 // and `right` its `high` under the next layer's first. So one group is always under way. Between tiles the last layer
 // takes the place of the packing.
 //
+// With 128 channels a layer is one block of weights, and the halves are rows: `left` and `right` are the sums of a
+// consumer's rows 0-63 and 64-127. Up to four layers stay in the ring.
+//
 // The order of channels is that of tile.cuh: a lane holds eight consecutive channels of a group of 32. A row's corner
 // is 2 * (bit 2 of the row) + (bit 3), so that one lane and the one 16 lanes away hold a query's four corners.
 #pragma once
@@ -29,9 +33,12 @@ namespace liif_fast {
 template <class T>
 __device__ __forceinline__ void load_vectors(const HopperTask& task, HopperWorkspace<T>& space) {
   const int thread = static_cast<int>(threadIdx.x);
-  for (int i = thread; i < task.hidden * T::kWidth; i += T::kThreads)
-    space.biases[i / T::kWidth][i % T::kWidth] = bias_vector<T>(task, 1)[i];
-  for (int i = thread; i < T::kOuts * T::kWidth; i += T::kThreads)
+  // stream_weights brings the biases of layers whose number is no constant; the last one's is kept.
+  constexpr int kLoaded = T::kHidden ? T::kHidden : 1, kFirst = T::kBiases - kLoaded;
+  const float* const biases = bias_vector<T>(task, T::kHidden ? 1 : task.hidden);
+  for (int i = thread; i < kLoaded * T::kWidth; i += T::kThreads)
+    space.biases[kFirst + i / T::kWidth][i % T::kWidth] = biases[i];
+  for (int i = thread; i < T::kKeptOuts * T::kWidth; i += T::kThreads)
     space.last[i / T::kWidth][i % T::kWidth] = i < task.outs * T::kWidth ? last_vector<T>(task, 0)[i] : 0.0f;
   if (thread < task.outs) space.last_bias[thread] = last_vector<T>(task, task.outs)[thread];
   for (int i = thread; i < T::kWidth; i += T::kThreads) {
@@ -87,6 +94,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) decode_hopper_kernel(const __g
       [&](HopperWorkspace<T>& space) {
         if constexpr (T::kHidden)
           consume<T>(task, space);
+        else if constexpr (T::kHalvesRows)
+          consume_rows<T>(task, space);
         else
           consume_layers<T>(task, space);
       });
@@ -157,9 +166,14 @@ const char* launch_backward_tile(const HopperTask& task, const BackwardArrays& b
 template <MmaPolicy kPolicy>
 const char* launch_hopper(const HopperTask& task, void* stream) {
   using Element = std::conditional_t<is_float16(kPolicy), __half, __nv_bfloat16>;
+  if (task.saved.masks && (task.padded_width == 128 || task.outs > kMaxTrainedOuts))
+    return "the wgmma kernels train with a widest layer of more than 128 channels, and with up to 4 outputs";
   if (task.saved.masks)
     return task.corners == 4 ? launch_tile<HopperSavingTile<HopperTile<Element, 4, 4, 0>>>(task, stream)
                              : launch_tile<HopperSavingTile<HopperTile<Element, 1, 4, 0>>>(task, stream);
+  if (task.padded_width == 128)
+    return task.corners == 4 ? launch_tile<HopperTile<Element, 4, 4, 0, 128>>(task, stream)
+                             : launch_tile<HopperTile<Element, 1, 4, 0, 128>>(task, stream);
   if (task.corners != 4) return launch_tile<HopperTile<Element, 1, 4, 0>>(task, stream);
   if (task.hidden == 3 && task.outs <= 3) return launch_tile<HopperTile<Element, 4, 3, 3>>(task, stream);
   return launch_tile<HopperTile<Element, 4, 4, 0>>(task, stream);

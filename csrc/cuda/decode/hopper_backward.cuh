@@ -26,7 +26,7 @@ __device__ __forceinline__ RowGradients* row_gradients(HopperWorkspace<T>& space
 }
 
 // Gradients of the last layer's rows, of four channels.
-using LastRows = float[kMaxWgmmaOuts][4];
+using LastRows = float[kMaxTrainedOuts][4];
 
 // Adds a consumer's queries: blended hidden vectors times gradients of outputs.
 template <class T>
@@ -45,7 +45,7 @@ __device__ __forceinline__ void add_last_rows(const HopperTask& task, const RowG
     const float2 first = unpack(words.x, Element{}), second = unpack(words.y, Element{});
     const float hidden[4] = {first.x, first.y, second.x, second.y}, by_out[4] = {grad.x, grad.y, grad.z, grad.w};
 #pragma unroll
-    for (int o = 0; o < kMaxWgmmaOuts; ++o)
+    for (int o = 0; o < kMaxTrainedOuts; ++o)
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[o][i] = fmaf(by_out[o], hidden[i], sums[o][i]);
   }
@@ -57,13 +57,13 @@ __device__ __forceinline__ void load_gradients(const HopperTask& task, const Bac
                                                HopperWorkspace<T>& space, int tile, int consumer, int row) {
   const int64_t latent = locate_row<T>(task, space, tile, 0, consumer, row);
   const int query = row_query<T>(tile + first_tile<T>(task), consumer, row);
-  float grads[kMaxWgmmaOuts] = {};
+  float grads[kMaxTrainedOuts] = {};
   float weight = 0.0f;
   if (query < task.total && tile < task.tiles) {
     const Quotient at = task.entry_queries.divide(query);
     const float* const from = backward.grad_out + at.quotient * task.out_batch + at.remainder * task.out_query;
 #pragma unroll
-    for (int o = 0; o < kMaxWgmmaOuts; ++o)
+    for (int o = 0; o < kMaxTrainedOuts; ++o)
       if (o < task.outs) grads[o] = from[o * task.out_channel];
     weight = space.weight[0][consumer][row];
   } else {
@@ -103,7 +103,7 @@ __device__ __forceinline__ void make_gradients(const HopperTask& task, const Bac
   float* const to =
       backward.sums + (blockIdx.x * kHopperRowSums * sum_count(task.hidden, task.outs) + task.hidden + 5) * T::kWidth;
 #pragma unroll
-  for (int o = 0; o < kMaxWgmmaOuts; ++o)
+  for (int o = 0; o < kMaxTrainedOuts; ++o)
     if (o < task.outs)
       *reinterpret_cast<float4*>(to + o * T::kWidth + channel) =
           make_float4(sums[o][0], sums[o][1], sums[o][2], sums[o][3]);
@@ -281,7 +281,7 @@ __device__ __forceinline__ void through_blend(HopperWorkspace<T>& space, int gro
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[half][i] = 0.0f;
 #pragma unroll
-  for (int o = 0; o < kMaxWgmmaOuts; ++o) {
+  for (int o = 0; o < kMaxTrainedOuts; ++o) {
     const float first = (&grads[row].weighted.x)[o], second = (&grads[row + 8].weighted.x)[o];
 #pragma unroll
     for (int step = 0; step < 2; ++step) {

@@ -5,6 +5,9 @@
 
 namespace liif_fast {
 
+template <int kStage>
+using Stage = std::integral_constant<int, kStage>;
+
 // The next layer's operands: relu(sums + bias), which have the same place in a lane.
 template <class T>
 __device__ __forceinline__ void pack_half(const HalfSums& sums, const float* bias, int quad, HalfOperands& to) {
@@ -74,9 +77,10 @@ __device__ __forceinline__ void add_last_layer(const HalfSums& hidden, const flo
 }
 
 // Sums over the lanes that share a query, and writes them. There is no tile before a block's first.
+// row, first: of a consumer's rows and of the outputs, those at which the sums begin.
 template <class T>
 __device__ __forceinline__ void write_queries(const HopperTask& task, const HopperWorkspace<T>& space, int tile,
-                                              const LastSums<T>& sums) {
+                                              const LastSums<T>& sums, int row = 0, int first = 0) {
   const int thread = reread_thread(), lane = thread % kWarp;
 #pragma unroll
   for (int s = 0; s < T::kSums; ++s) {
@@ -87,24 +91,35 @@ __device__ __forceinline__ void write_queries(const HopperTask& task, const Hopp
       total[o] += __shfl_xor_sync(kAllLanes, total[o], 2);
       if (T::kCorners == 4) total[o] += __shfl_xor_sync(kAllLanes, total[o], 16);
     }
-    const int query = row_query<T>(tile + first_tile<T>(task), thread / kWarpgroup - 1, lane_row(thread) + 8 * s);
+    const int query = row_query<T>(tile + first_tile<T>(task), thread / kWarpgroup - 1, lane_row(thread) + row + 8 * s);
     if (tile < 0 || lane % 4 != 0 || (T::kCorners == 4 && lane >= 16) || query >= task.total) continue;
     const Quotient at = task.entry_queries.divide(query);
     float* const out = task.out + at.quotient * task.out_batch + at.remainder * task.out_query;
 #pragma unroll
     for (int o = 0; o < T::kOuts; ++o)
-      if (o < task.outs) out[o * task.out_channel] = total[o] + space.last_bias[o];
+      if (first + o < task.outs) out[(first + o) * task.out_channel] = total[o] + space.last_bias[first + o];
   }
 }
 
-// A group: eight products with a block of weights. Then the group before it is done, and its stage is given back to
-// every block of the cluster, by a lane of each warp for each block.
-template <class T, int kStage, bool kAdds>
-__device__ __forceinline__ void multiply_block(HopperWorkspace<T>& space, uint32_t parity, uint32_t empty, bool gives,
-                                               const HalfOperands& a, HalfSums& d) {
+// The last layer of a tile without products under way, kOuts outputs at a time: `add` adds a lane's part of those whose
+// rows begin at a pointer. row: where the sums' rows begin.
+template <class T, class Add>
+__device__ __forceinline__ void decode_outputs(const HopperTask& task, const HopperWorkspace<T>& space, int tile,
+                                               int row, const Add& add) {
+#pragma unroll 1
+  for (int next = 0; next < (T::kSaves ? T::kOuts : task.outs); next += T::kOuts) {
+    // The last outputs again rather than rows that do not exist.
+    const int first = next > 0 && next > task.outs - T::kOuts ? task.outs - T::kOuts : next;
+    LastSums<T> sums = {};
+    add((T::kSaves || task.outs <= T::kKeptOuts ? space.last[0] : last_vector<T>(task, 0)) + first * T::kWidth, sums);
+    write_queries<T>(task, space, tile, sums, row, first);
+  }
+}
+
+// A group: eight products with the block of weights that lies kAt bytes into shared memory.
+template <class T, uint32_t kAt, bool kAdds>
+__device__ __forceinline__ void multiply_group(const HalfOperands& a, HalfSums& d) {
   using Element = typename T::Element;
-  constexpr uint32_t kAt = kStage * T::kBlockBytes;
-  wait_barrier(&space.full[kStage], parity);
   fence_operands();
   multiply_add<kAt, kAdds>(d, a[0], Element{});
   multiply_add<kAt + 32, true>(d, a[1], Element{});
@@ -115,6 +130,15 @@ __device__ __forceinline__ void multiply_block(HopperWorkspace<T>& space, uint32
   multiply_add<kAt + T::kPartBytes + 64, true>(d, a[6], Element{});
   multiply_add<kAt + T::kPartBytes + 96, true>(d, a[7], Element{});
   commit_products();
+}
+
+// A group with a block of the ring. Then the group before it is done, and its stage is given back to every block of the
+// cluster, by a lane of each warp for each block.
+template <class T, int kStage, bool kAdds>
+__device__ __forceinline__ void multiply_block(HopperWorkspace<T>& space, uint32_t parity, uint32_t empty, bool gives,
+                                               const HalfOperands& a, HalfSums& d) {
+  wait_barrier(&space.full[kStage], parity);
+  multiply_group<T, kStage * T::kBlockBytes, kAdds>(a, d);
   wait_products<1>();
   if (gives) arrive_remote<(kStage + T::kStages - 1) % T::kStages * 8>(empty);
 }
@@ -145,7 +169,7 @@ __device__ __forceinline__ void consume_layers(const HopperTask& task, HopperWor
       save_half<T, 0>(saved, low);
       save_half<T, 1>(saved, high);
     }
-    const float* bias = space.biases[0];
+    const float* const bias = space.biases[T::kStages - 1];  // came with the fourth block
 #pragma unroll 1
     for (int layer = 1;; ++layer) {
       multiply_block<T, 0, false>(space, parity, empty, gives && has_before, low, left);
@@ -168,17 +192,75 @@ __device__ __forceinline__ void consume_layers(const HopperTask& task, HopperWor
         save_half<T, 1>(saved, high);
         if (is_last) break;
       }
-      bias += T::kWidth;
     }
-    LastSums<T> sums = {};
-    const float* const weight = lane_weight<T>(space, buffer);
-    add_last_layer<T>(left, bias, space.last[0], quad, weight, sums);
-    add_last_layer<T>(right, bias + T::kHalf, space.last[0] + T::kHalf, quad, weight, sums);
+    if (!T::kSaves || task.out)
+      decode_outputs<T>(task, space, tile, 0, [&](const float* last, LastSums<T>& sums) {
+        const float* const weight = lane_weight<T>(space, buffer);
+        add_last_layer<T>(left, space.biases[T::kStages], last, quad, weight, sums);
+        add_last_layer<T>(right, space.biases[T::kStages] + T::kHalf, last + T::kHalf, quad, weight, sums);
+      });
     if constexpr (T::kSaves) {
-      save_blended<T, 0>(task, tile, left, bias, weight);
-      save_blended<T, 1>(task, tile, right, bias + T::kHalf, weight);
+      const float* const weight = lane_weight<T>(space, buffer);
+      save_blended<T, 0>(task, tile, left, space.biases[T::kStages], weight);
+      save_blended<T, 1>(task, tile, right, space.biases[T::kStages] + T::kHalf, weight);
     }
-    if (!T::kSaves || task.out) write_queries<T>(task, space, tile, sums);
+    buffer ^= 1;
+  }
+}
+
+// A layer of 128 channels: the same weights for both halves of the rows.
+template <class T, int kStage>
+__device__ __forceinline__ void multiply_rows(HopperWorkspace<T>& space, bool is_last, int quad, HalfOperands& low,
+                                              HalfOperands& high, HalfSums& left, HalfSums& right) {
+  const float* const bias = space.biases[kStage];
+  multiply_group<T, kStage * T::kBlockBytes, false>(low, left);
+  multiply_group<T, kStage * T::kBlockBytes, false>(high, right);
+  wait_products<1>();
+  if (!is_last) pack_half<T>(left, bias, quad, low);  // under the second group
+  wait_products<0>();
+  if (!is_last) pack_half<T>(right, bias, quad, high);
+}
+
+// One consumer of 128 channels. The other consumer's products cover the packing of `right`.
+template <class T>
+__device__ __forceinline__ void consume_rows(const HopperTask& task, HopperWorkspace<T>& space) {
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, quad = thread % 4;
+  const int consumer = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
+  const uint32_t rank = static_cast<uint32_t>(thread % kWarp);
+  const bool gives = !keeps_weights<T>(task) && rank < cluster_size();
+  const uint32_t empty = remote_address(space.empty, gives ? rank : 0);
+  uint32_t parities = 0, buffer = 0;  // of the stages; of `made`
+  int tile = static_cast<int>(blockIdx.x);
+  bool waits = true;
+#pragma unroll 1
+  for (; cluster_has(task, tile); tile += static_cast<int>(gridDim.x)) {
+    HalfSums left, right;
+    HalfOperands low, high;
+    wait_barrier(&space.made[consumer], buffer);
+    load_half<T>(space.first[consumer], thread, low);
+    load_half<T>(space.first[consumer] + T::kSteps, thread, high);
+    arrive(&space.taken[consumer]);
+    int layer = 0;
+    const auto run = [&](auto stage) {  // returns whether another layer follows
+      constexpr int kStage = decltype(stage)::value;
+      const bool is_last = ++layer == task.hidden;
+      if (waits) wait_barrier(&space.full[kStage], parities >> kStage & 1);
+      multiply_rows<T, kStage>(space, is_last, quad, low, high, left, right);
+      __syncwarp();  // all lanes have read the bias
+      if (gives) arrive_remote<kStage * 8>(empty);
+      parities ^= 1u << kStage;
+      return !is_last;
+    };
+    while (run(Stage<0>{}) && run(Stage<1>{}) && run(Stage<2>{}) && run(Stage<3>{})) {
+    }
+    waits = !keeps_weights<T>(task);
+    const auto decode_half = [&](const HalfSums& sums, int row) {
+      decode_outputs<T>(task, space, tile, row, [&](const float* last, LastSums<T>& to) {
+        add_last_layer<T>(sums, space.biases[T::kStages], last, quad, lane_weight<T>(space, buffer) + row, to);
+      });
+    };
+    decode_half(left, 0);
+    decode_half(right, T::kRightRow);
     buffer ^= 1;
   }
 }

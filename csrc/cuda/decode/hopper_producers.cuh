@@ -5,26 +5,34 @@
 
 namespace liif_fast {
 
-// One thread: the weights of all layers, tile after tile.
+// One thread: the weights of all layers, tile after tile. Without a constant number of layers, a layer's bias comes
+// with its last block.
 template <class T>
 __device__ __forceinline__ void stream_weights(const HopperTask& task, HopperWorkspace<T>& space) {
-  const uint32_t rank = cluster_rank(), size = cluster_size();
-  const uint32_t bytes = T::kBlockBytes >> (size - 1), ranks = (1u << size) - 1;
-  const int hidden = T::kHidden ? T::kHidden : task.hidden;
-  uint32_t parity = 1;
+  const uint32_t rank = cluster_rank(), size = cluster_size(), ranks = (1u << size) - 1;
+  constexpr uint32_t kBiasBytes = T::kWidth * 4;
+  const uint32_t bytes = T::kBlockBytes >> (size - 1), bias_bytes = kBiasBytes >> (size - 1);
+  const int blocks = (T::kHidden ? T::kHidden : task.hidden) * T::kLayerBlocks;
+  uint32_t parities = ~0u;  // of the stages
   for (int tile = static_cast<int>(blockIdx.x); cluster_has(task, tile); tile += static_cast<int>(gridDim.x)) {
     const unsigned char* from = task.weights + rank * bytes;
+    const unsigned char* bias = reinterpret_cast<const unsigned char*>(bias_vector<T>(task, 1)) + rank * bias_bytes;
 #pragma unroll 1
-    for (int layer = 0; layer < hidden; ++layer) {
-#pragma unroll
-      for (int stage = 0; stage < T::kStages; ++stage) {
-        wait_barrier(&space.empty[stage], parity);
-        arrive_and_expect(&space.full[stage], T::kBlockBytes);
-        copy_bulk(space.ring[stage] + rank * bytes, from, bytes, &space.full[stage], ranks);
-        from += T::kBlockBytes;
+    for (int block = 0; block < blocks; ++block) {
+      const int stage = block % T::kStages;
+      const bool brings_bias = T::kHidden == 0 && (block + 1) % T::kLayerBlocks == 0;
+      wait_barrier(&space.empty[stage], parities >> stage & 1);
+      arrive_and_expect(&space.full[stage], T::kBlockBytes + (brings_bias ? kBiasBytes : 0));
+      copy_bulk(space.ring[stage] + rank * bytes, from, bytes, &space.full[stage], ranks);
+      from += T::kBlockBytes;
+      if (brings_bias) {
+        unsigned char* const to = reinterpret_cast<unsigned char*>(space.biases[stage]) + rank * bias_bytes;
+        copy_bulk(to, bias, bias_bytes, &space.full[stage], ranks);
+        bias += kBiasBytes;
       }
-      parity ^= 1;
+      parities ^= 1u << stage;
     }
+    if (keeps_weights<T>(task)) return;
   }
 }
 
@@ -109,7 +117,8 @@ __device__ __forceinline__ void make_first_layer(const HopperTask& task, HopperW
           made[half][pair] = pack_relu(v.x, v.y, Element{});
         }
       }
-      uint4* const to = &space.first[consumer][2 * group][(m + tile) * kWarp + lane];
+      const int half = T::kHalvesRows ? m / 4 : 0;
+      uint4* const to = &space.first[consumer][half * T::kSteps + 2 * group][(m - 4 * half + tile) * kWarp + lane];
       to[0] = make_uint4(made[0][0], made[1][0], made[0][1], made[1][1]);
       to[kWarpgroup] = make_uint4(made[0][2], made[1][2], made[0][3], made[1][3]);
     }
@@ -120,15 +129,21 @@ __device__ __forceinline__ void make_first_layer(const HopperTask& task, HopperW
 // need not ask whether there is a next one.
 template <class T>
 __device__ __forceinline__ void make_tiles(const HopperTask& task, HopperWorkspace<T>& space) {
-  int tile = static_cast<int>(blockIdx.x), consumer = 0;
-  uint32_t buffer = 0;
+  int tile = static_cast<int>(blockIdx.x);
+  uint32_t turn = 0;
 #pragma unroll 1
-  for (;;) {
+  for (;; ++turn) {
+    const int consumer = static_cast<int>(turn & 1);
+    const uint32_t buffer = turn >> 1 & 1;
     wait_barrier(&space.taken[consumer], buffer ^ 1);
     const bool exists = cluster_has(task, tile);
     if (exists) {
-      const int row = reread_thread() - kWarp;
+      int row = reread_thread() - kWarp;
       if (row < T::kConsumerRows) locate_row<T>(task, space, tile, buffer, consumer, row);
+      if constexpr (T::kConsumerRows > T::kMakers) {
+        row = reread_thread() - kWarp + T::kMakers;
+        if (row < T::kConsumerRows) locate_row<T>(task, space, tile, buffer, consumer, row);
+      }
       sync_threads<T::kMakers>(1);
       if (task.latent_is_float)
         make_first_layer<T, float>(task, space, consumer);
@@ -139,9 +154,7 @@ __device__ __forceinline__ void make_tiles(const HopperTask& task, HopperWorkspa
     if (consumer == 1) {
       if (!exists) return;
       tile += reread_grid();
-      buffer ^= 1;
     }
-    consumer ^= 1;
   }
 }
 

@@ -9,18 +9,24 @@ namespace liif_fast {
 
 constexpr int kWarpgroup = 128;
 
-// kHidden_: hidden layers; 0: as many as the task says.
-template <class Element_, int kCorners_, int kOuts_, int kHidden_>
+// kOuts_: outputs at a time. kHidden_: hidden layers; 0: as many as the task says, and any number of outputs.
+template <class Element_, int kCorners_, int kOuts_, int kHidden_, int kWidth_ = 256>
 struct HopperTile {
   using Element = Element_;
-  static constexpr int kCorners = kCorners_, kOuts = kOuts_, kHidden = kHidden_, kWidth = 256, kHalf = 128;
-  static constexpr int kConsumers = 2, kConsumerRows = 64, kRows = kConsumers * kConsumerRows;
-  static constexpr int kQueries = kConsumerRows / kCorners;  // of a consumer
+  static constexpr int kCorners = kCorners_, kOuts = kOuts_, kHidden = kHidden_, kWidth = kWidth_, kHalf = 128;
+  // What a consumer holds is halved: by channels where a layer has 256, by rows where it has 128.
+  static constexpr bool kHalvesRows = kWidth == kHalf;
   static constexpr bool kSaves = false;
+  static constexpr int kRightRow = kHalvesRows ? 64 : 0;    // where the second half begins
+  static constexpr int kLayerBlocks = kHalvesRows ? 1 : 4;  // of weights
+  static constexpr int kConsumers = 2, kConsumerRows = 64 + kRightRow, kRows = kConsumers * kConsumerRows;
+  static constexpr int kQueries = kConsumerRows / kCorners;                        // of a consumer
   static constexpr int kSums = kCorners == 4 ? 1 : 2;                              // queries of a lane's two rows
   static constexpr int kSteps = kHalf / 16;                                        // of inputs, in a half
   static constexpr int kPartBytes = kHalf * 64 * 2, kBlockBytes = 2 * kPartBytes;  // a part has 64 inputs
-  static constexpr int kStages = 4;  // of the ring; a layer is once around it, so that a block's stage is a constant
+  static constexpr int kStages = 4;  // of the ring; a tile begins at the first, so that a block's stage is a constant
+  static constexpr int kBiases = kHidden ? kHidden : kStages + 1;  // of each hidden layer, or of stages and the last
+  static constexpr int kKeptOuts = kHidden ? kOuts : 16;           // the last layer's rows in shared memory
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup, kMakers = 3 * kWarp;
   // A launch gives 384 threads at most 168 registers each, of which warps give and take: 504 for three warpgroups. More
   // would let the second consumer wait for ever; with 216 for a consumer, ptxas serializes the products (C7512).
@@ -32,6 +38,7 @@ struct HopperTile {
 template <class T>
 struct HopperSavingTile : T {
   static constexpr bool kSaves = true;
+  static_assert(!T::kHalvesRows && T::kOuts == kMaxTrainedOuts, "as hopper.py promises");
 };
 
 // A block's shared memory. Two-fold: of either consumer.
@@ -39,9 +46,9 @@ template <class T>
 struct alignas(1024) HopperWorkspace {
   unsigned char ring[T::kStages][T::kBlockBytes];
   uint4 first[T::kConsumers][2 * T::kSteps][kWarpgroup];  // the first layer's activations, as operands of each thread
-  float biases[kMaxWgmmaHidden][T::kWidth];
+  float biases[T::kBiases][T::kWidth];
   float base[T::kWidth], by_row[T::kWidth], by_col[T::kWidth], by_cell_row[T::kWidth], by_cell_col[T::kWidth];
-  float last[T::kOuts][T::kWidth], last_bias[4];
+  float last[T::kKeptOuts][T::kWidth], last_bias[kMaxWgmmaOuts];
   CornerRow rows[T::kConsumers][T::kConsumerRows];
   float2 rel_cell[T::kConsumers][T::kConsumerRows];
   float weight[2][T::kConsumers][T::kConsumerRows];  // of the blend; for even and odd tiles of this block
@@ -64,6 +71,12 @@ __device__ __forceinline__ int lane_row(int thread) { return thread % kWarpgroup
 // itself.
 __device__ __forceinline__ bool cluster_has(const HopperTask& task, int tile) {
   return tile - static_cast<int>(cluster_rank()) < static_cast<int>(task.tiles);
+}
+
+// Whether the ring holds all weights: they are copied once.
+template <class T>
+__device__ __forceinline__ bool keeps_weights(const HopperTask& task) {
+  return T::kHalvesRows && task.hidden <= T::kStages;
 }
 
 // The tile from which a launch counts: training decodes parts of the queries.

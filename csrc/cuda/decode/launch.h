@@ -14,12 +14,12 @@
 namespace liif_fast {
 
 constexpr int kMaxFusedWidth = 256;                     // of any layer but the last
-constexpr int kMaxFusedOuts = 16;                       // of the last
+constexpr int kMaxFusedOuts = 16;                       // of the last, see fused_outs
 constexpr int kWidthStep = 16;                          // widths are multiples of it
-constexpr int kRowPadding = 128;                        // a multiple of every variant's rows
-constexpr int kMaxWgmmaOuts = 4;                        // of the wgmma policies
+constexpr int kRowPadding = 128;                        // a multiple of the rows of every variant that saves
+constexpr int kMaxWgmmaOuts = 128;                      // of the wgmma policies
+constexpr int kMaxTrainedOuts = 4;                      // of theirs in training, with more than 128 channels
 constexpr int kHopperRowSums = 8;                       // their warps that sum columns
-constexpr int kMaxWgmmaHidden = 16;                     // hidden layers after the first, at least one
 constexpr int64_t kMaxWgmmaQueries = int64_t{1} << 30;  // of the batch
 
 // How products are made: the operands' dtype, on tensor cores (kFloat32: on CUDA cores). kWgmma...: by warpgroups, on
@@ -44,11 +44,11 @@ LIIF_HOST_DEVICE constexpr int operand_bytes(MmaPolicy policy) { return is_16_bi
 // -------------------------------------------------------------------------------------------------------------
 // variants Constant expressions, so that kernels, launchers and tests all read the same ones.
 
-// Which kernels run a problem on a device. rows of wgmma policies: of the tiles in which their forward saves, since the
-// kernels of points_policy read them as well.
+// Which kernels run a problem on a device. With wgmma and 256 channels, rows are those of the tiles in which the
+// forward saves, since the kernels of points_policy read them as well.
 struct DecodeVariant {
   MmaPolicy policy;
-  int width;     // 64, 128 or 256
+  int width;     // 64, 128 or 256; by wgmma 128 or 256
   int rows;      // of a tile
   int blocks;    // of the launch: all that the device runs at a time
   int row_sums;  // a block's partial sums of a column, see BackwardArrays::sums
@@ -76,6 +76,13 @@ LIIF_HOST_DEVICE constexpr int warp_rows(int rows, int width, int operand_bytes)
   return rows == 32 ? 1 : (width * operand_bytes < 256 ? 4 : 2);
 }
 
+// Outputs that the kernels make. Without wgmma, more than kMaxFusedOuts are the caller's product with the blended
+// hidden vectors, which the forward writes and whose gradients the backward takes.
+LIIF_HOST_DEVICE int fused_outs(MmaPolicy policy, const DecodeProblem<float>& p) {
+  const int64_t outs = p.widths[p.layers];
+  return is_wgmma(policy) || outs <= kMaxFusedOuts ? static_cast<int>(outs) : 0;
+}
+
 // Packed vectors of a problem (DecodeTask::packed_vectors), and partial sums of its columns (BackwardArrays::sums).
 LIIF_HOST_DEVICE int packed_vector_count(int hidden, int outs) { return hidden + 1 + 4 + outs + 1; }
 LIIF_HOST_DEVICE int sum_count(int hidden, int outs) { return hidden + 1 + 4 + outs; }
@@ -89,16 +96,16 @@ LIIF_HOST_DEVICE int group_count(MmaPolicy policy, int width) { return width / (
 struct PackedUnit {
   int out, in, step;
 };
-// Of wgmma: a layer is blocks of 128 outputs and 128 inputs, in the order of hopper.cuh, each two chunks of 64 inputs.
-// Rows of 128 bytes are swizzled. Outputs and inputs are both in the order of a lane's accumulators: output n of a
-// group of 32 is channel n % 8 / 2 * 8 + n / 8 * 2 + n % 2.
-LIIF_HOST_DEVICE PackedUnit wgmma_unit(int chunk, int unit) {
-  const int block = chunk / 2, row = unit / 8, swizzled = unit % 8 ^ row % 8;
-  const int out = block % 2 * 128 + row, in = block / 2 * 128 + chunk % 2 * 64 + swizzled * 8;
+// Of wgmma: a layer is blocks of 128 outputs and 128 inputs, in the order of hopper.cuh, each two parts of 64 inputs.
+// unit: of the layer. Rows of 128 bytes are swizzled. Outputs and inputs are both in the order of a lane's
+// accumulators: output n of a group of 32 is channel n % 8 / 2 * 8 + n / 8 * 2 + n % 2.
+LIIF_HOST_DEVICE PackedUnit wgmma_unit(int unit) {
+  const int part = unit / 1024, block = part / 2, row = unit / 8 % 128, swizzled = unit % 8 ^ row % 8;
+  const int out = block % 2 * 128 + row, in = block / 2 * 128 + part % 2 * 64 + swizzled * 8;
   return {out / 32 * 32 + out % 8 / 2 * 8 + out / 8 % 4 * 2 + out % 2, in / 32 * 32 + in / 8 % 4 * 2, 8};
 }
 LIIF_HOST_DEVICE PackedUnit packed_unit(MmaPolicy policy, int width, int group, int unit) {
-  if (is_wgmma(policy)) return wgmma_unit(group, unit);
+  if (is_wgmma(policy)) return wgmma_unit(group * chunk_units(width) + unit);
   const int vector = is_16_bit(policy) ? 8 : 4;
   const int tiles = vector / 2, channels = 4 * vector, groups = width / channels;
   if (policy == MmaPolicy::kFloat32) {  // [four inputs][out group][tile][e][quad]
@@ -115,11 +122,12 @@ LIIF_HOST_DEVICE PackedUnit packed_unit(MmaPolicy policy, int width, int group, 
 // ------------------------------------------------------------------------------------------------------------
 // arguments
 
-// The activations that a forward saves for its backward: arrays over tiles first_tile to first_tile + tiles.
+// The activations that a forward saves for its backward: arrays over tiles first_tile to first_tile + tiles. Without
+// masks it writes only `blended`, if that is not null.
 struct SavedActivations {
   void* rows;       // activations [layers][tiles * rows][width], in the operands' dtype
   void* blended;    // blended hidden vectors [tiles * slots][width]
-  uint32_t* masks;  // [layers][tiles][words][threads], a bit for every ReLU; null: nothing is saved
+  uint32_t* masks;  // [layers][tiles][words][threads], a bit for every ReLU
   int64_t first_tile, tiles;
   bool last_layer;  // whether rows holds the last hidden layer's activations, for gradients of coordinates
 };
@@ -147,6 +155,7 @@ struct DecodeTask : DecodeQueries<float> {
 // The backward's arrays, apart from the saved activations. grad_out has out's strides.
 struct BackwardArrays {
   const float* grad_out;
+  const float* blended;   // without fused outputs: gradients of blended hidden vectors [tiles * slots][width]
   float* latent_map;      // added to; null in the deterministic order, which needs the next two instead
   float* latent_rows;     // gradients of every row's latent [tiles * rows][width]
   int64_t* latent_index;  // the latent of every row, counted through the map in memory [tiles * rows]
@@ -155,6 +164,7 @@ struct BackwardArrays {
   // the hidden layers, of the four geometry terms, of the last layer's rows.
   float* sums;
   float *coord, *cell;  // [total, 2]; null where no gradient is wanted
+  float* query_term;    // [total, task.width]; null without query terms
 };
 
 // ------------------------------------------------------------------------------------------------------------

@@ -155,9 +155,17 @@ struct FirstVectors {
   }
 };
 
-// The first layer (latents, geometry terms, ReLU) of this warp's rows and channels, stored in act.
+// The term of a row's query from a lane's channel on; rows after the last query have the last one's.
+template <class T>
+__device__ __forceinline__ void load_term(const DecodeTask& task, int64_t tile, int row, int channel,
+                                          float (&term)[T::kVector]) {
+  const int64_t query = find_query<T>(task, tile, query_slot(row, task.corners));
+  load_floats(task.query_term + (query < 0 ? task.total - 1 : query) * task.width + channel, term);
+}
+
+// The first layer (latents, geometry and query terms, ReLU) of this warp's rows and channels, stored in act.
 template <class T, class Latent>
-__device__ __forceinline__ void first_layer_of(const DecodeTask& task, const Geometry<T>& geometry,
+__device__ __forceinline__ void first_layer_of(const DecodeTask& task, int64_t tile, const Geometry<T>& geometry,
                                                const FragmentCoords<T>& coords, unsigned char* act) {
 #pragma unroll 1
   for (int group = 0; group < T::kColGroups; ++group) {
@@ -169,6 +177,7 @@ __device__ __forceinline__ void first_layer_of(const DecodeTask& task, const Geo
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         latents[m][half].load(task, geometry.rows[coords.tile_row(m, half)].offset + (has_latent ? channel : 0));
+    const int thread = read_thread(), first_row = thread / T::kTeamThreads * T::kTeamRows + thread % kWarp / 4;
     const FirstVectors<T> vectors(task, channel);
     __syncwarp();
 #pragma unroll
@@ -180,6 +189,12 @@ __device__ __forceinline__ void first_layer_of(const DecodeTask& task, const Geo
         latents[m][half].get(v);
 #pragma unroll
         for (int i = 0; i < T::kVector; ++i) v[i] = has_latent ? v[i] : 0.0f;
+        if (task.query_term && has_latent) {
+          float term[T::kVector];
+          load_term<T>(task, tile, first_row + m * 16 + half * 8, channel, term);
+#pragma unroll
+          for (int i = 0; i < T::kVector; ++i) v[i] += term[i];
+        }
         vectors.finish(task, geometry, coords.tile_row(m, half), v);
         words[half] = to_words<T>(v);
       }
@@ -188,12 +203,12 @@ __device__ __forceinline__ void first_layer_of(const DecodeTask& task, const Geo
   }
 }
 template <class T>
-__device__ __forceinline__ void first_layer(const DecodeTask& task, const Geometry<T>& geometry,
+__device__ __forceinline__ void first_layer(const DecodeTask& task, int64_t tile, const Geometry<T>& geometry,
                                             const FragmentCoords<T>& coords, unsigned char* act) {
   if (T::kVector == 4 || task.latent_is_float)
-    first_layer_of<T, float>(task, geometry, coords, act);
+    first_layer_of<T, float>(task, tile, geometry, coords, act);
   else
-    first_layer_of<T, typename T::Element>(task, geometry, coords, act);
+    first_layer_of<T, typename T::Element>(task, tile, geometry, coords, act);
 }
 
 // Streams packed weights through a ring of chunks in shared memory. All threads of the block copy a part of every chunk

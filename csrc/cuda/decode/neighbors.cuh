@@ -38,6 +38,7 @@ struct Divisor {
 struct HopperTask : DecodeTask {
   const AxisNeighbors *neighbor_rows, *neighbor_cols;  // at coordinates: of every query
   Divisor columns, entry_queries;                      // of the window; queries of a batch entry
+  int padded_width;                                    // of every layer but the last
   SavedActivations saved;                              // for a backward
   int saved_tile_rows;                                 // of the tiles in `saved`
   int saved_tile;                                      // of this launch's first tile among those in `saved`

@@ -161,8 +161,8 @@ __device__ __forceinline__ void locate_rows(const DecodeTask& task, int64_t tile
       coord_col = task.coord[2 * query + 1];
     } else {
       const int64_t row = at / task.window_width;
-      coord_row = pixel_center<float>(task.window_top + row, task.image_height);
-      coord_col = pixel_center<float>(task.window_left + at - row * task.window_width, task.image_width);
+      coord_row = pixel_center<float>(task.window_top + row, task.rows);
+      coord_col = pixel_center<float>(task.window_left + at - row * task.window_width, task.cols);
     }
     Neighbor<float> row, col;
     float weight;

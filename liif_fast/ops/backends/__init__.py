@@ -51,7 +51,7 @@ _Against = Callable[[str, OpRequest], str]  # (backend, request) -> why the back
 
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_FUSED_WIDTH, _FUSED_WIDTH_STEP, _FUSED_OUTS = 256, 16, 16  # csrc/cuda/decode/launch.h; a test compares
+_FUSED_WIDTH, _FUSED_WIDTH_STEP = 256, 16  # csrc/cuda/decode/launch.h; a test compares
 _FUSED_LAYERS = 64  # kMaxLayers of csrc/decode.h
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU, slowly
 _OLDEST_TRITON = (3, 6)
@@ -108,8 +108,6 @@ def _against_extras(backend: str, request: OpRequest) -> str:
 
 def _against_fused_cuda(request: OpRequest) -> str:
     """Why the fused CUDA kernels cannot decode with this imnet; '' where they can."""
-    if request.extras:
-        return _against_extras("cuda", request)
     if request.dtype == torch.float64:
         return "backend 'cuda' decodes in float32, bfloat16 or float16, not float64: use 'reference' or gather"
     hidden = request.widths[:-1]
@@ -120,8 +118,6 @@ def _against_fused_cuda(request: OpRequest) -> str:
             f"backend 'cuda' decodes with hidden layers whose width is a multiple of {_FUSED_WIDTH_STEP} up to "
             f"{_FUSED_WIDTH}, not {odd[0]}"
         )
-    if request.widths and request.widths[-1] > _FUSED_OUTS:
-        return f"backend 'cuda' decodes to at most {_FUSED_OUTS} outputs, not {request.widths[-1]}"
     return ""
 
 
@@ -161,9 +157,8 @@ def can_run_triton(request: OpRequest, raise_error: bool = False) -> bool:
         reason = "backend 'triton' needs a GPU, and torch finds none of Intel's that it can use"
     elif request.dtype not in _FLOATS:
         reason = f"backend 'triton' takes float64, float32, bfloat16 or float16 features, not {request.dtype}"
-    else:
-        age = gpu.against_age("triton", request.device_index) if request.device == "cuda" else ""
-        reason = age or _against_extras("triton", request)
+    elif request.device == "cuda":
+        reason = gpu.against_age("triton", request.device_index)
     return _result(reason, raise_error)
 
 
@@ -191,7 +186,8 @@ def against_hopper(request: OpRequest) -> str:
     """Why the `cuda` backend would not decode with its Hopper kernel; '' where it would."""
     reason = cuda.hopper.against_device(request.device, request.device_index)
     dtype = request.matmul_dtype or request.dtype
-    return reason or cuda.hopper.against_imnet(request.widths, dtype)
+    has_term = "a query term" in request.extras
+    return reason or cuda.hopper.against_imnet(request.widths, dtype, request.trains, has_query_term=has_term)
 
 
 def preference(request: OpRequest) -> preferences.Preference | None:

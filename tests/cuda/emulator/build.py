@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels for the CPU, into files of build/ named after what went in, and loads the result.
 
-`cuda_on_cpu_kernels` is a pybind11 module of csrc/cuda/*.cu and module*.cpp, compiled with this folder's headers
+`cuda_on_cpu_kernels` is a pybind11 module of csrc/cuda/*.cu and module.cpp, compiled with this folder's headers
 in the place of CUDA's: nothing of CUDA is needed. It is tied to the running Python, and never shipped.
 LIIF_FAST_SANITIZE=1, as `make sanitize` sets it, adds the address and undefined-behavior sanitizers.
 """
@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).resolve().parent
 CACHE = ROOT / "build" / "cuda_on_cpu"
 NAME = "cuda_on_cpu_kernels"
+LEFT_OUT = re.compile("tf32|(?<!b)float16")  # names of sources and of tests
+leaves_out = False  # the kernels for float16 and TF32: set before load() is called, see tests/conftest.py
 SANITIZE = os.environ.get("LIIF_FAST_SANITIZE", "0") not in ("", "0")
 # As in setup.py: no FMA contraction, since rounding decides which latent is the nearest. torch ships pybind11.
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off"]
@@ -132,7 +134,10 @@ def _compile(output: str, sources: Sequence[Path], flags: Sequence[str], link: S
 @cache
 def load() -> ModuleType:
     """The module, compiled if the sources have changed since it last was."""
-    sources = [*sorted(HERE.glob("module*.cpp")), *sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))]
+    sources = [HERE / "module.cpp", *sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))]
+    if leaves_out:
+        sources = [path for path in sources if not LEFT_OUT.search(path.stem)]
+        sources.append(HERE / "left_out.cpp")
     flags = [*FLAGS, "-O1", *(SANITIZERS if SANITIZE else [])]
     path = _compile(NAME + sysconfig.get_config_var("EXT_SUFFIX"), sources, flags, ["-shared"])
     spec = importlib.util.spec_from_file_location(NAME, path)
@@ -147,9 +152,9 @@ def probes() -> Path:
     return _compile("probes", [HERE / "probes.cpp"], [*FLAGS, "-O1", *SANITIZERS], [])
 
 
-def cycles() -> Path:
-    """The program of tests/gpu/cycles.cu."""
-    return _compile("cycles", [ROOT / "tests" / "gpu" / "cycles.cu"], [*FLAGS, "-O1"], [])
+def clocked(name: str) -> Path:
+    """A program of tests/gpu that reads the clock: cycles or hopper_probes."""
+    return _compile(name, [ROOT / "tests" / "gpu" / f"{name}.cu"], [*FLAGS, "-O1"], [])
 
 
 def ring(csrc: Path, target: Path, hopper: int = 0) -> Path:

@@ -1,6 +1,9 @@
-// The CUDA launchers on numpy arrays, for pytest: gather and ensemble. module_*.cpp have the other ops.
+// The CUDA launchers on numpy arrays, for pytest: gather and ensemble. The headers have the other ops: in one source,
+// since pybind11 takes ten seconds of the compiler for each.
 #include <array>
 
+#include "module_decode.h"
+#include "module_metasr.h"
 #include "numpy_arrays.h"
 #include "simt.h"
 

@@ -54,9 +54,4 @@ T* write(py::array& array) {
   return static_cast<T*>(array.mutable_data());
 }
 
-// One for each family of kernels: module_<family>.cpp, and module.cpp for gather and ensemble.
-void bind_gather(py::module_& m);
-void bind_decode(py::module_& m);
-void bind_metasr(py::module_& m);
-
 }  // namespace liif_fast

@@ -38,6 +38,10 @@ def _arrays(value: object) -> object:
     )
 
 
+def _operands(policy: int) -> torch.dtype:
+    return {0: torch.float16, 1: torch.bfloat16, 4: torch.float16, 5: torch.bfloat16}.get(policy, torch.float32)
+
+
 class Ops:
     """gather, cuda_gather_backward, ensemble, ensemble_backward: signatures as in the bindings."""
 
@@ -79,14 +83,13 @@ class Ops:
     def cuda_decode(self, *arguments: object) -> Tensor:
         *arguments, with_out = arguments
         out = torch.from_numpy(self.kernels.decode_forward(*map(_arrays, arguments)))
+        if out.dtype == torch.uint16:
+            out = out.view(_operands(arguments[10]))
         return out if with_out else torch.empty(0)
 
     def cuda_decode_backward(self, *arguments: object) -> tuple[Tensor, ...]:
         grad_rows, *others = self.kernels.decode_backward(*map(_arrays, arguments))
-        dtype = {0: torch.float16, 1: torch.bfloat16, 4: torch.float16, 5: torch.bfloat16}.get(
-            arguments[13], torch.float32
-        )
-        return torch.from_numpy(grad_rows).view(dtype), *map(torch.from_numpy, others)
+        return torch.from_numpy(grad_rows).view(_operands(arguments[14])), *map(torch.from_numpy, others)
 
     def metasr_query(self, latent_map: Tensor, *tensors_and_region: object) -> Tensor:
         assert latent_map.is_contiguous()

@@ -27,6 +27,8 @@ inline float bits_float(uint32_t word) {
   return value;
 }
 
+inline int read_thread() { return static_cast<int>(threadIdx.x); }
+
 template <class Half>
 float2 unpack(uint32_t word, Half) {
   Half halves[2];

@@ -21,7 +21,6 @@ constexpr uint32_t kSharedBase = 0x400;
 namespace cuda_on_cpu {
 
 constexpr unsigned kWarpgroupSize = 128;
-constexpr uint32_t kReach = 16 << 10;  // bytes from the first row of B to the last
 
 struct Product {
   float* d;
@@ -30,6 +29,10 @@ struct Product {
   uint64_t b;                        // descriptor
   bool adds;
   float (*to_float)(uint16_t);
+  uint32_t columns;  // of B, 128 bytes each
+
+  size_t sums() const { return columns / 2; }     // of a thread
+  size_t bytes() const { return columns * 128; }  // from the first column to the last
 };
 
 // What a thread has under way.
@@ -53,12 +56,12 @@ class Warpgroups {
     if (!issued.fenced) return block.fail("a product without wgmma.fence since the last wait");
     const size_t offset = first_byte(product);
     for (const BulkCopy& copy : block.bulk_copies())
-      if (copy.block == block.rank() && offset < copy.offset + copy.bytes && copy.offset < offset + kReach)
+      if (copy.block == block.rank() && offset < copy.offset + copy.bytes && copy.offset < offset + product.bytes())
         return block.fail("a product reads shared memory that a copy still fills");
     auto& [values, pending] = issued.sums[product.d];
     if (pending++ == 0) {
-      std::memcpy(values.data(), product.d, sizeof(values));
-      std::fill_n(reinterpret_cast<uint32_t*>(product.d), 64, kPoison);
+      std::copy_n(product.d, product.sums(), values.data());
+      std::fill_n(reinterpret_cast<uint32_t*>(product.d), product.sums(), kPoison);
     }
     std::memcpy(product.operands.data(), product.a, sizeof(product.operands));
     issued.groups.back().push_back(product);
@@ -100,7 +103,7 @@ class Warpgroups {
     for (size_t i = rank * block.block_threads(); i < (rank + 1) * block.block_threads(); ++i)
       for (size_t group = of(i).executed; group < of(i).groups.size(); ++group)
         for (const Product& product : of(i).groups[group])
-          if (first_byte(product) < offset + bytes && offset < first_byte(product) + kReach) return true;
+          if (first_byte(product) < offset + bytes && offset < first_byte(product) + product.bytes()) return true;
     return false;
   }
 
@@ -128,7 +131,7 @@ class Warpgroups {
     return ((product.b & 0x3fff) << 4 & ~uint64_t{1023}) - liif_fast::kSharedBase;
   }
 
-  // Group `group` of every thread of a warpgroup: m64n128k16 products, in order.
+  // Group `group` of every thread of a warpgroup: products of 64 rows and 16 inputs, in order.
   void execute(size_t first, size_t group) {
     for (size_t index = 0; index < of(first).groups[group].size(); ++index) {
       const Product& one = of(first).groups[group][index];
@@ -136,7 +139,7 @@ class Warpgroups {
       const uint32_t start = static_cast<uint32_t>(one.b & 0x3fff) << 4;
       const uint32_t stride = static_cast<uint32_t>(one.b >> 32 & 0x3fff) << 4;
       if (one.b >> 62 != 1) return block.fail("a descriptor without the 128-byte swizzle");
-      for (uint32_t n = 0; n < 128; ++n)
+      for (uint32_t n = 0; n < one.columns; ++n)
         for (uint32_t k = 0; k < 16; ++k) {
           uint32_t address = start + n / 8 * stride + n % 8 * 128 + k * 2;
           address ^= (address >> 7 & 7) << 4;
@@ -147,7 +150,7 @@ class Warpgroups {
       for (size_t i = 0; i < kWarpgroupSize; ++i) {
         if (of(first + i).groups[group].size() <= index) return block.fail(kDifferent);
         const Product& mine = of(first + i).groups[group][index];
-        if (mine.b != one.b || mine.adds != one.adds) return block.fail(kDifferent);
+        if (mine.b != one.b || mine.adds != one.adds || mine.columns != one.columns) return block.fail(kDifferent);
         if (std::memcmp(mine.a, mine.operands.data(), sizeof(mine.operands)) != 0)
           return block.fail("operands were changed while a product was under way");
         const size_t row = i / 32 * 16 + i % 32 / 4, quad = i % 4;
@@ -156,16 +159,16 @@ class Warpgroups {
             a[row + word % 2 * 8][word / 2 * 8 + quad * 2 + e] =
                 one.to_float(static_cast<uint16_t>(mine.operands[word] >> 16 * e));
         const auto& values = of(first + i).sums.at(mine.d).first;
-        for (size_t j = 0; j < 64; ++j)
+        for (size_t j = 0; j < one.sums(); ++j)
           sums[row + j / 2 % 2 * 8][j / 4 * 8 + quad * 2 + j % 2] = mine.adds ? values[j] : 0.0f;
       }
       for (size_t row = 0; row < 64; ++row)
         for (size_t k = 0; k < 16; ++k)
-          for (size_t n = 0; n < 128; ++n) sums[row][n] += a[row][k] * b[k][n];
+          for (size_t n = 0; n < one.columns; ++n) sums[row][n] += a[row][k] * b[k][n];
       for (size_t i = 0; i < kWarpgroupSize; ++i) {
         auto& values = of(first + i).sums.at(of(first + i).groups[group][index].d).first;
         const size_t row = i / 32 * 16 + i % 32 / 4, quad = i % 4;
-        for (size_t j = 0; j < 64; ++j) values[j] = sums[row + j / 2 % 2 * 8][j / 4 * 8 + quad * 2 + j % 2];
+        for (size_t j = 0; j < one.sums(); ++j) values[j] = sums[row + j / 2 % 2 * 8][j / 4 * 8 + quad * 2 + j % 2];
       }
     }
     for (size_t i = first; i < first + kWarpgroupSize; ++i) of(i).executed = group + 1;
@@ -176,10 +179,10 @@ class Warpgroups {
     for (const Product& product : issued.groups[0]) {
       auto& [values, pending] = issued.sums.at(product.d);
       if (--pending > 0) continue;
-      for (size_t i = 0; i < 64; ++i)
+      for (size_t i = 0; i < product.sums(); ++i)
         if (std::memcmp(&product.d[i], &kPoison, 4) != 0)
           return block.fail("accumulators were touched while a product was under way");
-      std::memcpy(product.d, values.data(), sizeof(values));
+      std::copy_n(values.data(), product.sums(), product.d);
       issued.sums.erase(product.d);
     }
     issued.groups.erase(issued.groups.begin());
@@ -258,10 +261,10 @@ float operand_float(uint16_t bits) {
   std::memcpy(&value, &bits, 2);
   return static_cast<float>(value);
 }
-template <uint32_t kOffset, bool kAdds, class Element>
-void multiply_add(float (&d)[64], const uint32_t (&a)[4], Element) {
+template <uint32_t kOffset, bool kAdds, size_t kSums, class Element>
+void multiply_add(float (&d)[kSums], const uint32_t (&a)[4], Element) {
   const uint64_t b = uint64_t{0x40000040} << 32 | ((kSharedBase + kOffset) & 0x3ffff) >> 4 | 1u << 16;
-  cuda_on_cpu::warpgroups.issue({d, a, {}, b, kAdds, &operand_float<Element>});
+  cuda_on_cpu::warpgroups.issue({d, a, {}, b, kAdds, &operand_float<Element>, 2 * kSums});
 }
 
 template <class Element>

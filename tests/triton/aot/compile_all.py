@@ -76,6 +76,9 @@ def facts(kernel: str, variant: str, compiled) -> dict:
 def variant_of(options: dict) -> str:
     """The name of one of a kernel's compilations in the budget."""
     names = [name.lower() for name in ("SAVE", "COORD", "GRID") if options.get(name)]
+    names += ["term"] if options.get("query_term") is not None else []
+    names += ["blend"] if options.get("OUTS") == 0 else []
+    names += ["wide"] if options.get("NB", 0) * options.get("BLOCK", 0) > 256 else []
     if "PRECISION" in options and options["OP"] == tl.float32:
         names.append(options["PRECISION"])
     if "STORED" in options and options["STORED"] < options["NB"] * options["BLOCK"]:
@@ -96,14 +99,26 @@ def watch(found: dict) -> None:
     jit.JITFunction.run = compile_only
 
 
-def decode(dtype: torch.dtype, width: int, *, grid: bool, save: bool, coord_grad: bool, ensemble: bool = True) -> None:
-    """A decode with three hidden products, and its backward if the forward saves activations for one."""
+def decode(
+    dtype: torch.dtype,
+    width: int,
+    *,
+    save: bool,
+    grid: bool = False,
+    coord_grad: bool = False,
+    ensemble: bool = True,
+    general: bool = False,
+) -> None:
+    """A decode with three hidden products, and its backward if the forward saves activations for one.
+
+    general: with a query term and more outputs than the kernel decodes.
+    """
     from liif_fast.ops.backends import triton as triton_backend
     from liif_fast.ops.inputs import DecodeInputs
 
     narrow = dtype in (torch.bfloat16, torch.float16)
     geometry = torch.float64 if dtype == torch.float64 else torch.float32
-    widths = [width] * 4 + [3]
+    widths = [width] * 4 + [64 if general else 3]
     inputs = DecodeInputs(
         latent_map=torch.zeros(1, 8, 8, width, dtype=torch.float32 if save and narrow else dtype),
         coord=None if grid else torch.zeros(1, 64, 2, dtype=geometry),
@@ -114,10 +129,10 @@ def decode(dtype: torch.dtype, width: int, *, grid: bool, save: bool, coord_grad
         grid=[8, 8, 0, 0, 8, 8, 0, 0, 8, 8] if grid else [],
         grid_cell=[0.1, 0.1] if grid else [],
         local_ensemble=ensemble,
-        query_term=None,
+        query_term=torch.zeros(1, 64, width, dtype=geometry) if general else None,
         matmul_dtype=dtype,
     )
-    out, saved = triton_backend.decode(inputs, save, coord_grad)
+    out, saved = triton_backend.decode(inputs, save or None, coord_grad)
     if save:
         triton_backend.decode_backward(out, saved, inputs, coord_grad)
 
@@ -144,21 +159,25 @@ def main(arch: int) -> None:
     driver.set_active(NamedArchitecture(arch))
     found: dict[str, dict] = {}
     watch(found)
-    decode(torch.bfloat16, 256, grid=True, save=False, coord_grad=False)
-    decode(torch.bfloat16, 256, grid=False, save=True, coord_grad=False)
-    decode(torch.float32, 256, grid=True, save=False, coord_grad=False)
+    decode(torch.bfloat16, 256, grid=True, save=False)
+    decode(torch.bfloat16, 256, save=True)
+    decode(torch.float32, 256, grid=True, save=False)
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    decode(torch.float32, 256, grid=True, save=False, coord_grad=False)
-    decode(torch.float32, 256, grid=False, save=True, coord_grad=False)
+    decode(torch.float32, 256, grid=True, save=False)
+    decode(torch.float32, 256, save=True)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    decode(torch.float32, 256, grid=False, save=True, coord_grad=False)
-    decode(torch.bfloat16, 100, grid=False, save=True, coord_grad=False)
+    decode(torch.float32, 256, save=True)
+    decode(torch.bfloat16, 100, save=True)
+    decode(torch.bfloat16, 256, save=True, general=True)
+    if arch >= 90:
+        decode(torch.bfloat16, 512, grid=True, save=False)
     if arch != 86:
-        decode(torch.float16, 64, grid=False, save=True, coord_grad=True, ensemble=False)
-        decode(torch.float64, 64, grid=True, save=False, coord_grad=False)
+        decode(torch.float16, 64, save=True, coord_grad=True, ensemble=False)
+        decode(torch.float16, 64, save=True, coord_grad=True, general=True)
+        decode(torch.float64, 64, grid=True, save=False)
         everything_else(torch.bfloat16)
         torch.use_deterministic_algorithms(True)
-        decode(torch.bfloat16, 64, grid=True, save=True, coord_grad=False)
+        decode(torch.bfloat16, 64, grid=True, save=True)
         everything_else(torch.float32)
     print(json.dumps(list(found.values())))
 

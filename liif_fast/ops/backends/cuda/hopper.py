@@ -16,8 +16,9 @@ from .. import extension, gpu
 ENABLED = os.environ.get("LIIF_FAST_HOPPER", "1") != "0"
 POLICIES = {torch.float16: 4, torch.bfloat16: 5}  # the wgmma policies of launch.h's MmaPolicy
 # Of csrc/cuda/decode/launch.h; a test compares.
-MOST_WIDTH, MOST_OUTS, MOST_HIDDEN, MOST_QUERIES = 256, 4, 16, 1 << 30
-_LEAST_WIDTH = 129  # narrower layers would be padded to twice their size
+MOST_WIDTH, MOST_OUTS, MOST_TRAINED_OUTS, MOST_QUERIES = 256, 128, 4, 1 << 30
+_MOST_UNTRAINED = 128  # training has no kernel for these widths
+_LEAST_WIDTH = 65  # narrower layers would be padded to twice their size
 
 
 @gpu.traced_as_constant
@@ -34,15 +35,29 @@ def against_device(kind: str, index: int | None) -> str:
     return ""
 
 
-def against_imnet(widths: Sequence[int], matmul_dtype: torch.dtype, queries: int | None = None) -> str:
+def against_imnet(
+    widths: Sequence[int],
+    matmul_dtype: torch.dtype,
+    trains: bool,
+    queries: int | None = None,
+    has_query_term: bool = False,
+) -> str:
     """Why the Hopper kernel does not decode with an imnet; '' where it does.
 
-    widths: of the imnet's layers, (K, *hidden, O). queries: of the whole batch, None where they are not known yet.
+    widths: of the imnet's layers, (K, *hidden, O). trains: whether autograd records the decode. queries: of the whole
+    batch, None where they are not known yet.
     """
+    if trains and max(widths[:-1]) <= _MOST_UNTRAINED:
+        have = max(widths[:-1])
+        return f"the Hopper kernel trains with a widest layer of more than {_MOST_UNTRAINED} channels, not {have}"
+    if trains and widths[-1] > MOST_TRAINED_OUTS:
+        return f"the Hopper kernel trains with at most {MOST_TRAINED_OUTS} outputs, not {widths[-1]}"
+    if has_query_term:
+        return "the Hopper kernel decodes without a query term"
     if matmul_dtype not in POLICIES:
         return f"the Hopper kernel multiplies float16 or bfloat16, not {matmul_dtype}"
-    if not 1 <= len(widths) - 2 <= MOST_HIDDEN:
-        return f"the Hopper kernel decodes with 3 to {MOST_HIDDEN + 2} layers, this imnet has {len(widths)}"
+    if len(widths) < 3:
+        return f"the Hopper kernel decodes with at least 3 layers, this imnet has {len(widths)}: it has no product"
     if not _LEAST_WIDTH <= max(widths[:-1]) <= MOST_WIDTH:
         return (
             f"the Hopper kernel decodes with a widest layer of {_LEAST_WIDTH} to {MOST_WIDTH} channels, "

@@ -1,7 +1,8 @@
 """`decode` on Triton's kernels.
 
-Imnets of up to 256 channels and eight outputs run in one kernel (fused.py): in 16 bits, in float32, or in TF32 if
-PyTorch allows it. Wider imnets and float64 run layer by layer (layerwise.py). Both modules have the same functions.
+Imnets of up to 256 channels (512 in inference in 16 bits) run in one kernel (fused.py): in 16 bits, in float32, or in
+TF32 if PyTorch allows it. Wider imnets and float64 run layer by layer (layerwise.py). Both modules have the same
+functions.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from .launch import DecodeChunk, grid_rel_cell, on_device_of
 from .layerwise import DecodeGrads
 
 
-def _kernels(inputs: DecodeInputs) -> ModuleType:
-    """The module that decodes. The choice depends on widths and dtype only, so that forward and backward agree."""
-    return fused if fused.can_fuse(inputs.widths, inputs.matmul_dtype) else layerwise
+def _kernels(inputs: DecodeInputs, infers: bool = False) -> ModuleType:
+    """The module that decodes. The choice depends on widths and dtype only, so that forward and backward agree.
+
+    infers: whether no backward follows.
+    """
+    return fused if fused.can_fuse(inputs.widths, inputs.matmul_dtype, infers) else layerwise
 
 
 def _aligned_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
@@ -47,12 +51,12 @@ def _views(saved: Tensor, inputs: DecodeInputs, coord_grad: bool) -> list[Tensor
     return views
 
 
-def decode(inputs: DecodeInputs, save: bool, coord_grad: bool) -> tuple[Tensor, Tensor]:
+def decode(inputs: DecodeInputs, save: bool | None, coord_grad: bool) -> tuple[Tensor, Tensor]:
     saved = inputs.empty_saved(saved_bytes(inputs, coord_grad) if save else 0)
     out = inputs.latent_map.new_empty(inputs.out_shape, dtype=geometry_dtype(inputs.latent_map))
     if out.numel() > 0:
         with on_device_of(out):
-            _kernels(inputs).forward(DecodeChunk.whole(inputs), out, _views(saved, inputs, coord_grad))
+            _kernels(inputs, save is None).forward(DecodeChunk.whole(inputs), out, _views(saved, inputs, coord_grad))
     return out, saved
 
 
@@ -67,5 +71,5 @@ def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord
         # Every query has the same rel_cell, which was added to the bias.
         for column, rel_cell in zip((2, 3), grid_rel_cell(inputs)):
             grads.geometry[:, column] = grads.biases[0] * rel_cell
-    points = [grad for grad in (grads.coord, grads.cell) if grad is not None]
-    return [grads.latent_map, grads.geometry, *grads.weights, *grads.biases, *points]
+    others = [grad for grad in (grads.coord, grads.cell, grads.query_term) if grad is not None]
+    return [grads.latent_map, grads.geometry, *grads.weights, *grads.biases, *others]

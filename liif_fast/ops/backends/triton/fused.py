@@ -1,23 +1,11 @@
-"""The fused decode in Triton: gather, every layer and the ensemble in one kernel, and the backward through the layers.
-
-A tile of rows stays on the chip from the first layer to the last. Activations are NB blocks of BLOCK columns. Each step
-computes one block of the next layer, so that shared memory holds only that step's weights, [BLOCK, NB * BLOCK], while
-Triton's pipeline loads the next ones. The launch sets the number of pipeline stages: if the loop set it, the pipeline
-would include biases and masks, which need the room of a block.
-
-In 16 bits, a tile's old and new activations fit in registers. One loop runs over all steps and carries activations as
-integers: a product whose left operand is a loop argument would go through shared memory, a bitcast keeps it in
-registers. In float32 old and new activations do not both fit in registers. The outer loop (layers) keeps the old ones
-in shared memory; the inner loop computes the new ones.
-
-The last layer and its gradient are products of 16 columns: the same eight outputs (or fewer) twice, once with the
-operand rounded and once with the rounding error, so that both are as accurate as in float32.
+"""The fused decode's launches: which imnets it takes, packing, tiles, and a decode in chunks. The kernels are in
+fused_kernels.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ...inputs import DecodeInputs
+from .fused_kernels import (
+    MAX_OUTS,
+    PackedImnet,
+    RowGrads,
+    SavedActivations,
+    blend_backward_kernel,
+    fused_decode_backward_kernel,
+    fused_decode_forward_kernel,
+    mask_bytes,
+)
 from .launch import (
     DTYPES,
     OPTIONS,
@@ -34,67 +32,16 @@ from .launch import (
     Shapes,
     TileConfigKey,
     current_device,
+    holds_wide,
     padded_width,
     tile_config,
     tile_width,
 )
-from .layerwise import DecodeGrads, backward_first_layer, product_of_rows
-from .rows import as_operand, find_queries, find_rows, first_layer, joined, out_offset, relu
+from .layerwise import DecodeGrads, backward_first_layer, last_layer, product_of_rows
+from .rows import as_operand
 
-MAX_WIDTH = 256  # of a hidden layer: registers do not hold wider ones
-MAX_OUTS = tl.constexpr(8)  # a last layer's product has twice as many columns
-FUSED_CHUNK_BYTES = 1 << 29  # of activations and their gradients if the backward computes activations again
-
-
-class PackedImnet(NamedTuple):
-    """The layers as kernels read them; P is the tile width of the widest hidden layer, L the hidden products."""
-
-    first: Tensor  # [terms + 1, P], float32
-    weights: Tensor  # [L, P, P] (out, in), for float32's backward (in, out); matmul_dtype
-    biases: Tensor  # [L, P], float32
-    last: Tensor  # [P, 16]: the last layer's columns rounded, then their rounding errors; matmul_dtype
-    last_bias: Tensor  # [8], float32
-
-
-class SavedActivations(NamedTuple):
-    """The tensors that the forward saves for the backward; S is the padded width of the widest hidden layer."""
-
-    acts: Tensor  # [L, rows, S], the hidden layers' inputs, in matmul_dtype
-    masks: Tensor  # which activations are positive: [L + 1, rows, mask_bytes]
-    blended: Tensor  # [queries, S], float32
-    preds: Tensor  # [rows, 8], float32; empty without gradients of coordinates
-
-
-class RowGrads(NamedTuple):
-    """The tensors that the backward kernel writes."""
-
-    layers: Tensor  # [L + 1, rows, S]: gradients of every layer's output before its ReLU, in matmul_dtype
-    bias_sums: Tensor  # [tiles, L, P]: each tile's sums for the hidden layers' biases
-    area_weight: Tensor  # [rows]; empty without gradients of coordinates
-
-
-class TileMemory(NamedTuple):
-    """Where a tile's rows are in the memory of saved activations or of gradients, STORED columns a row."""
-
-    layers: Any  # pointer to the tile's first row in the first layer's activations or gradients
-    masks: Any  # pointer to the tile's first row in the first layer's masks
-    total: Any  # rows of the whole launch, the distance between layers
-    valid: Any  # [ROWS]
-    row: Any  # [ROWS], distance from the tile's first row
-    block: Any  # [ROWS, BLOCK]: offsets of a block's values
-
-
-@triton.constexpr_function
-def mask_bytes(width, wide):
-    """Bytes of the ReLU mask of a row of `width` activations: eight bytes for 64 columns of 16 bits; a byte for each
-    column of 32 bits, where bits would save little."""
-    return width if wide else (width + 63) // 64 * 8
-
-
-@triton.constexpr_function
-def carrier(op):
-    """The dtype in which activations go from layer to layer."""
-    return tl.float32 if op == tl.float32 else tl.int16
+MAX_WIDTH, MAX_INFERENCE_WIDTH = 256, 512  # of a hidden layer: registers do not hold wider ones; see launch.holds_wide
+FUSED_CHUNK_BYTES = 1 << 29  # of activations and gradients that a backward computes again, of blends of many outputs
 
 
 @triton.jit
@@ -139,325 +86,29 @@ def pack_kernel(
         tl.store(imnet.last_bias + number, bias.to(tl.float32))
 
 
-@triton.jit
-def multiply(blocks, weights, offsets, total, step, NB: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr):
-    """total + blocks @ weights, block by block; `step` is the distance between blocks of the weights."""
-    for k in tl.static_range(NB):
-        weight = tl.load(weights + (offsets + k * step))
-        total = tl.dot(blocks[k].to(OP, bitcast=True), weight, total, input_precision=PRECISION)
-    return total
+def can_fuse(widths: Sequence[int], matmul_dtype: torch.dtype, infers: bool = False) -> bool:
+    """Whether these kernels take an imnet (K, *hidden, O); infers: without a backward, on the current device."""
+    if matmul_dtype not in (torch.float32, torch.bfloat16, torch.float16) or len(widths) == 1:
+        return False
+    wide = infers and matmul_dtype.itemsize == 2 and holds_wide(current_device())
+    return max(widths[:-1]) <= (MAX_INFERENCE_WIDTH if wide else MAX_WIDTH)
 
 
-@triton.jit
-def zero_blocks(NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """The blocks of a layer in float32, to be replaced one by one."""
-    blocks = ()
-    for _ in tl.static_range(NB):
-        blocks = blocks + (tl.zeros([ROWS, BLOCK], tl.float32),)
-    return blocks
-
-
-@triton.jit
-def replace_block(blocks, block, slot, NB: tl.constexpr):
-    """The blocks with block number `slot` replaced."""
-    replaced = ()
-    for k in tl.static_range(NB):
-        replaced = replaced + (tl.where(slot == k, block, blocks[k]),)
-    return replaced
-
-
-@triton.jit
-def advance(blocks, computed, block, slot, NB: tl.constexpr):
-    """After block number `slot` of a layer: (the input blocks of the next step, the blocks computed so far)."""
-    if NB == 1:
-        return (block,), computed
-    else:
-        done = slot == NB - 1
-        following = ()
-        for k in tl.static_range(NB - 1):
-            following = following + (tl.where(done, computed[k], blocks[k]),)
-        following = following + (tl.where(done, block, blocks[NB - 1]),)
-        if NB == 2:
-            return following, (block,)
-        else:
-            return following, replace_block(computed, block, slot, NB - 1)
-
-
-@triton.jit
-def stored_columns(valid, slot, STORED: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr):
-    """Which of a block's values have a place in memory: rows that exist, columns before STORED."""
-    if STORED == NB * BLOCK:
-        return valid[:, None]
-    else:
-        return valid[:, None] & (tl.arange(0, BLOCK) + slot * BLOCK < STORED)[None, :]
-
-
-@triton.jit
-def mask_place(memory, layer, slot, WIDE: tl.constexpr, STORED: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to the ReLU mask of a tile's block."""
-    stride: tl.constexpr = mask_bytes(STORED, WIDE)
-    size: tl.constexpr = mask_bytes(BLOCK, WIDE)
-    place = memory.masks + (layer * memory.total * stride + slot * size)
-    return place + (memory.row * stride)[:, None] + tl.arange(0, size)[None, :]
-
-
-@triton.jit
-def store_mask(memory, layer, slot, carried, STORED: tl.constexpr, NB: tl.constexpr):
-    """Stores which columns of a block are positive.
-
-    As bits, bit j of byte i is column 8j + i of 64. carried: activations after ReLU as they go from layer to layer. As
-    integers they are positive where the activations are positive or NaN.
-    """
-    WIDE: tl.constexpr = carried.dtype != tl.int16
-    ROWS: tl.constexpr = carried.shape[0]
-    BLOCK: tl.constexpr = carried.shape[1]
-    size: tl.constexpr = mask_bytes(BLOCK, WIDE)
-    place = mask_place(memory, layer, slot, WIDE, STORED, BLOCK)
-    if WIDE:
-        positive = carried.to(tl.int32, bitcast=True) > 0
-        tl.store(place, positive.to(tl.uint8), mask=stored_columns(memory.valid, slot, STORED, NB, BLOCK))
-    else:
-        tl.static_assert(NB == 1 or BLOCK % 64 == 0, "blocks share no group of 64 columns")
-        BITS: tl.constexpr = BLOCK // size
-        bit = tl.arange(0, BITS)
-        positive = tl.reshape(carried > 0, [ROWS, size // 8, BITS, 8])
-        bits = tl.sum(tl.where(positive, (1 << bit)[None, None, :, None], 0), axis=2)
-        tl.store(place, tl.reshape(bits, [ROWS, size]).to(tl.uint8), mask=memory.valid[:, None])
-
-
-@triton.jit
-def load_mask(memory, layer, slot, WIDE: tl.constexpr, STORED: tl.constexpr, NB: tl.constexpr):
-    """The mask that store_mask stored, [ROWS, BLOCK]; columns from STORED on are not positive."""
-    ROWS: tl.constexpr = memory.block.shape[0]
-    BLOCK: tl.constexpr = memory.block.shape[1]
-    size: tl.constexpr = mask_bytes(BLOCK, WIDE)
-    place = mask_place(memory, layer, slot, WIDE, STORED, BLOCK)
-    if WIDE:
-        return tl.load(place, mask=stored_columns(memory.valid, slot, STORED, NB, BLOCK), other=0) != 0
-    else:
-        tl.static_assert(NB == 1 or BLOCK % 64 == 0, "blocks share no group of 64 columns")
-        bit = tl.arange(0, BLOCK // size)
-        bits = tl.reshape(tl.load(place, mask=memory.valid[:, None], other=0), [ROWS, size // 8, 1, 8]).to(tl.int32)
-        return tl.reshape((bits & (1 << bit)[None, None, :, None]) != 0, [ROWS, BLOCK])
-
-
-@triton.jit
-def forward_block(
-    blocks, imnet, memory, offsets, layers, step, slot,
-    SAVE: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, STORED: tl.constexpr, NB: tl.constexpr,
-):  # fmt: skip
-    """Computes block `slot` of the next layer, in the dtype in which it is carried; SAVE stores it."""
-    ROWS: tl.constexpr = memory.block.shape[0]
-    BLOCK: tl.constexpr = memory.block.shape[1]
-    P: tl.constexpr = NB * BLOCK
-    inner = tl.arange(0, BLOCK)
-    total = tl.broadcast_to(tl.load(imnet.biases + step * BLOCK + inner)[None, :], [ROWS, BLOCK])
-    total = multiply(blocks, imnet.weights + step * (BLOCK * P), offsets, total, BLOCK, NB, OP, PRECISION)
-    value = as_operand(relu(total), OP, PRECISION)
-    carried = value.to(carrier(OP), bitcast=True)
-    if SAVE:
-        layer = step // NB + 1
-        store_mask(memory, layer, slot, carried, STORED, NB)
-        place = memory.layers + (layer * memory.total * STORED + slot * BLOCK) + memory.block
-        inside = stored_columns(memory.valid, slot, STORED, NB, BLOCK)
-        tl.store(place, value, mask=(inside & (step < (layers - 1) * NB)) != 0)
-    return carried
-
-
-@triton.jit(do_not_specialize=["layers"])
-def fused_decode_forward_kernel(
-    latent_map, imnet, out, saved, grid, layers,
-    WIDTH: tl.constexpr, OUTS: tl.constexpr, TERMS: tl.constexpr, GRID: tl.constexpr, ENSEMBLE: tl.constexpr,
-    SAVE: tl.constexpr, COORD: tl.constexpr, OP: tl.constexpr, PRECISION: tl.constexpr, STORED: tl.constexpr,
-    NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Decodes a tile of queries to OUTS outputs.
-
-    imnet: PackedImnet with P = NB * BLOCK; its weights and last are in OP. SAVE fills saved, SavedActivations; its
-    preds only with COORD. `layers` is the number of hidden products.
-    """
-    T: tl.constexpr = tl.float32
-    P: tl.constexpr = NB * BLOCK
-    CORNERS: tl.constexpr = 4 if ENSEMBLE else 1
-    QUERIES: tl.constexpr = ROWS // CORNERS
-    tile = tl.program_id(0).to(tl.int64)
-    found = find_rows(tile, grid, TERMS, GRID, ENSEMBLE, T, ROWS)
-    valid = found.valid
-    row = found.distance
-    latent = tl.where(valid, found.latent, 0)
-    inner = tl.arange(0, BLOCK)
-    memory = TileMemory(
-        saved.acts + found.first_row * STORED,
-        saved.masks + found.first_row * mask_bytes(STORED, OP == tl.float32),
-        joined(grid.total) * CORNERS,
-        valid,
-        row,
-        row[:, None] * STORED + inner[None, :],
-    )
-    blocks = ()
-    for k in tl.static_range(NB):
-        value = relu(first_layer(latent_map, latent, found.rel, imnet.first, k * BLOCK + inner, WIDTH, P, TERMS, T))
-        value = as_operand(value, OP, PRECISION)
-        carried = value.to(carrier(OP), bitcast=True)
-        if SAVE:
-            store_mask(memory, 0, k, carried, STORED, NB)
-            inside = stored_columns(valid, k, STORED, NB, BLOCK)
-            tl.store(memory.layers + k * BLOCK + memory.block, value, mask=(inside & (layers > 0)) != 0)
-        blocks = blocks + (carried,)
-    offsets = inner[None, :] * P + inner[:, None]
-    if OP == tl.float32:
-        for layer in range(layers):
-            computed = zero_blocks(NB, BLOCK, ROWS)
-            for slot in range(NB):
-                step = layer * NB + slot
-                carried = forward_block(
-                    blocks, imnet, memory, offsets, layers, step, slot, SAVE, OP, PRECISION, STORED, NB
-                )
-                computed = replace_block(computed, carried, slot, NB)
-            blocks = computed
-    else:
-        computed = blocks[1:]
-        for step in range(layers * NB):
-            slot = step % NB
-            carried = forward_block(blocks, imnet, memory, offsets, layers, step, slot, SAVE, OP, PRECISION, STORED, NB)
-            blocks, computed = advance(blocks, computed, carried, slot, NB)
-
-    pair = tl.arange(0, 2 * MAX_OUTS)
-    output = tl.arange(0, MAX_OUTS)
-    exists, entry, _, _, first_query, query = find_queries(tile, tl.arange(0, QUERIES), grid, GRID, QUERIES)
-    query = first_query + query
-    pred = tl.zeros([ROWS, 2 * MAX_OUTS], T)
-    for k in tl.static_range(NB):
-        value = blocks[k].to(OP, bitcast=True)
-        column = k * BLOCK + inner
-        weight_pair = tl.load(imnet.last + column[:, None] * (2 * MAX_OUTS) + pair[None, :])
-        pred = tl.dot(value, weight_pair, pred, input_precision=PRECISION)
-        if SAVE:
-            blend = tl.sum(tl.reshape(value.to(T) * found.area_weight[:, None], [QUERIES, CORNERS, BLOCK]), axis=1)
-            inside = stored_columns(exists, k, STORED, NB, BLOCK)
-            tl.store(saved.blended + query[:, None] * STORED + column[None, :], blend, mask=inside)
-    if COORD:
-        both = tl.sum(tl.reshape(pred, [ROWS, 2, MAX_OUTS]), axis=1)
-        place = saved.preds + found.first_row * MAX_OUTS + row[:, None] * MAX_OUTS + output[None, :]
-        tl.store(place, both, mask=valid[:, None])
-    value = tl.sum(tl.reshape(pred * found.area_weight[:, None], [QUERIES, CORNERS, 2 * MAX_OUTS]), axis=1)
-    value = tl.sum(tl.reshape(value, [QUERIES, 2, MAX_OUTS]), axis=1) + tl.load(imnet.last_bias + output)[None, :]
-    place = out_offset(query[:, None], entry, output[None, :], OUTS, grid, GRID)
-    tl.store(out + place, value, mask=exists[:, None] & (output < OUTS)[None, :])
-
-
-@triton.jit
-def backward_block(
-    blocks, imnet, memory, sums, offsets, layer, slot,
-    OP: tl.constexpr, PRECISION: tl.constexpr, STORED: tl.constexpr, NB: tl.constexpr,
-):  # fmt: skip
-    """Computes block `slot` of the gradient of a layer's input before its ReLU, in the dtype in which it is carried."""
-    ROWS: tl.constexpr = memory.block.shape[0]
-    BLOCK: tl.constexpr = memory.block.shape[1]
-    P: tl.constexpr = NB * BLOCK
-    column = tl.arange(0, BLOCK) + slot * BLOCK
-    positive = load_mask(memory, layer, slot, OP == tl.float32, STORED, NB)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    if OP == tl.float32:  # weights (in, out): offsets as in the forward
-        place = imnet.weights + (layer * (P * P) + slot * (BLOCK * P))
-        total = multiply(blocks, place, offsets, total, BLOCK, NB, OP, PRECISION)
-    else:
-        place = imnet.weights + (layer * (P * P) + slot * BLOCK)
-        total = multiply(blocks, place, offsets, total, BLOCK * P, NB, OP, PRECISION)
-    total = tl.where(positive, total, 0.0)
-    tl.store(sums + (layer - 1) * P + column, tl.sum(total, axis=0), mask=((column >= 0) & (layer > 0)) != 0)
-    value = as_operand(total, OP, PRECISION)
-    inside = stored_columns(memory.valid, slot, STORED, NB, BLOCK)
-    place = memory.layers + (layer * memory.total * STORED + slot * BLOCK) + memory.block
-    tl.store(place, value, mask=inside)
-    return value.to(carrier(OP), bitcast=True)
-
-
-@triton.jit(do_not_specialize=["layers"])
-def fused_decode_backward_kernel(
-    grad_out, imnet, saved, grads, grid, layers,
-    OUTS: tl.constexpr, GRID: tl.constexpr, ENSEMBLE: tl.constexpr, COORD: tl.constexpr, OP: tl.constexpr,
-    PRECISION: tl.constexpr, STORED: tl.constexpr, NB: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """From the gradient of a tile's outputs, [queries, OUTS], to `grads`, RowGrads; its area_weight only with COORD.
-
-    imnet: PackedImnet, for float32 with weights (in, out). saved: SavedActivations, of which masks and preds are read.
-    """
-    T: tl.constexpr = tl.float32
-    P: tl.constexpr = NB * BLOCK
-    CORNERS: tl.constexpr = 4 if ENSEMBLE else 1
-    tile = tl.program_id(0).to(tl.int64)
-    found = find_rows(tile, grid, 2, GRID, ENSEMBLE, T, ROWS)
-    valid = found.valid
-    row = found.distance
-    inner = tl.arange(0, BLOCK)
-    pair = tl.arange(0, 2 * MAX_OUTS)
-    inside = valid[:, None] & (pair % MAX_OUTS < OUTS)[None, :]
-    grad = tl.load(grad_out + found.flat[:, None] * OUTS + (pair % MAX_OUTS)[None, :], mask=inside, other=0.0)
-    if COORD:
-        place = saved.preds + found.first_row * MAX_OUTS + row[:, None] * MAX_OUTS + (pair % MAX_OUTS)[None, :]
-        product = grad * tl.load(place, mask=inside, other=0.0)
-        total = tl.sum(tl.where((pair < MAX_OUTS)[None, :], product, 0.0), axis=1)
-        tl.store(grads.area_weight + found.first_row + row, total, mask=valid)
-    grad = grad * found.area_weight[:, None]
-    rounded = as_operand(grad, OP, PRECISION)
-    rest = as_operand(grad - rounded.to(T), OP, PRECISION)
-    grad = tl.where((pair < MAX_OUTS)[None, :], rounded.to(T), rest.to(T)).to(OP)
-    sums = grads.bias_sums + tile * layers * P
-    memory = TileMemory(
-        grads.layers + found.first_row * STORED,
-        saved.masks + found.first_row * mask_bytes(STORED, OP == tl.float32),
-        joined(grid.total) * CORNERS,
-        valid,
-        row,
-        row[:, None] * STORED + inner[None, :],
-    )
-    blocks = ()
-    for k in tl.static_range(NB):
-        column = k * BLOCK + inner
-        weight_pair = tl.load(imnet.last + column[None, :] * (2 * MAX_OUTS) + pair[:, None])
-        value = tl.dot(grad, weight_pair, input_precision=PRECISION)
-        value = tl.where(load_mask(memory, layers, k, OP == tl.float32, STORED, NB), value, 0.0)
-        tl.store(sums + (layers - 1) * P + column, tl.sum(value, axis=0), mask=((column >= 0) & (layers > 0)) != 0)
-        value = as_operand(value, OP, PRECISION)
-        inside = stored_columns(valid, k, STORED, NB, BLOCK)
-        place = memory.layers + (layers * memory.total * STORED + k * BLOCK) + memory.block
-        tl.store(place, value, mask=inside)
-        blocks = blocks + (value.to(carrier(OP), bitcast=True),)
-    if OP == tl.float32:
-        offsets = inner[None, :] * P + inner[:, None]
-        for back in range(layers):
-            layer = layers - 1 - back
-            computed = zero_blocks(NB, BLOCK, ROWS)
-            for slot in range(NB):
-                carried = backward_block(blocks, imnet, memory, sums, offsets, layer, slot, OP, PRECISION, STORED, NB)
-                computed = replace_block(computed, carried, slot, NB)
-            blocks = computed
-    else:
-        computed = blocks[1:]
-        offsets = inner[:, None] * P + inner[None, :]
-        for step in range(layers * NB):
-            slot = step % NB
-            layer = layers - 1 - step // NB
-            carried = backward_block(blocks, imnet, memory, sums, offsets, layer, slot, OP, PRECISION, STORED, NB)
-            blocks, computed = advance(blocks, computed, carried, slot, NB)
-
-
-def can_fuse(widths: Sequence[int], matmul_dtype: torch.dtype) -> bool:
-    """Whether these kernels take an imnet (K, *hidden, O)."""
-    takes_dtype = matmul_dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return takes_dtype and len(widths) > 1 and max(widths[:-1]) <= MAX_WIDTH and widths[-1] <= MAX_OUTS.value
+def kernel_outs(inputs: DecodeInputs) -> int:
+    """Outputs of the last layer in the kernels; 0 where it is a product of PyTorch."""
+    outs = inputs.widths[-1]
+    return outs if outs <= MAX_OUTS.value else 0
 
 
 def saved_shapes(inputs: DecodeInputs, queries: int, rows: int, coord_grad: bool) -> Shapes:
     """Shapes and dtypes of SavedActivations."""
     matmul_dtype, layers = inputs.matmul_dtype, len(inputs.weights) - 1
-    width = padded_width(max(inputs.widths[:-1]))
+    width, outs = padded_width(max(inputs.widths[:-1])), kernel_outs(inputs)
     return [
-        ((layers, rows, width), matmul_dtype),
+        ((layers + int(coord_grad and not outs), rows, width), matmul_dtype),
         ((layers + 1, rows, mask_bytes(width, matmul_dtype == torch.float32)), torch.uint8),
         ((queries, width), torch.float32),
-        ((rows if coord_grad else 0, MAX_OUTS.value), torch.float32),
+        ((rows if coord_grad and outs else 0, MAX_OUTS.value), torch.float32),
     ]
 
 
@@ -477,7 +128,8 @@ def pack(chunk: DecodeChunk, *, backward: bool = False) -> PackedImnet:
         last=first.new_empty(width, 2 * MAX_OUTS.value, dtype=matmul_dtype),
         last_bias=first.new_empty(MAX_OUTS.value),
     )
-    pack_kernel[(hidden * (width // tile) ** 2 + width // tile,)](
+    last_tiles = width // tile if kernel_outs(chunk.inputs) else 0
+    pack_kernel[(hidden * (width // tile) ** 2 + last_tiles,)](
         tuple(weight.contiguous() for weight in weights), tuple(bias.contiguous() for bias in biases), imnet,
         WIDTHS=widths, TRANSPOSED=backward and matmul_dtype == torch.float32, OP=DTYPES[matmul_dtype],
         PRECISION=chunk.precision, P=width, TILE=tile, **OPTIONS,
@@ -487,24 +139,36 @@ def pack(chunk: DecodeChunk, *, backward: bool = False) -> PackedImnet:
 
 def _configure(chunk: DecodeChunk, kernel: Kernel, width: int) -> tuple[int, dict[str, Any]]:
     """Rows of a tile, and the constants and options that both kernels share."""
-    matmul_dtype, widths = chunk.inputs.matmul_dtype, chunk.inputs.widths
+    matmul_dtype, outs = chunk.inputs.matmul_dtype, kernel_outs(chunk.inputs)
     config = tile_config(TileConfigKey(kernel, width, matmul_dtype, chunk.precision), current_device())
-    stored = width if kernel == "forward" else padded_width(max(widths[:-1]))
+    if kernel == "backward" and not outs:  # loads its first gradients, which takes registers
+        config = config._replace(stages=min(config.stages, 2))
+    stored = width if kernel == "forward" else padded_width(max(chunk.inputs.widths[:-1]))
     return config.rows, dict(
-        OUTS=widths[-1], OP=DTYPES[matmul_dtype], PRECISION=chunk.precision, STORED=stored, NB=width // config.block,
+        OUTS=outs, OP=DTYPES[matmul_dtype], PRECISION=chunk.precision, STORED=stored, NB=width // config.block,
         BLOCK=config.block, num_stages=config.stages, num_warps=config.warps, **chunk.flags(config.rows),
     )  # fmt: skip
 
 
-def _forward_chunk(chunk: DecodeChunk, imnet: PackedImnet, out: Tensor, saved: SavedActivations | None) -> None:
-    """Decodes to `out`, the whole decode's for points, the chunk's own for a grid; fills `saved`."""
+def _forward_chunk(
+    chunk: DecodeChunk, imnet: PackedImnet, out: Tensor, saved: SavedActivations | None, blended: Tensor | None = None
+) -> None:
+    """Decodes to `out`, the whole decode's for points, the chunk's own for a grid; fills `saved`.
+
+    blended: [queries, P], which a decode to many outputs fills instead of `out` where it fills no `saved`.
+    """
     layers, width = imnet.biases.shape
     rows, options = _configure(chunk, "forward" if saved is None else "save", width)
     tiles, grid = chunk.tiles(rows)
+    coord_grad = saved is not None and (saved.preds.numel() > 0 or len(saved.acts) > layers)
+    if saved is None:
+        unused = imnet.first
+        to = SavedActivations(unused, unused, unused if blended is None else blended, unused)
+    else:
+        to = saved
     fused_decode_forward_kernel[(tiles,)](
-        chunk.latent_map, imnet, out, SavedActivations(*[imnet.first] * 4) if saved is None else saved, grid, layers,
-        WIDTH=chunk.latent_map.shape[-1], TERMS=chunk.terms, SAVE=saved is not None,
-        COORD=saved is not None and saved.preds.numel() > 0, **options,
+        chunk.latent_map, imnet, out, to, grid, layers, query_term=chunk.query_term,
+        WIDTH=chunk.latent_map.shape[-1], TERMS=chunk.terms, SAVE=saved is not None, COORD=coord_grad, **options,
     )  # fmt: skip
 
 
@@ -521,7 +185,16 @@ def _backward_chunk(
         grad_out.new_empty(tiles, layers, width),
         grad_out.new_empty(chunk.rows if coord_grad else 0),
     )
-    fused_decode_backward_kernel[(tiles,)](grad_out, imnet, saved, row_grads, grid, layers, COORD=coord_grad, **options)
+    options["COORD"] = coord_grad
+    if not options["OUTS"]:
+        last = chunk.inputs.weights[-1].to(grad_out.dtype)
+        grad_blended = torch.mm(grad_out, F.pad(last, (0, saved.blended.shape[1] - last.shape[1])))
+        block = min(width, 64)
+        tiling = {**options, "NB": width // block, "BLOCK": block, "num_warps": 8}
+        del tiling["OUTS"]
+        blend_backward_kernel[(tiles,)](grad_blended, saved, row_grads, grid, layers, **tiling)
+        options["COORD"] = False
+    fused_decode_backward_kernel[(tiles,)](grad_out, imnet, saved, row_grads, grid, layers, **options)
     sums = row_grads.bias_sums.sum(0)
     for layer in range(layers):
         weight, bias = grads.weights[layer], grads.biases[layer + 1]
@@ -535,7 +208,15 @@ def _backward_chunk(
 
 def forward(whole: DecodeChunk, out: Tensor, saved: Sequence[Tensor] | None) -> None:
     """Decodes to `out`; fills `saved`, tensors of `saved_shapes`."""
-    _forward_chunk(whole, pack(whole), out, None if saved is None else SavedActivations(*saved))
+    imnet, keeps = pack(whole), None if saved is None else SavedActivations(*saved)
+    if kernel_outs(whole.inputs):
+        _forward_chunk(whole, imnet, out, keeps)
+        return
+    width = imnet.first.shape[1]
+    for chunk in [whole] if keeps else whole.chunks(FUSED_CHUNK_BYTES // (4 * width) * whole.corners):
+        blended = keeps.blended if keeps else imnet.first.new_empty(chunk.queries, width)
+        _forward_chunk(chunk, imnet, out, keeps, blended)
+        chunk.put_queries(out, last_layer(chunk, blended[:, : whole.inputs.widths[-2]]))
 
 
 def backward(whole: DecodeChunk, grad_out: Tensor, saved: Sequence[Tensor] | None, grads: DecodeGrads) -> None:
@@ -546,8 +227,9 @@ def backward(whole: DecodeChunk, grad_out: Tensor, saved: Sequence[Tensor] | Non
         return
     forward_imnet = pack(whole)
     row_bytes = padded_width(max(inputs.widths[:-1])) * inputs.matmul_dtype.itemsize * (2 * len(inputs.weights) + 1)
+    out = grad_out.new_empty(grad_out.shape if kernel_outs(inputs) else 0)  # not read
     for chunk in whole.chunks(FUSED_CHUNK_BYTES // row_bytes):
         shapes = saved_shapes(inputs, chunk.queries, chunk.rows, grads.coord is not None)
         again = SavedActivations(*(grad_out.new_empty(shape, dtype=dtype) for shape, dtype in shapes))
-        _forward_chunk(chunk, forward_imnet, torch.empty_like(grad_out), again)
+        _forward_chunk(chunk, forward_imnet, out, again)
         _backward_chunk(chunk, imnet, chunk.of_queries(grad_out).contiguous(), again, grads)

@@ -7,6 +7,8 @@ which latent is nearest. Multiplications and additions must not contract to FMA,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from ctypes import c_float
 from typing import NamedTuple
 
 import triton
@@ -23,43 +25,64 @@ class Axis(NamedTuple):
 
     Whole numbers are floats, exact below 2^24. Triton would compile a kernel again for integers that are 1 or a
     multiple of 16, as sizes and positions often are. Triton passes a Python float as float32, rounded once, as
-    `static_cast<float>` does in geometry.h. In float64 kernels compute these numbers from `size`, so that GPUs without
-    float64 never see one.
+    `static_cast<float>` does in geometry.h. In float64 kernels compute these numbers from `size` or, where it does not
+    give them, from the three floats of `parts`, so that GPUs without float64 never see one.
     """
 
     size: float  # pixels of the whole map
     begin: float  # the first pixel in memory
     held: float  # pixels in memory
-    low: float  # center of pixel 0
-    step: float  # from center to center
+    low: tuple[float, float, float]  # center of pixel 0
+    step: tuple[float, float, float]  # from center to center
     minus: float  # shift to the lower neighbor
     plus: float  # shift to the upper neighbor
     half: float  # half a pixel
 
 
-def make_axis(size: int, begin: int = 0, held: int | None = None) -> Axis:
-    """The axis of a map of `size` pixels, of which `held` from `begin` are in memory (None: all)."""
+def image_axis(size: int) -> tuple[float, float]:
+    """The center of the first of `size` pixels that tile [-1, 1], and the distance between neighbors."""
     half = 1.0 / size
+    return -1.0 + half, 2.0 * half
+
+
+def parts(number: float) -> tuple[float, float, float]:
+    """Three float32 whose sum in float64 is `number`; the first one is `number` in float32."""
+    first = c_float(number).value
+    second = c_float(number - first).value
+    return first, second, number - first - second
+
+
+def make_axis(size: int, begin: int = 0, held: int | None = None, centers: Sequence[float] = ()) -> Axis:
+    """The axis of a map of `size` pixels, of which `held` from `begin` are in memory (None: all).
+
+    centers: of the first pixel, and the distance to the next one; empty: as `image_axis` has them.
+    """
+    low, step = centers or image_axis(size)
     return Axis(
         float(size),
         float(begin),
         float(size if held is None else held),
-        -1.0 + half,
-        2.0 * half,
+        parts(low),
+        parts(step),
         -(2.0 / size / 2.0) + 1e-6,
         2.0 / size / 2.0 + 1e-6,
-        half,
+        1.0 / size,
     )
+
+
+@triton.jit
+def joined_parts(number, T: tl.constexpr):
+    """The number that `parts` took apart, in T."""
+    if T == tl.float64:
+        return tl.cast(number[0], T) + tl.cast(number[1], T) + tl.cast(number[2], T)
+    else:
+        return number[0]
 
 
 @triton.jit
 def pixel_center(index, axis, T: tl.constexpr):
     """Center of pixel `index`."""
-    if T == tl.float64:
-        half = 1.0 / tl.cast(axis.size, tl.float64)
-        return (-1.0 + half) + (2.0 * half) * index.to(T)
-    else:
-        return axis.low + axis.step * index.to(T)
+    return joined_parts(axis.low, T) + joined_parts(axis.step, T) * index.to(T)
 
 
 @triton.jit

@@ -107,6 +107,15 @@ def padded_width(width: int) -> int:
     return triton.cdiv(width, 16) * 16 if width <= 128 else tile_width(width)
 
 
+def holds_wide(device: GPUTarget | None) -> bool:
+    """Whether registers hold more than 256 channels of the forward in 16 bits.
+
+    A tile of 64 rows has 128 registers of old activations. Compiled ahead of time, it spills nothing on compute
+    capability 9.0 and 10.0. On 8.0 and 8.6, and everywhere in the backward, it spills 0.2 to 1.3 KB.
+    """
+    return device is None or (device.backend == "cuda" and device.arch // 10 in (9, 10))
+
+
 def tile_config(key: TileConfigKey, device: GPUTarget | None) -> TileConfig:
     """The table of tile configurations of the fused decode; device: from `current_device`, None for the interpreter."""
     kernel, width, matmul_dtype, _ = key
@@ -121,6 +130,8 @@ def tile_config(key: TileConfigKey, device: GPUTarget | None) -> TileConfig:
     if matmul_dtype.itemsize > 2:
         return _float32_tile_config(key, family, roomy)
     narrow = min(width, 64)
+    if width > 256:
+        return TileConfig(64, 64, 8, 3)
     if kernel == "save":  # addresses need registers too
         return TileConfig(128, narrow, 8, 3 if roomy else 2)
     if kernel == "backward":
@@ -206,22 +217,24 @@ class DecodeChunk:
     latent_map: Tensor  # [b, h, w, K], contiguous: the chunk's batch entries
     coord: Tensor | None  # [B*Q, 2] of the whole decode; None for a grid
     cell: Tensor | None  # [B*Q, 2] of the whole decode, for points with cells
+    all_terms: Tensor | None  # [B*Q, K], query_term of the whole decode
     first: Tensor  # [terms + 1, padded K]: the weights of each geometry term, then the bias
     precision: str  # of float32 products, from `product_precision`
     queries: int  # of the chunk
-    first_query: int = 0  # points: number of the chunk's first one
+    first_query: int = 0  # number of the chunk's first one in the whole decode
     window: tuple[int, ...] = ()  # grid: top, left, height, width in the image
     begin: tuple[int, int] = (0, 0)  # grid: first batch entry and row in the whole decode's window
 
     @classmethod
     def whole(cls, inputs: DecodeInputs) -> DecodeChunk:
         """The decode as one chunk."""
-        coord, cell = (
-            None if points is None else points.reshape(-1, 2).contiguous() for points in (inputs.coord, inputs.cell)
+        coord, cell, terms = (
+            None if tensor is None else tensor.flatten(0, 1).contiguous()
+            for tensor in (inputs.coord, inputs.cell, inputs.query_term)
         )
         precision, window = product_precision(inputs.matmul_dtype), tuple(inputs.grid[2:6])
         latent_map, first = inputs.latent_map.contiguous(), _first_table(inputs)
-        return cls(inputs, latent_map, coord, cell, first, precision, inputs.queries, window=window)
+        return cls(inputs, latent_map, coord, cell, terms, first, precision, inputs.queries, window=window)
 
     @property
     def corners(self) -> int:
@@ -234,6 +247,11 @@ class DecodeChunk:
     @property
     def terms(self) -> int:
         return self.first.shape[0] - 1
+
+    @property
+    def query_term(self) -> Tensor | None:
+        """[queries, K]"""
+        return None if self.all_terms is None else self.of_terms(self.all_terms)
 
     @property
     def kernel_dtype(self) -> Any:
@@ -255,7 +273,8 @@ class DecodeChunk:
         tiles_y = triton.cdiv(self.window[2], queries // PATCH.value)
         tiles_x = triton.cdiv(self.window[3], PATCH.value)
         map_axes = make_axis(map_height, region_top, map_size[0]), make_axis(map_width, region_left, map_size[1])
-        image_axes = make_axis(image_height), make_axis(image_width)
+        centers = self.inputs.grid_cell[2:4], self.inputs.grid_cell[4:]
+        image_axes = make_axis(image_height, centers=centers[0]), make_axis(image_width, centers=centers[1])
         zero = split(0)
         window = map(float, (*self.window, tiles_y, tiles_x))
         grid = QueryGrid(self.first, self.first, *map_axes, *image_axes, split(self.queries), zero, zero, *window)
@@ -276,7 +295,9 @@ class DecodeChunk:
                 for row in range(0, height, step):
                     window = (top + row, left, min(step, height - row), width)
                     part = dataclasses.replace(self, window=window, begin=(entry, row), queries=window[2] * width)
-                    yield dataclasses.replace(part, latent_map=self.latent_map[entry : entry + 1])
+                    first = (entry * height + row) * width
+                    latent_map = self.latent_map[entry : entry + 1]
+                    yield dataclasses.replace(part, latent_map=latent_map, first_query=first)
 
     def _of_window(self, out: Tensor) -> Tensor:
         """The chunk's part of the output of a grid."""
@@ -296,6 +317,10 @@ class DecodeChunk:
             return
         part = self._of_window(out)
         part.copy_(values.view(-1, *self.window[2:], out.shape[1]).permute(0, 3, 1, 2))
+
+    def of_terms(self, whole: Tensor) -> Tensor:
+        """The chunk's part of the whole decode's query terms or their gradient, [queries, K]; a view."""
+        return whole.flatten(0, -2)[self.first_query : self.first_query + self.queries]
 
     def of_latents(self, whole: Tensor) -> Tensor:
         """The chunk's batch entries of the whole decode's latent map or its gradient."""

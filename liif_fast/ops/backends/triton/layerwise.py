@@ -27,7 +27,7 @@ LAYERWISE_CHUNK_BYTES = 1 << 28  # of activations and, in the backward, their gr
 
 @triton.jit
 def first_forward_kernel(
-    latent_map, first, hidden, area_weight, grid,
+    latent_map, first, hidden, area_weight, grid, query_term,
     RELU: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, TERMS: tl.constexpr, GRID: tl.constexpr,
     ENSEMBLE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -36,9 +36,8 @@ def first_forward_kernel(
     at = tl.program_id(0).to(tl.int64)
     found = find_rows(at // blocks, grid, TERMS, GRID, ENSEMBLE, T, ROWS)
     row = found.first_row + found.distance
-    latent = tl.where(found.valid, found.latent, 0)
     column = (at % blocks).to(tl.int32) * COLS + tl.arange(0, COLS)
-    value = first_layer(latent_map, latent, found.rel, first, column, WIDTH, STRIDE, TERMS, T)
+    value = first_layer(latent_map, query_term, found, first, column, WIDTH, STRIDE, TERMS, T)
     if RELU:
         value = relu(value)
     inside = found.valid[:, None] & (column < WIDTH)[None, :]
@@ -117,6 +116,7 @@ class DecodeGrads(NamedTuple):
     biases: list[Tensor]
     coord: Tensor | None  # [B, Q, 2]
     cell: Tensor | None  # [B, Q, 2]
+    query_term: Tensor | None  # [B, Q, K]
 
     @classmethod
     def zeros(cls, inputs: DecodeInputs, coord_grad: bool) -> DecodeGrads:
@@ -126,8 +126,10 @@ class DecodeGrads(NamedTuple):
             return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
 
         weights, biases = [zero(weight) for weight in inputs.weights], [zero(bias) for bias in inputs.biases]
-        points = (None if point is None or not coord_grad else zero(point) for point in (inputs.coord, inputs.cell))
-        return cls(zero(inputs.latent_map), zero(inputs.weight_geometry), weights, biases, *points)
+        ends = inputs.coord, inputs.cell
+        coord, cell = (None if point is None or not coord_grad else zero(point) for point in ends)
+        term = None if inputs.query_term is None else zero(inputs.query_term)
+        return cls(zero(inputs.latent_map), zero(inputs.weight_geometry), weights, biases, coord, cell, term)
 
 
 def product_of_rows(a: Tensor, b: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ def saved_shapes(inputs: DecodeInputs, queries: int, rows: int, coord_grad: bool
 
 
 def backward_first_layer(chunk: DecodeChunk, grad_rows: Tensor, grad_area_weight: Tensor, grads: DecodeGrads) -> None:
-    """Adds a chunk's gradients of the latent map, the geometry weights, the first bias, coord and cell.
+    """Adds a chunk's gradients of the latent map, the geometry weights, the first bias, coord, cell and query term.
 
     Args:
         grad_rows: [rows, K or more], of the first layer before its ReLU.
@@ -170,6 +172,9 @@ def backward_first_layer(chunk: DecodeChunk, grad_rows: Tensor, grad_area_weight
     grads.biases[0].add_(sums[terms])
     if deterministic:
         _scatter_in_order(chunk, grad_rows, grad_latent_map)
+    if grads.query_term is not None:
+        by_corner = grad_rows.view(chunk.queries, chunk.corners, -1)[..., :width]
+        torch.sum(by_corner, 1, dtype=chunk.first.dtype, out=chunk.of_terms(grads.query_term))
     if coord_grad:
         _backward_points(chunk, grad_rel, grad_area_weight, grads)
 
@@ -210,7 +215,7 @@ def _fill_activations(chunk: DecodeChunk, saved: Sequence[Tensor]) -> None:
     columns = min(stride, COLUMNS)
     tiles, grid = chunk.tiles(ROWS)
     first_forward_kernel[(tiles * (stride // columns),)](
-        chunk.latent_map, chunk.first, saved[0], saved[-1], grid,
+        chunk.latent_map, chunk.first, saved[0], saved[-1], grid, query_term=chunk.query_term,
         RELU=bool(weights), WIDTH=chunk.latent_map.shape[-1], STRIDE=stride, TERMS=chunk.terms, T=chunk.kernel_dtype,
         COLS=columns, **chunk.flags(ROWS),
     )  # fmt: skip
@@ -240,16 +245,20 @@ def _blend(chunk: DecodeChunk, rows: Tensor, area_weight: Tensor) -> Tensor:
     return ensemble(rows.view(*shape, -1), area_weight.view(shape))[0]
 
 
+def last_layer(chunk: DecodeChunk, blended: Tensor) -> Tensor:
+    """[queries, width] -> [queries, O] in the geometry dtype."""
+    weight, bias = (layers[-1].to(blended.dtype) for layers in (chunk.inputs.weights, chunk.inputs.biases))
+    return torch.addmm(bias, blended, weight.t())
+
+
 def forward(whole: DecodeChunk, out: Tensor, saved: Sequence[Tensor] | None) -> None:
     """Decodes to `out`; fills `saved`, tensors of `saved_shapes`."""
-    weights, biases, dtype = whole.inputs.weights, whole.inputs.biases, whole.first.dtype
+    weights = whole.inputs.weights
     for chunk, activations in _with_activations(whole, saved, max(len(weights), 1)):
         _fill_activations(chunk, activations)
         *_, last, area_weight = activations
         values = _blend(chunk, last, area_weight)
-        if weights:
-            values = torch.addmm(biases[-1].to(dtype), values, weights[-1].to(dtype).t())
-        chunk.put_queries(out, values)
+        chunk.put_queries(out, last_layer(chunk, values) if weights else values)
 
 
 def backward(whole: DecodeChunk, grad_out: Tensor, saved: Sequence[Tensor] | None, grads: DecodeGrads) -> None:

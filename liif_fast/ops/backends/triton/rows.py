@@ -50,6 +50,8 @@ class TileRows(NamedTuple):
     latent: Any  # number of the latent in memory
     area_weight: Any
     rel: Any  # tuple of geometry inputs: rel_coord and, if wanted, rel_cell
+    first_query: Any  # number of the tile's first query
+    query: Any  # distance from it
     first_row: Any
     distance: Any
 
@@ -145,25 +147,36 @@ def find_rows(
     else:
         rel = (rel_row, rel_col)
     return TileRows(
-        valid, batch, flat, map_row, map_col, latent, weight, rel, start * CORNERS, distance * CORNERS + corner
-    )
+        valid, batch, flat, map_row, map_col, latent, weight, rel,
+        start, distance, start * CORNERS, distance * CORNERS + corner,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_columns(table, row, valid, column, WIDTH: tl.constexpr, STRIDE: tl.constexpr):
+    """Rows of `table`, [.., WIDTH], at `column`; row 0 for rows that do not exist; 0 from column WIDTH on."""
+    place = table + tl.where(valid, row, 0)[:, None] * WIDTH + column[None, :]
+    if WIDTH == STRIDE:
+        return tl.load(place)
+    else:
+        return tl.load(place, mask=(column < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
 def first_layer(
-    latent_map, latent, rel, first, column,
+    latent_map, query_term, found, first, column,
     WIDTH: tl.constexpr, STRIDE: tl.constexpr, TERMS: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """The first layer before its ReLU at `column`: latent, bias and geometry terms; 0 from column WIDTH on.
+    """The first layer of `found`, TileRows, before its ReLU at `column`; 0 from column WIDTH on.
 
+    It is the sum of latent, bias, geometry terms and query term. query_term: [queries, WIDTH] of the launch, or None.
     first: [TERMS + 1, STRIDE], the weights of each geometry term, then the bias.
     """
-    place = latent_map + latent[:, None] * WIDTH + column[None, :]
-    if WIDTH == STRIDE:
-        total = tl.load(place).to(T)
-    else:
-        total = tl.load(place, mask=(column < WIDTH)[None, :], other=0.0).to(T)
+    total = load_columns(latent_map, found.latent, found.valid, column, WIDTH, STRIDE).to(T)
     total += tl.load(first + TERMS * STRIDE + column)[None, :]
+    if query_term is not None:
+        query_term += found.first_query * WIDTH
+        total += load_columns(query_term, found.query, found.valid, column, WIDTH, STRIDE).to(T)
     for term in tl.static_range(TERMS):
-        total = tl.fma(rel[term][:, None], tl.load(first + term * STRIDE + column)[None, :], total)
+        total = tl.fma(found.rel[term][:, None], tl.load(first + term * STRIDE + column)[None, :], total)
     return total

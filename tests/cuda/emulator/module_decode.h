@@ -1,4 +1,6 @@
 // The fused decode's launchers on numpy arrays: the steps of csrc/bindings/cuda_decode.cpp.
+#pragma once
+
 #include "cuda/decode/launch.h"
 #include "numpy_arrays.h"
 #include "simt.h"
@@ -13,7 +15,7 @@ struct Decode {
   int hidden, outs;
   bool latent_is_float;
 
-  static constexpr size_t kArguments = 10;
+  static constexpr size_t kArguments = 11;
 
   Decode(const py::args& arguments, size_t first) {
     const auto array = [&](size_t i) { return arguments[first + i].cast<py::array>(); };
@@ -27,7 +29,8 @@ struct Decode {
     problem =
         make_decode_problem<float>({latent_map.shape(0), latent_map.shape(1), latent_map.shape(2), latent_map.shape(3)},
                                    has_coord ? array(1).shape(1) : 0, has_coord ? nullptr : grid.data(),
-                                   grid_cell.data(), arguments[first + 8].cast<bool>());
+                                   grid_cell.data(), arguments[first + 8].cast<bool>(), grid_cell.size() == 6);
+    problem.query_term = maybe(9);
     problem.latent_map = latent_map.data();
     problem.coord = maybe(1);
     problem.cell = maybe(2);
@@ -44,11 +47,12 @@ struct Decode {
     }
     set_out_layout(problem);
     hidden = problem.layers - 1;
-    outs = static_cast<int>(problem.out_width());
+    const auto policy = static_cast<MmaPolicy>(arguments[first + 10].cast<int>());
+    outs = fused_outs(policy, problem);
     latent_is_float = py::isinstance<py::array_t<float>>(latent_map);
     const char* error = nullptr;
-    variant = choose_variant(static_cast<MmaPolicy>(arguments[first + 9].cast<int>()), static_cast<int>(widest),
-                             problem.batch * problem.queries * problem.corners, &error);
+    variant =
+        choose_variant(policy, static_cast<int>(widest), problem.batch * problem.queries * problem.corners, &error);
     check(error);
   }
 
@@ -88,13 +92,20 @@ py::array forward(const py::args& arguments) {
   const Shape at_coordinates{p.batch, p.queries, decode.outs},
       on_grid{p.batch, decode.outs, p.window_height, p.window_width};
   py::array out = make(py::dtype::of<float>(), p.coord ? at_coordinates : on_grid, kNaN);
-  p.out = write<float>(out);
+  if (decode.outs) p.out = write<float>(out);
   constexpr size_t kNext = Decode::kArguments + 1;
   const py::array packed = arguments[kNext - 1].cast<py::array>();
   const py::array saved = arguments[kNext].cast<py::array>();
   const RowRange rows = cast_rows(arguments, kNext + 2);
   SavedActivations activations{};
-  if (saved.size() > 0) activations = decode.unpack_saved(saved, arguments[kNext + 1].cast<bool>(), rows);
+  if (saved.size() > 0) {
+    activations = decode.unpack_saved(saved, arguments[kNext + 1].cast<bool>(), rows);
+  } else if (!decode.outs) {
+    out = make(is_16_bit(decode.variant.policy) ? py::dtype::of<uint16_t>() : py::dtype::of<float>(),
+               {rows.count / p.corners, decode.variant.width}, kNaN);
+    activations.blended = out.mutable_data();
+    activations.first_tile = rows.first / decode.variant.rows;
+  }
   py::array workspace = make(py::dtype::of<uint8_t>(), {workspace_bytes(p, decode.variant)}, kNaN);
   check(
       launch_decode_forward(decode.task(packed, rows), decode.variant, activations, workspace.mutable_data(), nullptr));
@@ -102,7 +113,7 @@ py::array forward(const py::args& arguments) {
 }
 
 // grad_out, saved, first row and number of rows of saved, the shared arguments, packed, first_row, rows,
-// grad_latent_map, grad_coord, grad_cell.
+// grad_latent_map, grad_coord, grad_cell, grad_query_term.
 py::tuple backward(const py::args& arguments) {
   Decode decode(arguments, 4);
   const DecodeVariant& variant = decode.variant;
@@ -111,6 +122,7 @@ py::tuple backward(const py::args& arguments) {
   const RowRange rows = cast_rows(arguments, kNext);
   py::array grad_latent_map = arguments[kNext + 2].cast<py::array>();
   py::array grad_coord = arguments[kNext + 3].cast<py::array>(), grad_cell = arguments[kNext + 4].cast<py::array>();
+  py::array grad_query_term = arguments[kNext + 5].cast<py::array>();
   const SavedActivations activations =
       decode.unpack_saved(arguments[1].cast<py::array>(), grad_coord.size() > 0, cast_rows(arguments, 2));
   const bool in_rows = grad_latent_map.size() == 0;
@@ -122,7 +134,7 @@ py::tuple backward(const py::args& arguments) {
   py::array latent_rows = make(floats, {in_rows ? rows.count : 0, variant.width}, kNaN);
   py::array latent_index = make(py::dtype::of<int64_t>(), {in_rows ? rows.count : 0}, kNaN);
   BackwardArrays arrays{};
-  arrays.grad_out = read<float>(arguments[0].cast<py::array>());
+  (decode.outs ? arrays.grad_out : arrays.blended) = read<float>(arguments[0].cast<py::array>());
   arrays.latent_map = in_rows ? nullptr : write<float>(grad_latent_map);
   arrays.latent_rows = write<float>(latent_rows);
   arrays.latent_index = write<int64_t>(latent_index);
@@ -130,6 +142,7 @@ py::tuple backward(const py::args& arguments) {
   arrays.sums = write<float>(sums);
   arrays.coord = grad_coord.size() > 0 ? write<float>(grad_coord) : nullptr;
   arrays.cell = grad_cell.size() > 0 ? write<float>(grad_cell) : nullptr;
+  arrays.query_term = grad_query_term.size() > 0 ? write<float>(grad_query_term) : nullptr;
   py::array workspace = make(py::dtype::of<uint8_t>(), {workspace_bytes(decode.problem, variant)}, kNaN);
   check(launch_decode_backward(decode.task(packed, rows), variant, activations, arrays, workspace.mutable_data(),
                                nullptr));
@@ -158,7 +171,7 @@ void bind_decode(py::module_& m) {
   m.attr("limits") = py::dict(py::arg("layers") = kMaxLayers, py::arg("width") = kMaxFusedWidth,
                               py::arg("width_step") = kWidthStep, py::arg("outs") = kMaxFusedOuts,
                               py::arg("row_padding") = kRowPadding, py::arg("wgmma_outs") = kMaxWgmmaOuts,
-                              py::arg("wgmma_hidden") = kMaxWgmmaHidden, py::arg("wgmma_queries") = kMaxWgmmaQueries);
+                              py::arg("trained_outs") = kMaxTrainedOuts, py::arg("wgmma_queries") = kMaxWgmmaQueries);
   m.def("saved_bytes", [](int policy, int widest, int hidden, bool local_ensemble, bool last_layer, int64_t rows) {
     const char* error = nullptr;
     const DecodeVariant variant = choose_variant(static_cast<MmaPolicy>(policy), widest, rows, &error);

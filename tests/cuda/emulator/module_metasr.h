@@ -1,4 +1,6 @@
 // The launchers of MetaSR's folded decode on numpy arrays.
+#pragma once
+
 #include "numpy_arrays.h"
 
 namespace liif_fast {

@@ -67,12 +67,15 @@ ScalarType operand_dtype(MmaPolicy policy) {
 Tensor pack(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTensor& cell, const Tensor& weight_geometry,
             const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const Sizes& grid,
             const std::vector<double>& grid_cell, bool local_ensemble, const MaybeTensor& query_term, int64_t policy,
-            bool transposed) {
+            bool transposed, bool points) {
   const CudaDecode c = cuda_decode(
       {latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble, query_term}, policy);
   const DeviceGuard guard(c.device);
   Tensor packed = torch::stable::new_empty(latent_map, {packed_bytes(c.variant, c.hidden, c.outs)}, ScalarType::Byte);
-  check_launch(launch_pack(c.problem, c.variant, transposed, packed.mutable_data_ptr(), current_stream(c.device)));
+  const Direction direction = !transposed ? Direction::kForward
+                              : points    ? Direction::kBackwardWithPoints
+                                          : Direction::kBackward;
+  check_launch(launch_pack(c.problem, c.variant, direction, packed.mutable_data_ptr(), current_stream(c.device)));
   return packed;
 }
 
@@ -161,8 +164,9 @@ std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& packed, cons
   backward.coord = written(grads.coord, "grad_coord", {p.batch, p.queries, 2});
   backward.cell = written(grads.cell, "grad_cell", {p.batch, p.queries, 2});
   backward.query_term = written(grads.query_term, "grad_query_term", {p.batch, p.queries, p.width});
-  check_launch(
-      launch_decode_backward(make_task(c, packed, rows), c.variant, saved, backward, current_stream(c.device)));
+  Tensor workspace = torch::stable::new_empty(grad_out, {workspace_bytes(p, c.variant)}, ScalarType::Byte);
+  check_launch(launch_decode_backward(make_task(c, packed, rows), c.variant, saved, backward,
+                                      workspace.mutable_data_ptr(), current_stream(c.device)));
   return out;
 }
 
@@ -194,7 +198,7 @@ void register_cuda_decode(Registry& ops) {
   ops.def(
       "cuda_decode_pack(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, "
       "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, Tensor? query_term, int policy, bool "
-      "transposed) -> Tensor");
+      "transposed, bool points) -> Tensor");
   ops.def(
       "cuda_decode(Tensor latent_map, Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, "
       "Tensor[] biases, int[] grid, float[] grid_cell, bool local_ensemble, Tensor? query_term, int policy, "

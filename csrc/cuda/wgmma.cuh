@@ -137,6 +137,18 @@ __device__ __forceinline__ float reciprocal(float value) {
   return result;
 }
 
+// All bits of each half of a packed word that is greater than 0 or NaN: whose ReLU passes gradients.
+__device__ __forceinline__ uint32_t above_zero(uint32_t word, __nv_bfloat16) {
+  uint32_t bits;
+  asm("set.gtu.u32.bf16x2 %0, %1, %2;" : "=r"(bits) : "r"(word), "r"(0));
+  return bits;
+}
+__device__ __forceinline__ uint32_t above_zero(uint32_t word, __half) {
+  uint32_t bits;
+  asm("set.gtu.u32.f16x2 %0, %1, %2;" : "=r"(bits) : "r"(word), "r"(0));
+  return bits;
+}
+
 // pack() of two values after ReLU, which keeps NaN. Volatile: the compiler would move it to the word's use, after the
 // next wait, and keep both values in registers until then.
 __device__ __forceinline__ uint32_t pack_relu(float low, float high, __nv_bfloat16) {
@@ -147,6 +159,18 @@ __device__ __forceinline__ uint32_t pack_relu(float low, float high, __nv_bfloat
 __device__ __forceinline__ uint32_t pack_relu(float low, float high, __half) {
   uint32_t word;
   asm volatile("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+// pack() that the compiler does not move either.
+__device__ __forceinline__ uint32_t pack_in_order(float low, float high, __nv_bfloat16) {
+  uint32_t word;
+  asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ uint32_t pack_in_order(float low, float high, __half) {
+  uint32_t word;
+  asm volatile("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 }
 

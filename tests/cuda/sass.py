@@ -93,8 +93,10 @@ def measure_hopper(code: list[Instruction]) -> dict[str, int]:
         "fences": count(code, "WARPGROUP.ARRIVE"),
         "waits": count(code, "WARPGROUP.DEPBAR"),
         "stores": count(code, "STG"),
+        "stores_of_16_bytes": stores(code, wide=True),
         "wide_loads": count(code, "LDG.E.128"),
-        "loads_in_flight": flights(code)[1],  # the map has two types, each with its own code
+        "loads_in_flight": [*flights(code), 0, 0][1],  # the map has two types, each with its own code
+        "reductions": sum(one.is_one("RED", "REDG") for one in code),
         "instructions_of_the_loop": len(loop),
         "moves_of_the_loop": count(loop, "MOV"),
     }

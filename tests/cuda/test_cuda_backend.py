@@ -197,7 +197,11 @@ def test_cuda_refuses_with_a_reason(gpu_here, device, dtype, widths, message):
 
 
 HOPPER_REFUSALS = {
-    "training": ({"trains": True}, "is for inference, and saves nothing for a backward"),
+    "trained width": (
+        {"trains": True, "widths": (64, 128, 3)},
+        "trains with a widest layer of more than 128 channels, not 128",
+    ),
+    "trained outputs": ({"trains": True, "widths": (256, 256, 5)}, "trains with at most 4 outputs, not 5"),
     "float32": ({"matmul_dtype": torch.float32}, "multiplies float16 or bfloat16, not torch.float32"),
     "no hidden layer": ({"widths": (256, 3)}, "decodes with at least 3 layers, this imnet has 2: it has no product"),
     "narrow": ({"widths": (64, 64, 3)}, "decodes with a widest layer of 65 to 256 channels, not 64"),

@@ -25,6 +25,7 @@ def test_limits_are_those_of_the_headers():
         "width_step": backends._FUSED_WIDTH_STEP,
         "outs": cuda_decode._FUSED_OUTS,
         "row_padding": cuda_decode._ROW_PADDING,
+        "trained_outs": hopper.MOST_TRAINED_OUTS,
         "wgmma_queries": hopper.MOST_QUERIES,
     }
 

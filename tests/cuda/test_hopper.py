@@ -17,11 +17,12 @@ from tests.cuda.test_ring import outcomes
 from tests.gpu import hopper
 from tests.helpers import Case, norm_error, random_problem
 from tests.ops import tolerances
-from tests.ops.decoding import decode, make_problem
-from tests.ops.tolerances import check_decode
+from tests.ops.decoding import decode, gradients, make_problem, run
+from tests.ops.tolerances import LIMITS, assert_close, assert_decode_close, check_decode
 
 pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=build.why_not())
 BACKEND, BFLOAT16, FLOAT16 = TABLE["hopper-emulated"], KINDS[3], KINDS[6]
+TRAINS = TABLE["cuda-emulated"]  # the same ops, with the roundings of training
 PAPER = (256, 256, 256, 256)
 
 
@@ -67,16 +68,60 @@ def test_layers_and_outputs(kernels, hidden, outs, ensemble):
 
 
 def test_the_hopper_kernel_is_the_one_that_runs(kernels):
-    """In inference only; its packed weights are its own."""
+    """In inference and in training, except in a backward to coordinates."""
     module = import_module("liif_fast.ops.backends.cuda.decode")
-    policies = []
+    packed = []
     pack = module._C.cuda_decode_pack
-    module._C.cuda_decode_pack = lambda *arguments: policies.append(arguments[10]) or pack(*arguments)
+    module._C.cuda_decode_pack = lambda *arguments: packed.append(arguments[10:]) or pack(*arguments)
     problem = make_problem(Case(queries=9, hidden=PAPER), BFLOAT16)
     with torch.no_grad():
         decode(problem, "cuda")
     decode(problem, "cuda").sum().backward()
-    assert policies == [5, 1, 1]
+    problem.coord.requires_grad_(False), problem.cell.requires_grad_(False)
+    decode(problem, "cuda").sum().backward()
+    forward, points, backward = (5, False, False), (5, True, True), (5, True, False)
+    assert packed == [forward, forward, points, forward, backward]
+
+
+# Corners, cells of every query, of the grid and none, batches, narrower latents, one layer and more; blocks have two
+# tiles, one and none.
+TRAINED = [
+    Case(2, 3, 5, 7, 40, (256, 256), 3),
+    Case(2, 3, 5, 7, 70, (64, 256, 192), 4),
+    Case(1, 3, 5, 7, 70, (256, 16, 32), 1, cell_decode=False),
+    Case(2, 2, 4, 5, 70, (144,) * 5, 2, local_ensemble=False),
+]
+
+
+@pytest.mark.parametrize("kind", [BFLOAT16, proved(FLOAT16)], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("mode", ["grid", "points"])
+@pytest.mark.parametrize("case", [TRAINED[0], *map(proved, TRAINED[1:])], ids=str)
+def test_training(kernels, kind, case, mode):
+    problem = make_problem(case, kind, mode)
+    found = run(problem, TRAINS)
+    assert_decode_close(problem, TRAINS, found)
+    if mode == "grid":
+        return
+    # The gradients of coordinates and cells came from other kernels, and with them all others.
+    problem.coord.requires_grad_(False), problem.cell.requires_grad_(False)
+    leaves = [leaf for leaf in problem.leaves if leaf.requires_grad]
+    kept = [grad for leaf, grad in zip(problem.leaves, found[1:], strict=True) if leaf.requires_grad]
+    again = gradients(decode(problem, "cuda"), leaves, kind.dtype)
+    assert_close(again, [found[0], *kept], LIMITS[kind.narrow, "model"])
+
+
+@pytest.mark.parametrize("deterministic", [True], indirect=True)
+@pytest.mark.parametrize("case", [proved(TRAINED[1]), TRAINED[0]], ids=str)
+def test_recomputing_and_repeating_change_no_bit(kernels, case, deterministic, monkeypatch):
+    problem = make_problem(case, BFLOAT16, "grid")
+    kept = run(problem, TRAINS)
+    assert all(torch.equal(a, b) for a, b in zip(run(problem, TRAINS), kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run(problem, TRAINS, recompute=True), kept, strict=True))
+    torch.use_deterministic_algorithms(False)  # the fixture puts it back
+    for size in (None, 128):
+        if size:
+            monkeypatch.setattr(import_module("liif_fast.ops.backends.cuda.decode"), "_CHUNK_ROWS", size)
+        assert_close(run(problem, TRAINS, recompute=bool(size)), kept, LIMITS[torch.bfloat16, "rounding"])
 
 
 @pytest.mark.parametrize("kind", [BFLOAT16, FLOAT16], ids=lambda kind: kind.name)
@@ -129,6 +174,7 @@ def test_the_log_of_clocks_covers_the_loop(tmp_path, monkeypatch):
 # The file, the text that is replaced, and what replaces it; then a part of the emulator's message, "" for wrong values.
 KERNEL, TILE, LAYOUT = "hopper.cuh", "hopper_tile.cuh", "launch.h"
 PRODUCERS, CONSUMERS = "hopper_producers.cuh", "hopper_consumers.cuh"
+SAVING, BACKWARD = "hopper_saving.cuh", "hopper_backward.cuh"
 FIRST_GROUP = (
     "      multiply_block<T, 0, false>(space, parity, empty, gives && (layer > 0 || before >= 0), low, left);\n"
 )
@@ -269,24 +315,73 @@ NARROW_MISTAKES = {
     ),
 }
 
+# In what only training runs.
+PACK_RIGHT = "      pack_half<T>(right, bias + T::kHalf, quad, high);\n      if constexpr (T::kSaves) {\n"
+SAVE_RIGHT = "        save_half<T, 1>(saved, high);\n"
+FOURTH_GROUP = "      multiply_block<T, 3, true>(space, parity, empty, gives, high, right);\n"
+PACK_GRADIENTS = "      if (layer > 0) pack_gradients<T, 0>(place(layer), bits, low, from_sums(left));\n"
+UNDER_FOURTH = f"{FOURTH_GROUP}      // Under the fourth group.\n{PACK_GRADIENTS}"
+FINISH_RIGHT = "    finish_first<T, 1>(task, backward, space, tile, bits, right);\n"
+TAKEN = "    arrive(&space.taken[consumer]);\n"
+TRAINING_MISTAKES = {
+    "saves the right half before it is packed": (
+        [
+            (CONSUMERS, f"{PACK_RIGHT}{SAVE_RIGHT}", f"{SAVE_RIGHT}{PACK_RIGHT}"),
+            (CONSUMERS, "      if (!T::kSaves && is_last) break;\n", "      if constexpr (T::kSaves)\n"),
+        ],
+        "",
+    ),
+    "saves a lane's rows in each other's place": (
+        [(SAVING, "at.rows + half * 8 * T::kWidth", "at.rows + (1 - half) * 8 * T::kWidth")],
+        "",
+    ),
+    "saves the bits of a lane's rows in each other's place": (
+        [(SAVING, "0x00020001u << (8 * half + 2 * i)", "0x00020001u << (8 * (1 - half) + 2 * i)")],
+        "",
+    ),
+    "saves the tile after the last one": ([(SAVING, "  if (!at.exists) return;\n", "")], ""),
+    "packs gradients under their own group": (
+        [(BACKWARD, UNDER_FOURTH, f"{PACK_GRADIENTS}{FOURTH_GROUP}")],
+        "",
+    ),
+    "uses gradients before they are loaded": (
+        [(BACKWARD, "    wait_barrier(&space.made[consumer], buffer);\n", "")],
+        "",
+    ),
+    "gives rows back before they are read": (
+        [(BACKWARD, f"{FINISH_RIGHT}{TAKEN}", f"{TAKEN}{FINISH_RIGHT}")],
+        "",
+    ),
+    "sums the last layer's rows before gradients are loaded": (
+        [(BACKWARD, "    sync_threads<T::kMakers>(1);\n", "")],
+        "",
+    ),
+}
+
+# As build.ring takes them.
+PARTS = {"256": {"hopper": 256}, "128": {"hopper": 128}, "training": {"hopper": 256, "trains": True}}
+
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> dict[int, str]:
-    """The hash of the decode without a mistake, which no schedule changes, with as many channels."""
+def sound(tmp_path_factory) -> dict[str, str]:
+    """The hashes of the decodes without a mistake, which no schedule changes."""
     hashes = {}
-    for width in (256, 128):
-        (hashes[width],) = set(outcomes(tmp_path_factory.mktemp("sound"), [], hopper=width))
-        assert int(hashes[width], 16)
+    for part, kernel in PARTS.items():
+        (hashes[part],) = set(outcomes(tmp_path_factory.mktemp("sound"), [], **kernel))
+        assert int(hashes[part], 16)
     return hashes
 
 
-def every(mistakes: dict, width: int) -> list:
-    return [pytest.param(*value, width, id=name.replace(" ", "-")) for name, value in mistakes.items()]
-
-
 @pytest.mark.prove
-@pytest.mark.parametrize(("patches", "message", "width"), every(MISTAKES, 256) + every(NARROW_MISTAKES, 128))
-def test_a_planted_mistake_is_seen(sound, tmp_path, patches, message, width):
-    *_, last = found = outcomes(tmp_path, patches, sound[width], message, hopper=width)
-    assert last != sound[width], found
+@pytest.mark.parametrize(
+    ("part", "patches", "message"),
+    [
+        pytest.param(part, *mistake, id=name.replace(" ", "-"))
+        for part, mistakes in (("256", MISTAKES), ("128", NARROW_MISTAKES), ("training", TRAINING_MISTAKES))
+        for name, mistake in mistakes.items()
+    ],
+)
+def test_a_planted_mistake_is_seen(sound, tmp_path, part, patches, message):
+    *_, last = found = outcomes(tmp_path, patches, sound[part], message, **PARTS[part])
+    assert last != sound[part], found
     assert message in last, found

@@ -28,14 +28,18 @@ KERNELS = {
 }
 HOPPER_KERNELS = {
     "paper": r"decode_hopper_kernel.*bfloat16Li4ELi3ELi3E",
-    "any layers": r"decode_hopper_kernel.*bfloat16Li4ELi4ELi0ELi256E",
-    "any layers, one corner": r"decode_hopper_kernel.*halfLi1ELi4ELi0ELi256E",
+    "any layers": r"decode_hopper_kernelINS_10HopperTileI13__nv_bfloat16Li4ELi4ELi0ELi256E",
+    "any layers, one corner": r"decode_hopper_kernelINS_10HopperTileI6__halfLi1ELi4ELi0ELi256E",
     "128 channels": r"decode_hopper_kernel.*halfLi4ELi4ELi0ELi128E",
     "128 channels, one corner": r"decode_hopper_kernel.*bfloat16Li1ELi4ELi0ELi128E",
+    "training": r"decode_hopper_kernelINS_16HopperSaving.*bfloat16Li4ELi4ELi0E",
+    "training, one corner": r"decode_hopper_kernelINS_16HopperSaving.*halfLi1ELi4ELi0E",
+    "backward": r"decode_hopper_backward_kernel.*bfloat16Li4ELi4ELi0E",
+    "backward, one corner": r"decode_hopper_backward_kernel.*halfLi1ELi4ELi0E",
 }
 SM_90A = ("-arch=compute_90a", "-code=sm_90a")
 NOTES = re.compile(r"\(C7\d+\)[^\n]*")  # ptxas's, where it serializes products
-EXACT = ("products", "fences", "waits", "stores", "wide_loads")
+EXACT = ("products", "fences", "waits", "stores", "stores_of_16_bytes", "wide_loads", "reductions")
 AT_LEAST = ("wide_stores", "loads_in_flight", "copies_under_products")  # the other numbers are upper limits
 
 

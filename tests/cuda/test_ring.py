@@ -88,10 +88,11 @@ MISTAKES = {
 }
 
 
-def outcomes(folder: Path, patches: list[tuple[str, str, str]], *until: str, hopper: int = 0) -> list[str]:
+def outcomes(folder: Path, patches: list[tuple[str, str, str]], *until: str, **kernel: int) -> list[str]:
     """What the decode gives under every seed, with these patches in a copy of the sources.
 
-    until: a hash and a text; the last outcome is the first that is not the hash and has the text in it.
+    kernel: as for build.ring. until: a hash and a text; the last outcome is the first that is not the hash and has the
+    text in it.
     """
     csrc = folder / "csrc"
     shutil.copytree(build.ROOT / "csrc", csrc)
@@ -100,7 +101,7 @@ def outcomes(folder: Path, patches: list[tuple[str, str, str]], *until: str, hop
         text = path.read_text()
         assert text.count(old) == 1, f"{name} has {text.count(old)} times: {old}"
         path.write_text(text.replace(old, new))
-    program = build.ring(csrc, folder / "ring", hopper)
+    program = build.ring(csrc, folder / "ring", **kernel)
     result = subprocess.run([program, str(SEEDS), *until], capture_output=True, text=True, check=True, timeout=300)
     return result.stdout.splitlines()
 

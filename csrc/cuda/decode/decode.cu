@@ -144,14 +144,14 @@ DecodeVariant choose_variant(MmaPolicy policy, int width, int64_t total_rows, co
   DeviceLimits limits = {};
   const cudaError_t status = device_limits(limits);
   *error = status == cudaSuccess ? nullptr : cudaGetErrorString(status);
-  if (is_wgmma(policy)) return {policy, width <= 128 ? 128 : 256, width <= 128 ? 256 : 128, 0, 0};  // as HopperTile
+  if (is_wgmma(policy) && width <= 128) return {policy, 128, 256, 0, 0};  // as HopperTile
   const int bytes = operand_bytes(policy), padded = padded_width(width), large = large_rows(bytes);
   const bool is_small_problem = (total_rows + large - 1) / large < 2 * limits.processors;
   const bool small = padded == 256 &&
                      (is_small_problem || has_small_tiles_only(limits.arch) || limits.block_bytes < kLargeSharedBytes);
   const int rows = small ? small_rows(bytes) : large;
   const int blocks = limits.processors * (limits.sm_bytes >= kLargeSharedBytes ? blocks_per_sm(padded, bytes) : 1);
-  return {policy, padded, rows, blocks, warp_rows(rows, padded, bytes)};
+  return {policy, padded, rows, blocks, is_wgmma(policy) ? kHopperRowSums : warp_rows(rows, padded, bytes)};
 }
 
 int64_t packed_bytes(const DecodeVariant& variant, int hidden, int outs) {
@@ -192,13 +192,15 @@ SavedActivations saved_at(void* buffer, const DecodeVariant& variant, const Save
           shape.last_layer};
 }
 
-const char* launch_pack(const DecodeProblem<float>& problem, const DecodeVariant& variant, bool transposed,
+const char* launch_pack(const DecodeProblem<float>& problem, const DecodeVariant& variant, Direction direction,
                         void* packed, void* stream) {
   const int groups = group_count(variant.policy, variant.width);
   const int64_t units = static_cast<int64_t>(problem.layers - 1) * groups * chunk_units(variant.width);
   uint4* const chunks = static_cast<uint4*>(packed);
-  const PackTask task{problem,    variant.policy, variant.width, groups,
-                      transposed, units,          chunks,        reinterpret_cast<float*>(chunks + units)};
+  const bool transposed = direction != Direction::kForward;
+  const MmaPolicy policy = direction == Direction::kBackwardWithPoints ? points_policy(variant.policy) : variant.policy;
+  const PackTask task{problem,    policy, variant.width, groups,
+                      transposed, units,  chunks,        reinterpret_cast<float*>(chunks + units)};
   return launch(pack_kernel, blocks_for(units / kWarp + 1), stream, task);
 }
 
@@ -237,11 +239,13 @@ const char* dispatch_policy(MmaPolicy policy, const F& f) {
     case MmaPolicy::kFloat32:
       return f(std::integral_constant<MmaPolicy, MmaPolicy::kFloat32>{});
     default:
-      return "the wgmma kernels save nothing and have no backward";
+      return "the wgmma kernels have launches of their own";
   }
 }
 
-const char* launch_wgmma(const DecodeTask& task, const DecodeVariant& variant, void* workspace, void* stream) {
+// backward: null for the forward.
+const char* launch_wgmma(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
+                         const BackwardArrays* backward, void* workspace, void* stream) {
   const int64_t rows = neighbor_rows(task), cols = neighbor_cols(task);
   AxisNeighbors* const neighbors = static_cast<AxisNeighbors*>(workspace);
   const unsigned blocks = blocks_for((rows + cols + kWarp - 1) / kWarp);
@@ -253,6 +257,15 @@ const char* launch_wgmma(const DecodeTask& task, const DecodeVariant& variant, v
   hopper.columns = Divisor::of(task.coord ? 1 : task.window_width);
   hopper.entry_queries = Divisor::of(task.queries);
   hopper.padded_width = variant.width;
+  const int64_t rows_of_tile = variant.width == 128 ? variant.rows : kRowPadding;
+  hopper.first_tile = task.first_tile * variant.rows / rows_of_tile;
+  hopper.tiles = (task.tiles * variant.rows + rows_of_tile - 1) / rows_of_tile;
+  hopper.saved = saved;
+  hopper.saved_tile_rows = variant.rows;
+  hopper.saved_tile = static_cast<int>((task.first_tile - saved.first_tile) * variant.rows / rows_of_tile);
+  if (backward)
+    return is_float16(variant.policy) ? launch_hopper_backward<MmaPolicy::kWgmmaFloat16>(hopper, *backward, stream)
+                                      : launch_hopper_backward<MmaPolicy::kWgmmaBFloat16>(hopper, *backward, stream);
   return is_float16(variant.policy) ? launch_hopper<MmaPolicy::kWgmmaFloat16>(hopper, stream)
                                     : launch_hopper<MmaPolicy::kWgmmaBFloat16>(hopper, stream);
 }
@@ -267,16 +280,19 @@ int64_t workspace_bytes(const DecodeProblem<float>& problem, const DecodeVariant
 const char* launch_decode_forward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
                                   void* workspace, void* stream) {
   if (task.tiles == 0) return nullptr;
-  if (is_wgmma(variant.policy) && !saved.masks) return launch_wgmma(task, variant, workspace, stream);
+  if (is_wgmma(variant.policy)) return launch_wgmma(task, variant, saved, nullptr, workspace, stream);
   return dispatch_policy(variant.policy,
                          [&](auto policy) { return launch_forward<policy()>(task, variant, saved, stream); });
 }
 
 const char* launch_decode_backward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
-                                   const BackwardArrays& backward, void* stream) {
+                                   const BackwardArrays& backward, void* workspace, void* stream) {
   if (task.tiles == 0) return nullptr;
-  return dispatch_policy(
-      variant.policy, [&](auto policy) { return launch_backward<policy()>(task, variant, saved, backward, stream); });
+  if (is_wgmma(variant.policy) && !backward.coord)
+    return launch_wgmma(task, variant, saved, &backward, workspace, stream);
+  return dispatch_policy(points_policy(variant.policy), [&](auto policy) {
+    return launch_backward<policy()>(task, variant, saved, backward, stream);
+  });
 }
 
 }  // namespace liif_fast

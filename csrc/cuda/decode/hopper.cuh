@@ -1,4 +1,4 @@
-// The fused decode of inference on compute capability 9.0: 128 or 256 channels, 16 bits, products of warpgroups
+// The fused decode on compute capability 9.0: 128 or 256 channels, 16 bits, products of warpgroups
 // (wgmma).
 //
 // A block has three warpgroups. In the first, the producers, one thread streams weights through a ring in shared
@@ -26,8 +26,7 @@
 #include <map>
 #include <mutex>
 
-#include "cuda/decode/hopper_consumers.cuh"
-#include "cuda/decode/hopper_producers.cuh"
+#include "cuda/decode/hopper_backward.cuh"
 
 namespace liif_fast {
 
@@ -54,8 +53,9 @@ __device__ __forceinline__ void load_vectors(const HopperTask& task, HopperWorks
   }
 }
 
-template <class T>
-__device__ __forceinline__ void decode_tiles(const HopperTask& task) {
+// A block: `make` runs on three warps, `use` on the consumers' warpgroups.
+template <class T, class Make, class Use>
+__device__ __forceinline__ void run_block(const HopperTask& task, const Make& make, const Use& use) {
   LIIF_DYNAMIC_SHARED(shared);
   HopperWorkspace<T>& space = *reinterpret_cast<HopperWorkspace<T>*>(shared);
   const int thread = static_cast<int>(threadIdx.x);
@@ -75,17 +75,12 @@ __device__ __forceinline__ void decode_tiles(const HopperTask& task) {
   if (thread < kWarpgroup) {
     give_registers<T::kProducerRegisters>();
     if (thread >= kWarp)
-      make_tiles<T>(task, space);
+      make(space);
     else if (thread == 0)
       stream_weights<T>(task, space);
   } else {
     take_registers<T::kConsumerRegisters>();
-    if constexpr (T::kHidden)
-      consume<T>(task, space);
-    else if constexpr (T::kHalvesRows)
-      consume_rows<T>(task, space);
-    else
-      consume_layers<T>(task, space);
+    use(space);
   }
   __syncwarp();
   sync_cluster();  // no block ends while another may copy to its memory or arrive at its barriers
@@ -94,7 +89,27 @@ __device__ __forceinline__ void decode_tiles(const HopperTask& task) {
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1) decode_hopper_kernel(const __grid_constant__ HopperTask task) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  decode_tiles<T>(task);
+  run_block<T>(
+      task, [&](HopperWorkspace<T>& space) { make_tiles<T>(task, space); },
+      [&](HopperWorkspace<T>& space) {
+        if constexpr (T::kHidden)
+          consume<T>(task, space);
+        else if constexpr (T::kHalvesRows)
+          consume_rows<T>(task, space);
+        else
+          consume_layers<T>(task, space);
+      });
+#endif
+}
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 1)
+    decode_hopper_backward_kernel(const __grid_constant__ HopperTask task,
+                                  const __grid_constant__ BackwardArrays backward) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  run_block<T>(
+      task, [&](HopperWorkspace<T>& space) { make_gradients<T>(task, backward, space); },
+      [&](HopperWorkspace<T>& space) { propagate<T>(task, backward, space); });
 #endif
 }
 
@@ -129,26 +144,47 @@ const char* find_hopper_launch(int threads, int bytes, LaunchSize& size) {
   return nullptr;
 }
 
-template <class T>
-const char* launch_tile(const HopperTask& task, void* stream) {
-  constexpr auto kKernel = decode_hopper_kernel<T>;
+template <class T, auto kKernel, class... Arguments>
+const char* launch_kernel(void* stream, const HopperTask& task, const Arguments&... arguments) {
   LaunchSize size = {};
   if (const char* error = find_hopper_launch<kKernel>(T::kThreads, sizeof(HopperWorkspace<T>), size)) return error;
   const int64_t wanted = (task.tiles + size.cluster - 1) / size.cluster * size.cluster;
   if (wanted < size.blocks) size.blocks = static_cast<unsigned>(wanted);
-  return launch(kKernel, size, stream, task);
+  return launch(kKernel, size, stream, task, arguments...);
+}
+
+template <class T>
+const char* launch_tile(const HopperTask& task, void* stream) {
+  return launch_kernel<T, decode_hopper_kernel<T>>(stream, task);
+}
+template <class T>
+const char* launch_backward_tile(const HopperTask& task, const BackwardArrays& backward, void* stream) {
+  return launch_kernel<T, decode_hopper_backward_kernel<T>>(stream, task, backward);
 }
 
 // The paper's decoder has a kernel of its own: with three layers and three outputs, both constants.
 template <MmaPolicy kPolicy>
 const char* launch_hopper(const HopperTask& task, void* stream) {
   using Element = std::conditional_t<is_float16(kPolicy), __half, __nv_bfloat16>;
+  if (task.saved.masks && (task.padded_width == 128 || task.outs > kMaxTrainedOuts))
+    return "the wgmma kernels train with a widest layer of more than 128 channels, and with up to 4 outputs";
+  if (task.saved.masks)
+    return task.corners == 4 ? launch_tile<HopperSavingTile<HopperTile<Element, 4, 4, 0>>>(task, stream)
+                             : launch_tile<HopperSavingTile<HopperTile<Element, 1, 4, 0>>>(task, stream);
   if (task.padded_width == 128)
     return task.corners == 4 ? launch_tile<HopperTile<Element, 4, 4, 0, 128>>(task, stream)
                              : launch_tile<HopperTile<Element, 1, 4, 0, 128>>(task, stream);
   if (task.corners != 4) return launch_tile<HopperTile<Element, 1, 4, 0>>(task, stream);
   if (task.hidden == 3 && task.outs <= 3) return launch_tile<HopperTile<Element, 4, 3, 3>>(task, stream);
   return launch_tile<HopperTile<Element, 4, 4, 0>>(task, stream);
+}
+
+template <MmaPolicy kPolicy>
+const char* launch_hopper_backward(const HopperTask& task, const BackwardArrays& backward, void* stream) {
+  using Element = std::conditional_t<is_float16(kPolicy), __half, __nv_bfloat16>;
+  return task.corners == 4
+             ? launch_backward_tile<HopperSavingTile<HopperTile<Element, 4, 4, 0>>>(task, backward, stream)
+             : launch_backward_tile<HopperSavingTile<HopperTile<Element, 1, 4, 0>>>(task, backward, stream);
 }
 
 }  // namespace liif_fast

@@ -1,19 +1,12 @@
 // The Hopper decode's consumers: products, packing, blend, last layer. hopper.cuh describes the kernel.
 #pragma once
 
-#include "cuda/decode/hopper_tile.cuh"
+#include "cuda/decode/hopper_saving.cuh"
 
 namespace liif_fast {
 
-using HalfSums = float[64];           // [n8 tile][row, row + 8][two channels]
-using HalfOperands = uint32_t[8][4];  // [k16 step][word]
 template <int kStage>
 using Stage = std::integral_constant<int, kStage>;
-
-// Four channels of a packed vector, which a lane holds in two n8 tiles.
-__device__ __forceinline__ float4 lane_channels(const float* half, int step, int quad) {
-  return *reinterpret_cast<const float4*>(half + step / 2 * 32 + quad * 8 + step % 2 * 4);
-}
 
 // The next layer's operands: relu(sums + bias), which have the same place in a lane.
 template <class T>
@@ -41,9 +34,6 @@ __device__ __forceinline__ void load_half(const uint4 (*first)[kWarpgroup], int 
 
 template <class T>
 using LastSums = float[T::kOuts][T::kSums];
-
-// The upper one of a thread's two rows of its consumer.
-__device__ __forceinline__ int lane_row(int thread) { return thread % kWarpgroup / kWarp * 16 + thread % kWarp / 4; }
 
 // The blending weights of a thread's rows: the upper one's, and the lower one's eight further on.
 template <class T>
@@ -101,7 +91,7 @@ __device__ __forceinline__ void write_queries(const HopperTask& task, const Hopp
       total[o] += __shfl_xor_sync(kAllLanes, total[o], 2);
       if (T::kCorners == 4) total[o] += __shfl_xor_sync(kAllLanes, total[o], 16);
     }
-    const int query = row_query<T>(tile, thread / kWarpgroup - 1, lane_row(thread) + row + 8 * s);
+    const int query = row_query<T>(tile + first_tile<T>(task), thread / kWarpgroup - 1, lane_row(thread) + row + 8 * s);
     if (tile < 0 || lane % 4 != 0 || (T::kCorners == 4 && lane >= 16) || query >= task.total) continue;
     const Quotient at = task.entry_queries.divide(query);
     float* const out = task.out + at.quotient * task.out_batch + at.remainder * task.out_query;
@@ -117,7 +107,7 @@ template <class T, class Add>
 __device__ __forceinline__ void decode_outputs(const HopperTask& task, const HopperWorkspace<T>& space, int tile,
                                                int row, const Add& add) {
 #pragma unroll 1
-  for (int first = 0; first < task.outs; first += T::kOuts) {
+  for (int first = 0; first < (T::kSaves ? T::kOuts : task.outs); first += T::kOuts) {
     LastSums<T> sums = {};
     add(space.last[first], sums);
     write_queries<T>(task, space, tile, sums, row, first);
@@ -171,6 +161,12 @@ __device__ __forceinline__ void consume_layers(const HopperTask& task, HopperWor
     load_half<T>(first, thread, low);
     load_half<T>(first + T::kSteps, thread, high);
     arrive(&space.taken[consumer]);
+    [[maybe_unused]] SavedLayer<T> saved;
+    if constexpr (T::kSaves) {
+      saved = first_saved_layer<T>(task, tile);
+      save_half<T, 0>(saved, low);
+      save_half<T, 1>(saved, high);
+    }
     const float* const bias = space.biases[T::kStages - 1];  // came with the fourth block
 #pragma unroll 1
     for (int layer = 1;; ++layer) {
@@ -180,18 +176,32 @@ __device__ __forceinline__ void consume_layers(const HopperTask& task, HopperWor
       multiply_block<T, 3, true>(space, parity, empty, gives, high, right);
       const bool is_last = layer == task.hidden;
       // Under the fourth group.
-      if (!is_last) pack_half<T>(left, bias, quad, low);
+      if (T::kSaves || !is_last) pack_half<T>(left, bias, quad, low);
+      if constexpr (T::kSaves) {
+        next_saved_layer<T>(task, layer, saved);
+        save_half<T, 0>(saved, low);
+      }
       wait_products<0>();
       has_before = true;
       parity ^= 1;
-      if (is_last) break;
+      if (!T::kSaves && is_last) break;
       pack_half<T>(right, bias + T::kHalf, quad, high);
+      if constexpr (T::kSaves) {
+        save_half<T, 1>(saved, high);
+        if (is_last) break;
+      }
     }
-    decode_outputs<T>(task, space, tile, 0, [&](const float* last, LastSums<T>& sums) {
+    if (!T::kSaves || task.out)
+      decode_outputs<T>(task, space, tile, 0, [&](const float* last, LastSums<T>& sums) {
+        const float* const weight = lane_weight<T>(space, buffer);
+        add_last_layer<T>(left, space.biases[T::kStages], last, quad, weight, sums);
+        add_last_layer<T>(right, space.biases[T::kStages] + T::kHalf, last + T::kHalf, quad, weight, sums);
+      });
+    if constexpr (T::kSaves) {
       const float* const weight = lane_weight<T>(space, buffer);
-      add_last_layer<T>(left, space.biases[T::kStages], last, quad, weight, sums);
-      add_last_layer<T>(right, space.biases[T::kStages] + T::kHalf, last + T::kHalf, quad, weight, sums);
-    });
+      save_blended<T, 0>(task, tile, left, space.biases[T::kStages], weight);
+      save_blended<T, 1>(task, tile, right, space.biases[T::kStages] + T::kHalf, weight);
+    }
     buffer ^= 1;
   }
 }

@@ -36,11 +36,11 @@ __device__ __forceinline__ void stream_weights(const HopperTask& task, HopperWor
   }
 }
 
-// A row's latent and blending weight, as locate_rows finds them.
+// A row's latent and blending weight, as locate_rows finds them. Returns the latent's number.
 template <class T>
-__device__ __forceinline__ void locate_row(const HopperTask& task, HopperWorkspace<T>& space, int tile, uint32_t buffer,
-                                           int consumer, int r) {
-  const int total = static_cast<int>(task.total), wanted = row_query<T>(tile, consumer, r);
+__device__ __forceinline__ int64_t locate_row(const HopperTask& task, HopperWorkspace<T>& space, int tile,
+                                              uint32_t buffer, int consumer, int r) {
+  const int total = static_cast<int>(task.total), wanted = row_query<T>(tile + first_tile<T>(task), consumer, r);
   const int query = wanted < total ? wanted : total - 1;
   const Quotient place = task.coord ? Quotient{query, query} : task.columns.divide(query);
   const AxisNeighbors row = task.neighbor_rows[place.quotient], col = task.neighbor_cols[place.remainder];
@@ -58,6 +58,7 @@ __device__ __forceinline__ void locate_row(const HopperTask& task, HopperWorkspa
   if (task.cell)
     space.rel_cell[consumer][r] = {mul_rounded(task.cell[2 * query], static_cast<float>(task.map_height)),
                                    mul_rounded(task.cell[2 * query + 1], static_cast<float>(task.map_width))};
+  return latent;
 }
 
 // The first layer of a consumer's rows, by the makers' three warps, as the operands that its threads load. At a time, a

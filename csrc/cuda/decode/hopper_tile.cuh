@@ -16,6 +16,7 @@ struct HopperTile {
   static constexpr int kCorners = kCorners_, kOuts = kOuts_, kHidden = kHidden_, kWidth = kWidth_, kHalf = 128;
   // What a consumer holds is halved: by channels where a layer has 256, by rows where it has 128.
   static constexpr bool kHalvesRows = kWidth == kHalf;
+  static constexpr bool kSaves = false;
   static constexpr int kRightRow = kHalvesRows ? 64 : 0;    // where the second half begins
   static constexpr int kLayerBlocks = kHalvesRows ? 1 : 4;  // of weights
   static constexpr int kConsumers = 2, kConsumerRows = 64 + kRightRow, kRows = kConsumers * kConsumerRows;
@@ -32,6 +33,13 @@ struct HopperTile {
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 3 * 168, "the launch's registers");
 };
 
+// The same for training.
+template <class T>
+struct HopperSavingTile : T {
+  static constexpr bool kSaves = true;
+  static_assert(!T::kHalvesRows && T::kOuts == kMaxTrainedOuts, "as hopper.py promises");
+};
+
 // A block's shared memory. Two-fold: of either consumer.
 template <class T>
 struct alignas(1024) HopperWorkspace {
@@ -46,6 +54,17 @@ struct alignas(1024) HopperWorkspace {
   uint64_t full[T::kStages], empty[T::kStages], made[T::kConsumers], taken[T::kConsumers];
 };
 
+using HalfSums = float[64];           // [n8 tile][row, row + 8][two channels]
+using HalfOperands = uint32_t[8][4];  // [k16 step][word]
+
+// Four channels of a packed vector, which a lane holds in two n8 tiles.
+__device__ __forceinline__ float4 lane_channels(const float* half, int step, int quad) {
+  return *reinterpret_cast<const float4*>(half + step / 2 * 32 + quad * 8 + step % 2 * 4);
+}
+
+// The upper one of a thread's two rows of its consumer.
+__device__ __forceinline__ int lane_row(int thread) { return thread % kWarpgroup / kWarp * 16 + thread % kWarp / 4; }
+
 // A block's tiles are blockIdx.x, blockIdx.x + gridDim.x and so on. Both blocks of a cluster have as many, since
 // weights come to both; those after the last are not written. ptxas spills what all warps share, so each role counts by
 // itself.
@@ -57,6 +76,12 @@ __device__ __forceinline__ bool cluster_has(const HopperTask& task, int tile) {
 template <class T>
 __device__ __forceinline__ bool keeps_weights(const HopperTask& task) {
   return T::kHalvesRows && task.hidden <= T::kStages;
+}
+
+// The tile from which a launch counts: training decodes parts of the queries.
+template <class T>
+__device__ __forceinline__ int first_tile(const HopperTask& task) {
+  return T::kSaves ? static_cast<int>(task.first_tile) : 0;
 }
 
 // The query of a consumer's row.

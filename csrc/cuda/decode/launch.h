@@ -13,14 +13,16 @@
 
 namespace liif_fast {
 
-constexpr int kMaxFusedWidth = 256;                     // of any layer but the last
-constexpr int kMaxFusedOuts = 16;                       // of the last, see fused_outs
-constexpr int kWidthStep = 16;                          // widths are multiples of it
-constexpr int kRowPadding = 128;                        // a multiple of the rows of every variant that saves
+constexpr int kMaxFusedWidth = 256;  // of any layer but the last
+constexpr int kMaxFusedOuts = 16;    // of the last, see fused_outs
+constexpr int kWidthStep = 16;       // widths are multiples of it
+constexpr int kRowPadding = 128;     // a multiple of the rows of every variant that saves
+constexpr int kMaxTrainedOuts = 4;   // of the wgmma policies in training, with more than 128 channels
+constexpr int kHopperRowSums = 8;    // their warps that sum columns
 constexpr int64_t kMaxWgmmaQueries = int64_t{1} << 30;  // of the batch
 
 // How products are made: the operands' dtype, on tensor cores (kFloat32: on CUDA cores). kWgmma...: by warpgroups, on
-// compute capability 9.0, for inference.
+// compute capability 9.0.
 enum class MmaPolicy { kFloat16, kBFloat16, kTf32, kFloat32, kWgmmaFloat16, kWgmmaBFloat16 };
 
 LIIF_HOST_DEVICE constexpr bool is_wgmma(MmaPolicy policy) {
@@ -28,6 +30,10 @@ LIIF_HOST_DEVICE constexpr bool is_wgmma(MmaPolicy policy) {
 }
 LIIF_HOST_DEVICE constexpr bool is_float16(MmaPolicy policy) {
   return policy == MmaPolicy::kFloat16 || policy == MmaPolicy::kWgmmaFloat16;
+}
+// The policy of the backward that computes gradients of coordinates and cells, which has no wgmma.
+LIIF_HOST_DEVICE constexpr MmaPolicy points_policy(MmaPolicy policy) {
+  return !is_wgmma(policy) ? policy : is_float16(policy) ? MmaPolicy::kFloat16 : MmaPolicy::kBFloat16;
 }
 LIIF_HOST_DEVICE constexpr bool is_16_bit(MmaPolicy policy) {
   return policy != MmaPolicy::kTf32 && policy != MmaPolicy::kFloat32;
@@ -37,7 +43,8 @@ LIIF_HOST_DEVICE constexpr int operand_bytes(MmaPolicy policy) { return is_16_bi
 // -------------------------------------------------------------------------------------------------------------
 // variants Constant expressions, so that kernels, launchers and tests all read the same ones.
 
-// Which kernels run a problem on a device.
+// Which kernels run a problem on a device. With wgmma and 256 channels, rows are those of the tiles in which the
+// forward saves, since the kernels of points_policy read them as well.
 struct DecodeVariant {
   MmaPolicy policy;
   int width;     // 64, 128 or 256; by wgmma 128 or 256
@@ -178,8 +185,9 @@ struct SavedShape {
 int64_t saved_bytes(const DecodeVariant& variant, const SavedShape& shape);
 SavedActivations saved_at(void* buffer, const DecodeVariant& variant, const SavedShape& shape);
 
-// Packs weights and vectors of `problem` into `packed`; transposed: for the backward.
-const char* launch_pack(const DecodeProblem<float>& problem, const DecodeVariant& variant, bool transposed,
+// Packs weights and vectors of `problem` into `packed`.
+enum class Direction { kForward, kBackward, kBackwardWithPoints };
+const char* launch_pack(const DecodeProblem<float>& problem, const DecodeVariant& variant, Direction direction,
                         void* packed, void* stream);
 
 // The task of a problem whose weights are packed.
@@ -191,7 +199,7 @@ int64_t workspace_bytes(const DecodeProblem<float>& problem, const DecodeVariant
 const char* launch_decode_forward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
                                   void* workspace, void* stream);
 const char* launch_decode_backward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
-                                   const BackwardArrays& backward, void* stream);
+                                   const BackwardArrays& backward, void* workspace, void* stream);
 
 // The same for one policy: forward.cuh and backward.cuh define these, one .cu for each policy instantiates them.
 template <MmaPolicy kPolicy>

@@ -39,11 +39,16 @@ struct HopperTask : DecodeTask {
   const AxisNeighbors *neighbor_rows, *neighbor_cols;  // at coordinates: of every query
   Divisor columns, entry_queries;                      // of the window; queries of a batch entry
   int padded_width;                                    // of every layer but the last
+  SavedActivations saved;                              // for a backward
+  int saved_tile_rows;                                 // of the tiles in `saved`
+  int saved_tile;                                      // of this launch's first tile among those in `saved`
 };
 
 // hopper.cuh defines it, one .cu for each policy instantiates it.
 template <MmaPolicy kPolicy>
 const char* launch_hopper(const HopperTask& task, void* stream);
+template <MmaPolicy kPolicy>
+const char* launch_hopper_backward(const HopperTask& task, const BackwardArrays& backward, void* stream);
 
 // One of area_weights' four.
 __device__ __forceinline__ float corner_weight(const float (&rel_row)[2], const float (&rel_col)[2], bool lower,

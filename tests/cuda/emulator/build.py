@@ -157,10 +157,10 @@ def clocked(name: str) -> Path:
     return _compile(name, [ROOT / "tests" / "gpu" / f"{name}.cu"], [*FLAGS, "-O1"], [])
 
 
-def ring(csrc: Path, target: Path, hopper: int = 0) -> Path:
+def ring(csrc: Path, target: Path, hopper: int = 0, trains: bool = False) -> Path:
     """The program of ring.cpp, with the kernels of a copy of csrc. Packing is compiled once if it is the same.
 
-    hopper: the channels of the Hopper kernel, 0 for the kernels of every GPU.
+    hopper: the channels of the Hopper kernel, 0 for the kernels of every GPU. trains: its training, not inference.
     """
     command = compiler()
     assert command is not None
@@ -171,7 +171,7 @@ def ring(csrc: Path, target: Path, hopper: int = 0) -> Path:
             CACHE.mkdir(parents=True, exist_ok=True)
             _compile_one(ROOT / "csrc" / "cuda" / "decode" / "decode.cu", decode, [*FLAGS, "-O1"])
     # A mistake may leave a parameter unused.
-    flags = [*FLAGS, "-O1", "-w", *([f"-DHOPPER={hopper}"] if hopper else [])]
+    flags = [*FLAGS, "-O1", "-w", *([f"-DHOPPER={hopper}"] if hopper else []), *(["-DTRAINS"] if trains else [])]
     sources = ["-x", "c++", str(HERE / "ring.cpp"), *(["-x", "none"] if decode.suffix == ".o" else []), str(decode)]
     _run([*command, *flags, *_include_flags(csrc), *sources, "-o", str(target)])
     return target

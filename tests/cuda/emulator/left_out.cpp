@@ -19,7 +19,12 @@ template <MmaPolicy kPolicy>
 const char* launch_hopper(const HopperTask&, void*) {
   return kLeftOut;
 }
+template <MmaPolicy kPolicy>
+const char* launch_hopper_backward(const HopperTask&, const BackwardArrays&, void*) {
+  return kLeftOut;
+}
 template const char* launch_hopper<MmaPolicy::kWgmmaFloat16>(const HopperTask&, void*);
+template const char* launch_hopper_backward<MmaPolicy::kWgmmaFloat16>(const HopperTask&, const BackwardArrays&, void*);
 
 }  // namespace liif_fast
 

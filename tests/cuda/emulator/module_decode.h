@@ -72,12 +72,16 @@ RowRange cast_rows(const py::args& arguments, size_t first) {
   return {arguments[first].cast<int64_t>(), arguments[first + 1].cast<int64_t>()};
 }
 
-// The shared arguments, then whether for the backward.
+// The shared arguments, then whether for the backward, and whether that computes gradients of coordinates.
 py::array pack(const py::args& arguments) {
   const Decode decode(arguments, 0);
   py::array packed = make(py::dtype::of<uint8_t>(), {packed_bytes(decode.variant, decode.hidden, decode.outs)}, kNaN);
-  check(launch_pack(decode.problem, decode.variant, arguments[Decode::kArguments].cast<bool>(), packed.mutable_data(),
-                    nullptr));
+  const bool transposed = arguments[Decode::kArguments].cast<bool>();
+  const bool points = arguments[Decode::kArguments + 1].cast<bool>();
+  const Direction direction = !transposed ? Direction::kForward
+                              : points    ? Direction::kBackwardWithPoints
+                                          : Direction::kBackward;
+  check(launch_pack(decode.problem, decode.variant, direction, packed.mutable_data(), nullptr));
   return packed;
 }
 
@@ -139,7 +143,9 @@ py::tuple backward(const py::args& arguments) {
   arrays.coord = grad_coord.size() > 0 ? write<float>(grad_coord) : nullptr;
   arrays.cell = grad_cell.size() > 0 ? write<float>(grad_cell) : nullptr;
   arrays.query_term = grad_query_term.size() > 0 ? write<float>(grad_query_term) : nullptr;
-  check(launch_decode_backward(decode.task(packed, rows), variant, activations, arrays, nullptr));
+  py::array workspace = make(py::dtype::of<uint8_t>(), {workspace_bytes(decode.problem, variant)}, kNaN);
+  check(launch_decode_backward(decode.task(packed, rows), variant, activations, arrays, workspace.mutable_data(),
+                               nullptr));
   return py::make_tuple(grad_rows, sums, latent_rows, latent_index);
 }
 
@@ -162,9 +168,10 @@ void bind_decode(py::module_& m) {
     return units;
   });
   // The numbers that the Python side repeats.
-  m.attr("limits") = py::dict(py::arg("layers") = kMaxLayers, py::arg("width") = kMaxFusedWidth,
-                              py::arg("width_step") = kWidthStep, py::arg("outs") = kMaxFusedOuts,
-                              py::arg("row_padding") = kRowPadding, py::arg("wgmma_queries") = kMaxWgmmaQueries);
+  m.attr("limits") =
+      py::dict(py::arg("layers") = kMaxLayers, py::arg("width") = kMaxFusedWidth, py::arg("width_step") = kWidthStep,
+               py::arg("outs") = kMaxFusedOuts, py::arg("row_padding") = kRowPadding,
+               py::arg("trained_outs") = kMaxTrainedOuts, py::arg("wgmma_queries") = kMaxWgmmaQueries);
   m.def("saved_bytes", [](int policy, int widest, int hidden, bool local_ensemble, bool last_layer, int64_t rows) {
     const char* error = nullptr;
     const DecodeVariant variant = choose_variant(static_cast<MmaPolicy>(policy), widest, rows, &error);

@@ -39,7 +39,7 @@ def _arrays(value: object) -> object:
 
 
 def _operands(policy: int) -> torch.dtype:
-    return {0: torch.float16, 1: torch.bfloat16}.get(policy, torch.float32)
+    return {0: torch.float16, 1: torch.bfloat16, 4: torch.float16, 5: torch.bfloat16}.get(policy, torch.float32)
 
 
 class Ops:

@@ -1,8 +1,8 @@
 // `ring SEEDS`: one decode of 256 channels, forward and backward, under as many schedules. Prints a line for each: a
 // hash of all that the kernels wrote, or the emulator's error. Schedules change no bit of a sound kernel's results.
 // `ring SEEDS HASH TEXT` ends after a line that is not HASH and has TEXT in it.
-// With HOPPER, 256 or 128: the Hopper kernel's forward with as many channels, in a cluster of two blocks of several
-// tiles. With 128 more layers than the ring has stages.
+// With HOPPER, 256 or 128: the Hopper kernel's inference with as many channels, in a cluster of two blocks of several
+// tiles. With 128 more layers than the ring has stages. With TRAINS too: its training, forward and backward.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -31,23 +31,29 @@ namespace liif_fast {
                                                  const BackwardArrays&, void*) {                                   \
     return #policy;                                                                                                \
   }
-#ifdef HOPPER
-template <>
-const char* launch_hopper<MmaPolicy::kWgmmaBFloat16>(const HopperTask& task, void* stream) {
-  return launch_tile<
-      std::conditional_t<HOPPER == 256, HopperTile<__nv_bfloat16, 4, 3, 3>, HopperTile<__nv_bfloat16, 4, 4, 0, 128>>>(
-      task, stream);
-}
+#define LIIF_HOPPER(policy, forward, backward)                                                         \
+  template <>                                                                                          \
+  const char* launch_hopper<MmaPolicy::policy>([[maybe_unused]] const HopperTask& task,                \
+                                               [[maybe_unused]] void* stream) {                        \
+    return forward;                                                                                    \
+  }                                                                                                    \
+  template <>                                                                                          \
+  const char* launch_hopper_backward<MmaPolicy::policy>([[maybe_unused]] const HopperTask& task,       \
+                                                        [[maybe_unused]] const BackwardArrays& arrays, \
+                                                        [[maybe_unused]] void* stream) {               \
+    return backward;                                                                                   \
+  }
+#if defined(TRAINS)
+using Trained = HopperSavingTile<HopperTile<__nv_bfloat16, 4, 4, 0>>;
+LIIF_HOPPER(kWgmmaBFloat16, launch_tile<Trained>(task, stream), launch_backward_tile<Trained>(task, arrays, stream))
+#elif defined(HOPPER)
+using Inferred =
+    std::conditional_t<HOPPER == 256, HopperTile<__nv_bfloat16, 4, 3, 3>, HopperTile<__nv_bfloat16, 4, 4, 0, 128>>;
+LIIF_HOPPER(kWgmmaBFloat16, launch_tile<Inferred>(task, stream), "unused")
 #else
-template <>
-const char* launch_hopper<MmaPolicy::kWgmmaBFloat16>(const HopperTask&, void*) {
-  return "unused";
-}
+LIIF_HOPPER(kWgmmaBFloat16, "unused", "unused")
 #endif
-template <>
-const char* launch_hopper<MmaPolicy::kWgmmaFloat16>(const HopperTask&, void*) {
-  return "unused";
-}
+LIIF_HOPPER(kWgmmaFloat16, "unused", "unused")
 LIIF_UNUSED(kFloat16)
 LIIF_UNUSED(kBFloat16)
 LIIF_UNUSED(kTf32)
@@ -56,7 +62,11 @@ LIIF_UNUSED(kFloat32)
 namespace {
 
 #ifdef HOPPER
+#ifdef TRAINS
+constexpr int64_t kHidden = 2, kQueries = 90, kWidth = HOPPER;
+#else
 constexpr int64_t kHidden = HOPPER == 256 ? 3 : 5, kQueries = 150, kWidth = HOPPER;
+#endif
 #else
 constexpr int64_t kHidden = 2, kQueries = 40, kWidth = 256;
 #endif
@@ -98,45 +108,58 @@ uint64_t run() {
   std::vector<float> out(kQueries * kOuts);
   problem.out = out.data();
   uint64_t hash = 14695981039346656037u;
+#if defined(HOPPER) && !defined(TRAINS)
+  constexpr int64_t kRows = -1;
+#else
+  constexpr int64_t kRows = (kQueries * 4 + kRowPadding - 1) / kRowPadding * kRowPadding;
+#endif
 #ifdef HOPPER
   const char* error = nullptr;
   const DecodeVariant variant = choose_variant(MmaPolicy::kWgmmaBFloat16, kWidth, kQueries * 4, &error);
   check(error);
-  std::vector<uint4> packed(static_cast<size_t>(packed_bytes(variant, kHidden, kOuts) / 16));
-  std::vector<uint4> workspace(static_cast<size_t>(workspace_bytes(problem, variant) / 16));
-  check(launch_pack(problem, variant, false, packed.data(), nullptr));
-  check(launch_decode_forward(make_task(problem, variant, packed.data(), true, {0, -1}), variant, {}, workspace.data(),
-                              nullptr));
-  add_to_hash(hash, out);
+  constexpr bool kPoints = false;
 #else
   using Probe = Tile<MmaPolicy::kBFloat16, 256, 64>;  // a ring of three stages: the least slack
-  constexpr int64_t kRows = 256;
-  const auto grad_out = random_floats(kQueries * kOuts, 1);
   const DecodeVariant variant{MmaPolicy::kBFloat16, kWidth, Probe::kRows, 1, Probe::kWarpRows};
+  constexpr bool kPoints = true;
+#endif
+  std::vector<uint4> packed(static_cast<size_t>(packed_bytes(variant, kHidden, kOuts) / 16));
+  std::vector<uint4> workspace(static_cast<size_t>(workspace_bytes(problem, variant) / 16));
+  const auto task = [&](Direction direction) {
+    check(launch_pack(problem, variant, direction, packed.data(), nullptr));
+    return make_task(problem, variant, packed.data(), true, {0, kRows});
+  };
+#if defined(HOPPER) && !defined(TRAINS)
+  check(launch_decode_forward(task(Direction::kForward), variant, {}, workspace.data(), nullptr));
+  add_to_hash(hash, out);
+#else
+  const auto grad_out = random_floats(kQueries * kOuts, 1);
+  const SavedShape shape{kHidden, 4, kPoints, {0, kRows}};
+  std::vector<uint32_t> saved(static_cast<size_t>(saved_bytes(variant, shape) / 4 + kRows * kWidth));  // and more
   std::vector<float> latent_rows(kRows * kWidth), grad_coord(kQueries * 2);
-  std::vector<uint32_t> saved(static_cast<size_t>(saved_bytes(variant, {kHidden, 4, true, {0, kRows}}) / 4));
   std::vector<uint16_t> rows(kHidden * kRows * kWidth);
-  std::vector<float> sums(static_cast<size_t>(Probe::kWarpRows * sum_count(kHidden, kOuts)) * kWidth);
+  std::vector<float> sums(static_cast<size_t>(variant.blocks * variant.row_sums * sum_count(kHidden, kOuts)) * kWidth);
   std::vector<int64_t> latent_index(kRows);
-  const SavedActivations activations = saved_at(saved.data(), variant, {kHidden, 4, true, {0, kRows}});
+  const SavedActivations activations = saved_at(saved.data(), variant, shape);
   BackwardArrays arrays{};
   arrays.grad_out = grad_out.data();
   arrays.latent_rows = latent_rows.data();
   arrays.latent_index = latent_index.data();
   arrays.rows = rows.data();
   arrays.sums = sums.data();
+#ifdef HOPPER
+  check(launch_decode_forward(task(Direction::kForward), variant, activations, workspace.data(), nullptr));
+  check(launch_decode_backward(task(Direction::kBackward), variant, activations, arrays, workspace.data(), nullptr));
+  add_to_hash(hash, latent_index);
+#else
   arrays.coord = grad_coord.data();
-  std::vector<uint4> packed(static_cast<size_t>(packed_bytes(variant, kHidden, kOuts) / 16));
-  const auto task = [&](bool transposed) {
-    check(launch_pack(problem, variant, transposed, packed.data(), nullptr));
-    return make_task(problem, variant, packed.data(), true, {0, kRows});
-  };
   constexpr int kBytes = sizeof(Workspace<Probe>);
-  check(launch(decode_forward_kernel<Probe, true>, LaunchSize{1, forward_bytes<Probe>(kOuts)}, nullptr, task(false),
-               activations));
+  check(launch(decode_forward_kernel<Probe, true>, LaunchSize{1, forward_bytes<Probe>(kOuts)}, nullptr,
+               task(Direction::kForward), activations));
   check(launch(decode_backward_kernel<Probe>,
                LaunchSize{1, kBytes + Probe::kRows / 4 * static_cast<int>(kOuts) * 4 + row_dots_bytes<Probe>()},
-               nullptr, task(true), activations, arrays));
+               nullptr, task(Direction::kBackwardWithPoints), activations, arrays));
+#endif
   for (const auto* values : {&out, &latent_rows, &sums, &grad_coord}) add_to_hash(hash, *values);
   add_to_hash(hash, saved);
   add_to_hash(hash, rows);

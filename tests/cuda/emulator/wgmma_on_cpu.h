@@ -267,7 +267,16 @@ void multiply_add(float (&d)[kSums], const uint32_t (&a)[4], Element) {
   cuda_on_cpu::warpgroups.issue({d, a, {}, b, kAdds, &operand_float<Element>, 2 * kSums});
 }
 
+template <class Element>
+uint32_t above_zero(uint32_t word, Element) {
+  const float2 two = unpack(word, Element{});
+  return (two.x <= 0.0f ? 0u : 0xffffu) | (two.y <= 0.0f ? 0u : 0xffff0000u);
+}
 inline float reciprocal(float value) { return 1.0f / value; }
+template <class Element>
+uint32_t pack_in_order(float low, float high, Element) {
+  return pack(low, high, Element{});
+}
 template <class Element>
 uint32_t pack_relu(float low, float high, Element) {
   return pack(relu(low), relu(high), Element{});

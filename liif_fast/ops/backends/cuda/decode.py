@@ -153,7 +153,7 @@ def decode(inputs: DecodeInputs, save: bool | None, coord_grad: bool) -> tuple[T
     arguments = _arguments(_kernel_inputs(inputs), _hopper_policy(inputs, save is not None))
 
     def pack() -> Tensor:
-        return _C.cuda_decode_pack(*arguments, False)
+        return _C.cuda_decode_pack(*arguments, False, False)
 
     # Optimizers may change weights without counting it, so training packs them every time.
     packed = PACKED.get(inputs, arguments[-1], pack) if save is None else pack()
@@ -173,7 +173,7 @@ def decode(inputs: DecodeInputs, save: bool | None, coord_grad: bool) -> tuple[T
 
 def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord_grad: bool) -> list[Tensor]:
     inputs = _kernel_inputs(inputs)
-    arguments = _arguments(inputs)
+    arguments = _arguments(inputs, _hopper_policy(inputs, trains=True))
     latent_map, coord, cell, weight_geometry, weights = inputs[:5]
     matmul_dtype, widths, width, hidden = inputs.matmul_dtype, inputs.widths, _padded_width(inputs), len(weights) - 1
     padded = _padded_rows(inputs.rows)
@@ -189,8 +189,8 @@ def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord
     grad_weights = [zeros(weight.shape) for weight in weights]
     multiplies_last = _has_own_product(inputs)
     column_sums = zeros((hidden + 5 + (0 if multiplies_last else widths[-1]), width))
-    packed = _C.cuda_decode_pack(*arguments, True)
-    forward_packed = None if saved.numel() else _C.cuda_decode_pack(*arguments, False)
+    packed = _C.cuda_decode_pack(*arguments, True, coord_grad)
+    forward_packed = None if saved.numel() else _C.cuda_decode_pack(*arguments, False, False)
     grad_out = grad_out.float().contiguous()
     for first in range(0, padded, _CHUNK_ROWS):
         count = min(_CHUNK_ROWS, padded - first)

@@ -1,6 +1,7 @@
-"""When inference on the `cuda` backend runs the Hopper kernel (csrc/cuda/decode/hopper.cuh), and why where it does not.
+"""When the `cuda` backend runs the Hopper kernel (csrc/cuda/decode/hopper.cuh), and why where it does not.
 
-Where it does not, the kernels for every GPU run. LIIF_FAST_HOPPER=0 leaves the Hopper kernel out.
+Where it does not, the kernels for every GPU run. They also compute gradients of coordinates and cells, from what the
+Hopper kernel saves. LIIF_FAST_HOPPER=0 leaves the Hopper kernel out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from .. import extension, gpu
 ENABLED = os.environ.get("LIIF_FAST_HOPPER", "1") != "0"
 POLICIES = {torch.float16: 4, torch.bfloat16: 5}  # the wgmma policies of launch.h's MmaPolicy
 # Of csrc/cuda/decode/launch.h; a test compares.
-MOST_WIDTH, MOST_OUTS, MOST_QUERIES = 256, 16, 1 << 30
+MOST_WIDTH, MOST_OUTS, MOST_TRAINED_OUTS, MOST_QUERIES = 256, 16, 4, 1 << 30
+_MOST_UNTRAINED = 128  # training has no kernel for these widths
 _LEAST_WIDTH = 65  # narrower layers would be padded to twice their size
 
 
@@ -45,8 +47,11 @@ def against_imnet(
     widths: of the imnet's layers, (K, *hidden, O). trains: whether autograd records the decode. queries: of the whole
     batch, None where they are not known yet.
     """
-    if trains:
-        return "the Hopper kernel is for inference, and saves nothing for a backward"
+    if trains and max(widths[:-1]) <= _MOST_UNTRAINED:
+        have = max(widths[:-1])
+        return f"the Hopper kernel trains with a widest layer of more than {_MOST_UNTRAINED} channels, not {have}"
+    if trains and widths[-1] > MOST_TRAINED_OUTS:
+        return f"the Hopper kernel trains with at most {MOST_TRAINED_OUTS} outputs, not {widths[-1]}"
     if has_query_term:
         return "the Hopper kernel decodes without a query term"
     if matmul_dtype not in POLICIES:

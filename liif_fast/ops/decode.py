@@ -70,12 +70,6 @@ class Place(NamedTuple):
         entry = self.grid[4] * self.grid[5] if self.coord is None else self.coord.shape[1]
         return batch * entry
 
-    @property
-    def extras(self) -> tuple[str, ...]:
-        """What only some backends fuse, in words."""
-        named = (("a query term", self.query_term is not None), ("a source window", len(self.grid_cell) == 6))
-        return tuple(name for name, is_used in named if is_used)
-
 
 _DECODERS: list[first_use.Decoders] = []
 
@@ -102,7 +96,7 @@ def choose_decode(
         matmul_dtype=layers.matmul_dtype,
         trains=layer_grads or point_grads or needs_grad(place.query_term),
         queries=place.queries(values.shape[0]),
-        extras=place.extras,
+        has_query_term=place.query_term is not None,
     )
     kernels = first_use.Combination(
         "",

@@ -128,7 +128,7 @@ def test_the_first_backend_comes_from_the_table(gpu_here, monkeypatch):
         narrow._replace(widths=(64, 128, 17)): "triton",
         narrow._replace(widths=(64, 64, 3)): "triton",
         narrow._replace(trains=True): "cuda",
-        narrow._replace(extras=("a query term",)): "triton",
+        narrow._replace(has_query_term=True): "triton",
         narrow._replace(op="gather"): "cuda",
     }
     monkeypatch.setattr(backends, "_TRITON_PROBLEM", "")

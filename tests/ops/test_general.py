@@ -71,9 +71,8 @@ def with_gradients(out, tensors):
 
 
 def reason_against(backend, case, mode, term, dtype=torch.float32):
-    extras = (*(["a query term"] if term else []), *(["a source window"] if mode == "source" else []))
     widths = (*case.hidden, case.outs)
-    request = backends.OpRequest("decode", backend.device, dtype, widths, extras=extras)
+    request = backends.OpRequest("decode", backend.device, dtype, widths, has_query_term=term)
     try:
         backends.BACKENDS[backend.op_backend](request, raise_error=True)
     except RuntimeError as error:

@@ -35,7 +35,7 @@ class OpRequest(NamedTuple):
     trains: bool = False  # decode: whether autograd records it
     queries: int | None = None  # decode: of the whole batch
     transformed: bool = False  # see transforms.is_transformed
-    extras: tuple[str, ...] = ()  # decode: what only some backends fuse, such as 'a query term'
+    has_query_term: bool = False  # decode
 
     @classmethod
     def on(
@@ -182,8 +182,9 @@ def against_hopper(request: OpRequest) -> str:
     """Why the `cuda` backend would not decode with its Hopper kernel; '' where it would."""
     reason = cuda.hopper.against_device(request.device, request.device_index)
     dtype = request.matmul_dtype or request.dtype
-    has_term = "a query term" in request.extras
-    return reason or cuda.hopper.against_imnet(request.widths, dtype, request.trains, has_query_term=has_term)
+    return reason or cuda.hopper.against_imnet(
+        request.widths, dtype, request.trains, has_query_term=request.has_query_term
+    )
 
 
 def preference(request: OpRequest) -> preferences.Preference | None:

@@ -161,8 +161,9 @@ def child(*arguments, timeout):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.prove
-@pytest.mark.parametrize("seconds", [2, pytest.param(600, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "seconds", [pytest.param(2, marks=pytest.mark.prove), pytest.param(600, marks=pytest.mark.exhaustive)]
+)
 def test_mutated_files_get_one_sentence(tmp_path, seconds):
     counts = child("tests.images.mutations", seconds, tmp_path, timeout=seconds + 120)
     assert counts["files"] > 10

@@ -166,8 +166,7 @@ def main(arch: int) -> None:
     decode(torch.float32, 256, grid=True, save=False)
     decode(torch.float32, 256, save=True)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    if arch != 86:
-        decode(torch.float32, 256, save=True)
+    decode(torch.float32, 256, save=True)
     decode(torch.bfloat16, 100, save=True)
     decode(torch.bfloat16, 256, save=True, general=True)
     if arch >= 90:

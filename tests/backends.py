@@ -182,7 +182,7 @@ _TRITON["chunks"] = tuple(
     (f"{_MODULES}.triton.{name}", f"{name.upper()}_CHUNK_BYTES", 20_000) for name in ("fused", "layerwise")
 )
 _ROWS = [
-    Backend("reference", "reference", _reference),
+    Backend("reference", "reference", _reference, every=3),
     Backend("torch", "torch", _reference, rounds_biases=True, most_queries=4000),
     *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ISAS),
     Backend("cuda-emulated", activate=emulated, emulates=True, every=6, every_proof=2, most_queries=40, **_CUDA),

@@ -24,6 +24,10 @@ def pytest_addoption(parser):
     parser.addoption("--backend", help=f"backends for tests/ops, separated by commas: cpu (all its kernels), {names}")
 
 
+# What takes long under an interpreter: the widest imnets, and whole ops many times.
+LONG = ("paper-width", "opcheck_of_the_others", "neighbors_that_share", "recomputing", "test_a_decode")
+
+
 def pytest_configure(config):
     build.leaves_out = "not prove" in config.option.markexpr
 
@@ -66,7 +70,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.prove)
     for position, ((_, row), cases) in enumerate(groups.items()):
         compiled = () if row.name == "cpu-portable" or row.device != "cpu" else ("test_compile",)  # one graph is quick
-        long = ("paper-width", *compiled) if row.every > 10 else compiled  # the widest imnets under an interpreter
+        long = (*LONG, *compiled) if row.every > 10 else compiled
         if slow := [item for item in cases if any(name in item.name for name in long)]:
             for item in slow:
                 item.add_marker(pytest.mark.exhaustive if "paper-width" in item.name else pytest.mark.prove)

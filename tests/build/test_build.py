@@ -332,7 +332,7 @@ def test_extension_is_small_exports_one_function_and_needs_no_unstable_symbol():
     assert [line.split()[-1] for line in listing.splitlines() if " U " not in line and " w " not in line] == [
         "liif_fast_register"
     ]
-    assert LIBRARY.stat().st_size < 8e6
+    assert LIBRARY.stat().st_size < 12e6
 
 
 def test_none_imports_with_one_warning_and_without_triton_and_runs_the_reference(project):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import machine, sizes
+from bench import machine, results, sizes
 from bench.methods.method import Job, Method
 from bench.methods.registry import exact, methods_for
 from bench.workloads import Workload, flop, least_bytes, make_problem
@@ -169,7 +169,7 @@ def _out_of_time(until: float | None) -> dict[str, Any] | None:
     """The entry of a method that cannot start any more; None while there is time."""
     if until is None or perf_counter() <= until:
         return None
-    return {"status": "skipped", "reason": "the run's time was used up"}
+    return {"status": "skipped", "reason": results.USED_UP}
 
 
 def validity_warnings(rates: list[PeakRate], entries: Entries) -> list[str]:

@@ -13,6 +13,7 @@ from liif_fast.utils.files import write_atomically
 
 FOLDER = Path(__file__).resolve().parent / "results"
 SCHEMA = 2
+USED_UP = "the run's time was used up"  # why a method has no time; documents show no workload with such a method
 
 Results = list[dict[str, Any]]
 
@@ -76,7 +77,11 @@ def newest_of_each(results: Results, workloads: list[str], device: str = "cpu") 
     found: dict[str, dict[str, Any]] = {}
     for result in results:
         records = [result.get("workloads", {}).get(name, {}).get("methods", {}) for name in workloads]
-        timed = all(any("seconds" in entry for entry in methods.values()) for methods in records)
+        timed = all(
+            any("seconds" in entry for entry in methods.values())
+            and not any(entry.get("reason") == USED_UP for entry in methods.values())
+            for methods in records
+        )
         if timed and result["machine"]["device"] == device:
             found[result["machine"].get("instructions", "")] = result
     return [found[name] for name in sorted(found, key=_width, reverse=True)]

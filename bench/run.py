@@ -64,7 +64,7 @@ def record_of(name: str, device: str, rounds: int | None, until: float | None) -
     for _ in range(RESTARTS + 1):
         left = None if until is None else until - perf_counter()
         if left is not None and left <= 0:
-            reason = reason or "the run's time was used up"
+            reason = reason or results.USED_UP
         if reason:
             break
         seconds, running = None if left is None else _SHARE * left, ""

@@ -203,6 +203,10 @@ HOPPER_REFUSALS = {
     ),
     "trained outputs": ({"trains": True, "widths": (256, 256, 5)}, "trains with at most 4 outputs, not 5"),
     "float32": ({"matmul_dtype": torch.float32}, "multiplies float16 or bfloat16, not torch.float32"),
+    "one layer in training": (
+        {"widths": (3,), "trains": True},
+        "decodes with at least 3 layers, this imnet has 1: it has no product",
+    ),
     "no hidden layer": ({"widths": (256, 3)}, "decodes with at least 3 layers, this imnet has 2: it has no product"),
     "narrow": ({"widths": (64, 64, 3)}, "decodes with a widest layer of 65 to 256 channels, not 64"),
     "outputs": ({"widths": (256, 256, 17)}, "decodes to at most 16 outputs, not 17"),

@@ -47,6 +47,8 @@ def against_imnet(
     widths: of the imnet's layers, (K, *hidden, O). trains: whether autograd records the decode. queries: of the whole
     batch, None where they are not known yet.
     """
+    if len(widths) < 3:
+        return f"the Hopper kernel decodes with at least 3 layers, this imnet has {len(widths)}: it has no product"
     if trains and max(widths[:-1]) <= _MOST_UNTRAINED:
         have = max(widths[:-1])
         return f"the Hopper kernel trains with a widest layer of more than {_MOST_UNTRAINED} channels, not {have}"
@@ -56,8 +58,6 @@ def against_imnet(
         return "the Hopper kernel decodes without a query term"
     if matmul_dtype not in POLICIES:
         return f"the Hopper kernel multiplies float16 or bfloat16, not {matmul_dtype}"
-    if len(widths) < 3:
-        return f"the Hopper kernel decodes with at least 3 layers, this imnet has {len(widths)}: it has no product"
     if not _LEAST_WIDTH <= max(widths[:-1]) <= MOST_WIDTH:
         return (
             f"the Hopper kernel decodes with a widest layer of {_LEAST_WIDTH} to {MOST_WIDTH} channels, "

@@ -13,7 +13,7 @@ from liif_fast.models.coordinates import window_coord
 from liif_fast.models.latent_map import LatentMapHolder
 from liif_fast.models.pretrained import Pretrained
 from liif_fast.models.registry import register
-from liif_fast.ops import validation
+from liif_fast.ops.decode import grid_place
 from liif_fast.ops.dtypes import geometry_dtype
 from liif_fast.utils.normalization import default_data_norm
 
@@ -154,25 +154,24 @@ class ImplicitModel(Pretrained, nn.Module):
             which need not be whole and may lie beyond the border; None = all of it.
         """
         feat = self._current_feat()
-        size = validation.check_size("size", size)
-        top, left, rows, cols = validation.check_window(window, size)
-        region = validation.check_region(feat_region, feat)
-        box = validation.check_source(source)
-        if feat_region is not None:
-            validation.check_reach(size, (top, left, rows, cols), region, feat, self._reach(), box)
+        place = grid_place(feat, size, window, cell, source, feat_region, self._reach())
+        height, width, top, left, rows, cols, first_row, first_col, map_rows, map_cols = place.grid
+        region = (first_row, first_col, map_rows, map_cols)
+        cells = place.grid_cell[:2]
         geometry = geometry_dtype(feat)
         # Of the image, in coordinates of the whole map.
-        ranges = box and [
-            (2 * box[i] / region[2 + i] - 1, 2 * (box[i] + box[2 + i]) / region[2 + i] - 1) for i in (0, 1)
+        ranges = source and [
+            (2 * source[i] / region[2 + i] - 1, 2 * (source[i] + source[2 + i]) / region[2 + i] - 1) for i in (0, 1)
         ]
-        cells = cell or [(high - low) / size[i] for i, (low, high) in enumerate(ranges or [(-1.0, 1.0)] * 2)]
         # One pass even for an empty window, to get its shape. An exported program decodes all rows at once.
         exports = torch.compiler.is_exporting()
         step = rows if exports else max(1, _RENDER_CHUNK // max(cols, 1))
         chunks = []
         for row in [top] if exports else range(top, top + max(rows, 1), step):
             count = rows if exports else min(step, top + rows - row)
-            coord = window_coord(size, (row, left, count, cols), ranges=ranges, dtype=geometry, device=feat.device)
+            coord = window_coord(
+                (height, width), (row, left, count, cols), ranges=ranges, dtype=geometry, device=feat.device
+            )
             coord = coord.expand(feat.shape[0], -1, 2)
             steps = torch.stack([torch.full_like(coord[..., 0], side) for side in cells], dim=-1)
             out = self._query_region(coord, steps, region)

@@ -48,7 +48,7 @@ template <class T, int kChannels>
 struct StageUnits {
   static constexpr int kUnits = kChannels / 8, kCount = T::kRows * kUnits / kThreads, kStep = kThreads / kUnits;
   static_assert(kStep % 8 == 0 && kCount > 0, "all of a thread's rows have the same place for a unit");
-  int unit = static_cast<int>(threadIdx.x) % kUnits, first = static_cast<int>(threadIdx.x) / kUnits;
+  int unit = read_thread() % kUnits, first = read_thread() / kUnits;
 
   __device__ __forceinline__ int row(int i) const { return first + i * kStep; }
   __device__ __forceinline__ uint4* place(unsigned char* half, int i) const {
@@ -122,7 +122,7 @@ class RowProduct {
   // store(a, b, sums of channel a with b and b + 1) for all of a thread's sums.
   template <class Store>
   static __device__ __forceinline__ void for_each(const ProductSums<T>& sums, const Store& store) {
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int thread = read_thread(), warp = thread / kWarp, lane = thread % kWarp;
     const int a = warp / T::kWarpCols * T::kWarpA + lane / 4, b = warp % T::kWarpCols * T::kWarpB + lane % 4 * 2;
 #pragma unroll
     for (int m = 0; m < T::kRowTiles; ++m)

@@ -127,6 +127,7 @@ template <class T>
 struct FirstVectors {
   float base[T::kVector], by_row[T::kVector], by_col[T::kVector], by_cell_row[T::kVector], by_cell_col[T::kVector];
 
+  FirstVectors() = default;
   __device__ __forceinline__ FirstVectors(const DecodeTask& task, int channel) {
     load_floats(bias_vector<T>(task, 0) + channel, base);
     load_floats(geometry_vector<T>(task, 0) + channel, by_row);

@@ -16,34 +16,85 @@ namespace liif_fast {
 template <class T>
 using WeightsTile = ProductTile<typename T::Element, T::kWidth < 128 ? T::kWidth : 128, T::kWidth>;
 
+// Vectors of the first operand's channels, in shared memory: registers hold the sums.
+constexpr int kMostVectors = 5;
+template <class T>
+struct ChannelVectors {
+  static constexpr int kUnits = WeightsTile<T>::kA / 8;
+  float4 halves[kMostVectors][2][kUnits];  // of a unit's eight channels
+
+  __device__ __forceinline__ void set(int vector, int unit, const float (&v)[8]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      halves[vector][i][unit] = make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+  }
+  __device__ __forceinline__ void get(int vector, int unit, float (&v)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 four = halves[vector][i][unit];
+      v[4 * i] = four.x;
+      v[4 * i + 1] = four.y;
+      v[4 * i + 2] = four.z;
+      v[4 * i + 3] = four.w;
+    }
+  }
+};
+
+// A block's shared memory.
+template <class T>
+struct WeightsSpace {
+  ProductSpace<WeightsTile<T>> product;
+  ChannelVectors<T> vectors;
+};
+
 // The activations of the first layer, from float32 latents: the steps of first_layer. Rows of latents are known a stage
 // before they are loaded.
 template <class T>
 class FirstLayerRows {
  public:
   // terms: of the first row, and of kRows rows after the last one. channel: the first one.
-  __device__ __forceinline__ FirstLayerRows(const DecodeTask& task, const RowTerms* terms, int channel)
-      : task_(task), terms_(terms + units_.row(0)), channel_(channel + units_.unit * 8), vectors_(task, channel_) {
+  __device__ __forceinline__ FirstLayerRows(const DecodeTask& task, const RowTerms* terms, int channel,
+                                            ChannelVectors<T>& vectors)
+      : task_(task), vectors_(vectors), terms_(terms + units_.row(0)), channel_(channel + units_.unit * 8) {
+    if (units_.first == 0) {
+      const FirstVectors<T> mine(task, channel_);
+      vectors.set(0, units_.unit, mine.base);
+      vectors.set(1, units_.unit, mine.by_row);
+      vectors.set(2, units_.unit, mine.by_col);
+      if (task.has_cell) {
+        vectors.set(3, units_.unit, mine.by_cell_row);
+        vectors.set(4, units_.unit, mine.by_cell_col);
+      }
+    }
+    __syncthreads();
     look_ahead();
   }
   __device__ __forceinline__ void begin(unsigned char*) {
 #pragma unroll
     for (int i = 0; i < Units::kCount; ++i) {
-      seen_[i] = ahead_[i];
-      latents_[i].load(task_, seen_[i].offset + (channel_ < task_.width ? channel_ : 0));
+      latents_[i].load(task_, ahead_[i] + (channel_ < task_.width ? channel_ : 0));
+      seen_[i] = terms_[i * Units::kStep].seen;
       if (task_.cell) rel_cell_[i] = terms_[i * Units::kStep].rel_cell;
     }
     terms_ += WeightsTile<T>::kRows;
     look_ahead();
   }
   __device__ __forceinline__ void finish(unsigned char* half) {
+    FirstVectors<T> vectors;
+    vectors_.get(0, units_.unit, vectors.base);
+    vectors_.get(1, units_.unit, vectors.by_row);
+    vectors_.get(2, units_.unit, vectors.by_col);
+    if (task_.cell) {
+      vectors_.get(3, units_.unit, vectors.by_cell_row);
+      vectors_.get(4, units_.unit, vectors.by_cell_col);
+    }
 #pragma unroll
     for (int i = 0; i < Units::kCount; ++i) {
       float v[8];
       latents_[i].get(v);
 #pragma unroll
       for (int j = 0; j < 8; ++j) v[j] = channel_ < task_.width ? v[j] : 0.0f;
-      vectors_.finish(task_, seen_[i], &rel_cell_[i].x, v);
+      vectors.finish(task_, seen_[i], &rel_cell_[i].x, v);
       *units_.place(half, i) = to_words<T>(v);
     }
   }
@@ -53,15 +104,16 @@ class FirstLayerRows {
 
   __device__ __forceinline__ void look_ahead() {
 #pragma unroll
-    for (int i = 0; i < Units::kCount; ++i) ahead_[i] = terms_[i * Units::kStep].seen;
+    for (int i = 0; i < Units::kCount; ++i) ahead_[i] = terms_[i * Units::kStep].seen.offset;
   }
 
   Units units_;
   const DecodeTask& task_;
+  const ChannelVectors<T>& vectors_;
   const RowTerms* terms_;
   int channel_;
-  FirstVectors<T> vectors_;
-  CornerRow seen_[Units::kCount], ahead_[Units::kCount];
+  CornerRow seen_[Units::kCount];
+  int64_t ahead_[Units::kCount];
   LatentWords<T, float> latents_[Units::kCount];
   float2 rel_cell_[Units::kCount];
 };
@@ -72,16 +124,19 @@ class GradientRows {
  public:
   // terms: of the first row. bits: ReLU bits of the last hidden layer, and the first row among them. channel: the first.
   __device__ __forceinline__ GradientRows(const DecodeTask& task, const RowTerms* terms, const uint32_t* bits,
-                                          int64_t row, int tile_rows, int channel)
-      : terms_(terms + units_.row(0)), rows_(static_cast<int>(row / WeightsTile<T>::kRows)), tile_rows_(tile_rows) {
+                                          int64_t row, int tile_rows, int channel, ChannelVectors<T>& last)
+      : last_(last),
+        terms_(terms + units_.row(0)),
+        rows_(static_cast<int>(row / WeightsTile<T>::kRows)),
+        tile_rows_(tile_rows) {
     channel += units_.unit * 8;
     bits_ = reinterpret_cast<const unsigned char*>(bits) + mask_byte<T>(units_.row(0), channel);
-#pragma unroll
-    for (int o = 0; o < kMostRebuiltOuts; ++o) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) last_[o][j] = 0.0f;
-      if (o < task.outs) load_floats(last_vector<T>(task, o) + channel, last_[o]);
+    if (units_.first < kMostRebuiltOuts) {
+      float v[8] = {};
+      if (units_.first < task.outs) load_floats(last_vector<T>(task, units_.first) + channel, v);
+      last.set(units_.first, units_.unit, v);
     }
+    __syncthreads();
   }
   __device__ __forceinline__ void begin(unsigned char*) {
     const unsigned char* const bits = bits_ + mask_rows<T>(rows_++, tile_rows_);
@@ -93,17 +148,22 @@ class GradientRows {
     terms_ += WeightsTile<T>::kRows;
   }
   __device__ __forceinline__ void finish(unsigned char* half) {
+    float v[Units::kCount][8] = {};
+#pragma unroll
+    for (int o = 0; o < kMostRebuiltOuts; ++o) {
+      float last[8];
+      last_.get(o, units_.unit, last);
+#pragma unroll
+      for (int i = 0; i < Units::kCount; ++i)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v[i][j] = fmaf((&grads_[i].x)[o], last[j], v[i][j]);
+    }
 #pragma unroll
     for (int i = 0; i < Units::kCount; ++i) {
-      const float grads[kMostRebuiltOuts] = {grads_[i].x, grads_[i].y, grads_[i].z, grads_[i].w};
-      float v[8] = {};
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-#pragma unroll
-        for (int o = 0; o < kMostRebuiltOuts; ++o) v[j] = fmaf(grads[o], last_[o][j], v[j]);
-        if (!(mask_[i] >> j & 1u)) v[j] = 0.0f;
-      }
-      *units_.place(half, i) = to_words<T>(v);
+      for (int j = 0; j < 8; ++j)
+        if (!(mask_[i] >> j & 1u)) v[i][j] = 0.0f;
+      *units_.place(half, i) = to_words<T>(v[i]);
     }
   }
 
@@ -111,10 +171,10 @@ class GradientRows {
   using Units = StageUnits<WeightsTile<T>, WeightsTile<T>::kA>;
 
   Units units_;
+  const ChannelVectors<T>& last_;
   const RowTerms* terms_;
   const unsigned char* bits_;  // of the thread's first row and channel
   int rows_, tile_rows_;
-  float last_[kMostRebuiltOuts][8];
   float4 grads_[Units::kCount];
   uint32_t mask_[Units::kCount];
 };
@@ -125,7 +185,8 @@ __global__ void __launch_bounds__(kThreads)
                           const __grid_constant__ BackwardArrays backward, const __grid_constant__ WeightParts parts) {
   using P = WeightsTile<T>;
   LIIF_DYNAMIC_SHARED(shared);
-  RowProduct<P> product(*reinterpret_cast<ProductSpace<P>*>(shared));
+  WeightsSpace<T>& space = *reinterpret_cast<WeightsSpace<T>*>(shared);
+  RowProduct<P> product(space.product);
   constexpr int kBlocks = T::kWidth / P::kA;  // of a layer and a part
   const int64_t rows = task.tiles * parts.tile_rows, saved_rows = saved.tiles * parts.tile_rows;
   const int64_t before = (task.first_tile - saved.first_tile) * parts.tile_rows;
@@ -142,10 +203,10 @@ __global__ void __launch_bounds__(kThreads)
                                     ((layer - saved.first_layer) * saved_rows + before + row) * T::kWidth;
     ProductSums<P> sums;
     if (layer < saved.first_layer) {
-      product.run(range.count, FirstLayerRows<T>(task, terms, channel), CopiedRows<P, P::kB>(grads, T::kWidth), sums);
+      product.run(range.count, FirstLayerRows<T>(task, terms, channel, space.vectors), CopiedRows<P, P::kB>(grads, T::kWidth), sums);
     } else if (layer >= backward.stored) {
       const uint32_t* const bits = saved.masks + task.hidden * (saved_rows * T::kWidth / 32);
-      product.run(range.count, GradientRows<T>(task, terms, bits, before + row, parts.tile_rows, channel),
+      product.run(range.count, GradientRows<T>(task, terms, bits, before + row, parts.tile_rows, channel, space.vectors),
                   CopiedRows<P, P::kB>(activations, T::kWidth), sums);
     } else {
       product.run(range.count, CopiedRows<P, P::kA>(grads + channel, T::kWidth),
@@ -164,7 +225,7 @@ const char* launch_weights(const DecodeTask& task, const DecodeVariant& variant,
   const auto run = [&](auto tile) {
     using T = decltype(tile);
     constexpr auto kKernel = decode_weights_kernel<T>;
-    constexpr int kBytes = sizeof(ProductSpace<WeightsTile<T>>);
+    constexpr int kBytes = sizeof(WeightsSpace<T>);
     static_assert(kBytes <= 99 << 10, "fits on every GPU");
     if (const char* error = allow_shared<kKernel>(kBytes)) return error;
     const auto items = static_cast<unsigned>(parts.parts * task.hidden * (T::kWidth / WeightsTile<T>::kA));

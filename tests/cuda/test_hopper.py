@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from liif_fast import ops
+from liif_fast.benchmark import peak_rates
 from tests.backends import KINDS, TABLE, hopper_emulated, set_device
 from tests.cuda.emulator import build
 from tests.cuda.test_ring import outcomes
@@ -22,7 +23,6 @@ from tests.ops.tolerances import LIMITS, assert_close, assert_decode_close, chec
 
 pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=build.why_not())
 BACKEND, BFLOAT16, FLOAT16 = TABLE["hopper-emulated"], KINDS[3], KINDS[6]
-TRAINS = TABLE["cuda-emulated"]  # the same ops, with the roundings of training
 PAPER = (256, 256, 256, 256)
 
 
@@ -90,6 +90,7 @@ TRAINED = [
     Case(2, 3, 5, 7, 70, (64, 256, 192), 4),
     Case(1, 3, 5, 7, 70, (256, 16, 32), 1, cell_decode=False),
     Case(2, 2, 4, 5, 70, (144,) * 5, 2, local_ensemble=False),
+    Case(1, 3, 5, 7, 70, (128, 16, 96, 80, 112, 128), 4),
 ]
 
 
@@ -98,8 +99,8 @@ TRAINED = [
 @pytest.mark.parametrize("case", [TRAINED[0], *map(proved, TRAINED[1:])], ids=str)
 def test_training(kernels, kind, case, mode):
     problem = make_problem(case, kind, mode)
-    found = run(problem, TRAINS)
-    assert_decode_close(problem, TRAINS, found)
+    found = run(problem, BACKEND)
+    assert_decode_close(problem, BACKEND, found)
     if mode == "grid":
         return
     # The gradients of coordinates and cells came from other kernels, and with them all others.
@@ -114,14 +115,14 @@ def test_training(kernels, kind, case, mode):
 @pytest.mark.parametrize("case", [proved(TRAINED[1]), TRAINED[0]], ids=str)
 def test_recomputing_and_repeating_change_no_bit(kernels, case, deterministic, monkeypatch):
     problem = make_problem(case, BFLOAT16, "grid")
-    kept = run(problem, TRAINS)
-    assert all(torch.equal(a, b) for a, b in zip(run(problem, TRAINS), kept, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(run(problem, TRAINS, recompute=True), kept, strict=True))
+    kept = run(problem, BACKEND)
+    assert all(torch.equal(a, b) for a, b in zip(run(problem, BACKEND), kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run(problem, BACKEND, recompute=True), kept, strict=True))
     torch.use_deterministic_algorithms(False)  # the fixture puts it back
     for size in (None, 128):
         if size:
             monkeypatch.setattr(import_module("liif_fast.ops.backends.cuda.decode"), "_CHUNK_ROWS", size)
-        assert_close(run(problem, TRAINS, recompute=bool(size)), kept, LIMITS[torch.bfloat16, "rounding"])
+        assert_close(run(problem, BACKEND, recompute=bool(size)), kept, LIMITS[torch.bfloat16, "rounding"])
 
 
 @pytest.mark.parametrize("kind", [BFLOAT16, FLOAT16], ids=lambda kind: kind.name)
@@ -151,6 +152,24 @@ def test_the_check_on_a_gpu_compares_with_float64(kernels, monkeypatch):
     monkeypatch.setattr(tolerances, "decode", lambda problem, name: decode(problem, name) * scale[name])
     (wrong,) = hopper.check(backend, cases[:1])
     assert wrong.startswith("bfloat16, points, Case(")
+
+
+@pytest.mark.prove
+def test_a_training_step_is_timed_next_to_the_original(kernels, monkeypatch, capsys):
+    """Every run once on the emulator, with the times of a clock that stands still; and the step for the sanitizers."""
+    seconds, steps = {"step": 0.5e-3, "original": 3e-3, "gemm": 2e-3}, []
+    wait = SimpleNamespace(
+        device=torch.device("cpu"),
+        warm_up=lambda candidate: steps.append((candidate.name, candidate.run())),
+        sample=lambda candidate, turn: candidate.samples.update({turn: seconds[candidate.name]}),
+    )
+    monkeypatch.setitem(peak_rates.GEMM_SIZE, "cpu", 64)
+    found = hopper.training_rate(wait, batch=1, side=3)
+    assert (found["step_milliseconds"], found["original_milliseconds"], found["speedup"]) == (0.5, 3, 6)
+    (_, ours), (_, theirs), _ = steps
+    assert len(ours) == 11 and all(norm_error(a, b) < 0.05 for a, b in zip(ours, theirs, strict=True))
+    hopper.run_sanitized("cpu", Case(queries=9, hidden=(256, 256)))
+    assert capsys.readouterr().out.strip() == hopper.sanitizer.FINISHED
 
 
 def test_the_log_of_clocks_covers_the_loop(tmp_path, monkeypatch):
@@ -316,19 +335,15 @@ NARROW_MISTAKES = {
 }
 
 # In what only training runs.
-PACK_RIGHT = "      pack_half<T>(right, bias + T::kHalf, quad, high);\n      if constexpr (T::kSaves) {\n"
-SAVE_RIGHT = "        save_half<T, 1>(saved, high);\n"
-FOURTH_GROUP = "      multiply_block<T, 3, true>(space, parity, empty, gives, high, right);\n"
+PACK_RIGHT = "      if (packs) pack_half<T>(right, bias + T::kHalf, quad, high);\n"
+SAVE_RIGHT = "      save_half<T, 1>(saved, high);\n"
+FOURTH_GROUP = "        multiply_block<T, 3, true>(space, parity, empty, gives, high, right);\n"
 PACK_GRADIENTS = "      if (layer > 0) pack_gradients<T, 0>(place(layer), bits, low, from_sums(left));\n"
-UNDER_FOURTH = f"{FOURTH_GROUP}      // Under the fourth group.\n{PACK_GRADIENTS}"
-FINISH_RIGHT = "    finish_first<T, 1>(task, backward, space, tile, bits, right);\n"
+FINISH_LEFT = "    finish_first<T, 0>(task, backward, space, tile, bits, left);\n"
 TAKEN = "    arrive(&space.taken[consumer]);\n"
 TRAINING_MISTAKES = {
     "saves the right half before it is packed": (
-        [
-            (CONSUMERS, f"{PACK_RIGHT}{SAVE_RIGHT}", f"{SAVE_RIGHT}{PACK_RIGHT}"),
-            (CONSUMERS, "      if (!T::kSaves && is_last) break;\n", "      if constexpr (T::kSaves)\n"),
-        ],
+        [(CONSUMERS, f"{PACK_RIGHT}{SAVE_RIGHT}", f"{SAVE_RIGHT}{PACK_RIGHT}")],
         "",
     ),
     "saves a lane's rows in each other's place": (
@@ -341,7 +356,7 @@ TRAINING_MISTAKES = {
     ),
     "saves the tile after the last one": ([(SAVING, "  if (!at.exists) return;\n", "")], ""),
     "packs gradients under their own group": (
-        [(BACKWARD, UNDER_FOURTH, f"{PACK_GRADIENTS}{FOURTH_GROUP}")],
+        [(BACKWARD, PACK_GRADIENTS, ""), (BACKWARD, FOURTH_GROUP, f"{PACK_GRADIENTS}{FOURTH_GROUP}")],
         "",
     ),
     "uses gradients before they are loaded": (
@@ -349,7 +364,7 @@ TRAINING_MISTAKES = {
         "",
     ),
     "gives rows back before they are read": (
-        [(BACKWARD, f"{FINISH_RIGHT}{TAKEN}", f"{TAKEN}{FINISH_RIGHT}")],
+        [(BACKWARD, TAKEN, ""), (BACKWARD, FINISH_LEFT, f"{TAKEN}{FINISH_LEFT}")],
         "",
     ),
     "sums the last layer's rows before gradients are loaded": (
@@ -358,8 +373,36 @@ TRAINING_MISTAKES = {
     ),
 }
 
+# With 128 channels and more layers than the ring has stages.
+NARROW_TRAINING_MISTAKES = {
+    "saves after it gives a bias back that its warp reads": (
+        [(CONSUMERS, "      __syncwarp();  // all lanes have read the layer's bias\n", "")],
+        "",
+    ),
+    "saves multiplying weights that are not copied": (
+        [(CONSUMERS, "      if (waits) wait_barrier(&space.full[stage], parities >> stage & 1);\n", "")],
+        "a product reads shared memory that a copy still fills",
+    ),
+    "saves the bits of another row's lane": ([(SAVING, "word * kParts + m % kParts", "word * kParts")], ""),
+    "packs gradients before their product is done": (
+        [
+            (CONSUMERS, f"{block}T::kBlockBytes, false>(a, d), wait_products<0>();",
+             f"{block}T::kBlockBytes, false>(a, d);")
+            for block in ("T, ", "2 * ", "3 * ")
+        ],
+        "",
+    ),
+    "gives a stage of gradients' weights back to itself": (
+        [(BACKWARD, "        if (gives) arrive_remote<0>(empty + stage * 8);\n", "")],
+        "",
+    ),
+}  # fmt: skip
+
 # As build.ring takes them.
 PARTS = {"256": {"hopper": 256}, "128": {"hopper": 128}, "training": {"hopper": 256, "trains": True}}
+PARTS["training-128"] = {"hopper": 128, "trains": True}
+PLANTED = {"256": MISTAKES, "128": NARROW_MISTAKES, "training": TRAINING_MISTAKES}
+PLANTED["training-128"] = NARROW_TRAINING_MISTAKES
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +420,7 @@ def sound(tmp_path_factory) -> dict[str, str]:
     ("part", "patches", "message"),
     [
         pytest.param(part, *mistake, id=name.replace(" ", "-"))
-        for part, mistakes in (("256", MISTAKES), ("128", NARROW_MISTAKES), ("training", TRAINING_MISTAKES))
+        for part, mistakes in PLANTED.items()
         for name, mistake in mistakes.items()
     ],
 )

@@ -146,13 +146,23 @@ __device__ __forceinline__ void add_columns(const GradientPlace<T>& at, int inde
 }
 
 // A layer's words of ReLU bits of a lane's two rows. Tiles after the last one have none.
-using ReluBits = uint32_t[4];
+using ReluBits = uint32_t[4];  // of 64 channels each
 template <class T>
 __device__ __forceinline__ void load_bits(const HopperTask& task, int layer, int tile, ReluBits& bits) {
-  const SavedLayer<T> first = first_saved_layer<T>(task, tile);
-  const uint32_t* const masks = first.masks + layer * task.saved.tiles * task.saved_tile_rows * T::kWidth / 32;
+  using Saved = SavedLayer<T>;
+  const Saved first = first_saved_layer<T>(task, tile);
+  const int64_t words = task.saved.tiles * task.saved_tile_rows * T::kWidth / 32;  // of a layer
+  const auto* const masks = first.masks + layer * words * Saved::kParts;
+  uint32_t parts[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) bits[i] = first.exists ? masks[i * kWarp] : 0;
+  for (int i = 0; i < 4; ++i) parts[i] = first.exists ? masks[i * Saved::kStride] : 0;
+  if constexpr (Saved::kParts == 1) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bits[i] = parts[i];
+  } else {
+    bits[0] = parts[0] | parts[1] << 16;
+    bits[1] = parts[2] | parts[3] << 16;
+  }
 }
 using Low = std::integral_constant<int, 0>;
 using High = std::integral_constant<int, 1>;
@@ -296,16 +306,16 @@ __device__ __forceinline__ void through_blend(HopperWorkspace<T>& space, int gro
   }
 }
 
-// One consumer.
+// One consumer. With 128 channels there is no `right` and no `high`.
 template <class T>
 __device__ __forceinline__ void propagate(const HopperTask& task, const BackwardArrays& backward,
                                           HopperWorkspace<T>& space) {
   const int consumer = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
   const uint32_t rank = threadIdx.x % kWarp;
-  const bool gives = rank < cluster_size();
+  const bool gives = !keeps_weights<T>(task) && rank < cluster_size();
   const uint32_t empty = remote_address(space.empty, gives ? rank : 0);
-  uint32_t parity = 0, buffer = 0;
-  bool has_before = false;
+  uint32_t parity = 0, buffer = 0;  // of the stages, which with 128 channels have a bit each; of `made`
+  [[maybe_unused]] bool has_before = false, waits = true;
 #pragma unroll 1
   for (int tile = static_cast<int>(blockIdx.x); cluster_has(task, tile); tile += static_cast<int>(gridDim.x)) {
     HalfSums left, right;
@@ -322,27 +332,40 @@ __device__ __forceinline__ void propagate(const HopperTask& task, const Backward
     const auto place = [&](int layer) { return GradientPlace<T>(task, backward, layer, tile); };
     pack_gradients<T, 0>(place(task.hidden), bits, low, from_blend(Low{}));
     add_bias<T, 0>(place(task.hidden), task.hidden, bits, from_blend(Low{}));
-    pack_gradients<T, 1>(place(task.hidden), bits, high, from_blend(High{}));
-    add_bias<T, 1>(place(task.hidden), task.hidden, bits, from_blend(High{}));
+    if constexpr (T::kHalves == 2) {
+      pack_gradients<T, 1>(place(task.hidden), bits, high, from_blend(High{}));
+      add_bias<T, 1>(place(task.hidden), task.hidden, bits, from_blend(High{}));
+    }
 #pragma unroll 1
     for (int layer = task.hidden - 1;; --layer) {
       load_bits<T>(task, layer, tile, bits);  // early: under products there are no registers for the addresses
-      multiply_block<T, 0, false>(space, parity, empty, gives && has_before, low, left);
-      multiply_block<T, 1, false>(space, parity, empty, gives, low, right);
-      multiply_block<T, 2, true>(space, parity, empty, gives, high, left);
-      multiply_block<T, 3, true>(space, parity, empty, gives, high, right);
+      if constexpr (T::kHalves == 2) {
+        multiply_block<T, 0, false>(space, parity, empty, gives && has_before, low, left);
+        multiply_block<T, 1, false>(space, parity, empty, gives, low, right);
+        multiply_block<T, 2, true>(space, parity, empty, gives, high, left);
+        multiply_block<T, 3, true>(space, parity, empty, gives, high, right);
+        has_before = true;
+        parity ^= 1;
+      } else {
+        const int stage = (task.hidden - 1 - layer) % T::kStages;
+        if (waits) wait_barrier(&space.full[stage], parity >> stage & 1);
+        multiply_layer<T>(stage, low, left);
+        if (gives) arrive_remote<0>(empty + stage * 8);
+        parity ^= 1u << stage;
+      }
       // Under the fourth group.
       if (layer > 0) pack_gradients<T, 0>(place(layer), bits, low, from_sums(left));
       wait_products<0>();
-      has_before = true;
-      parity ^= 1;
       if (layer == 0) break;
       add_bias<T, 0>(place(layer), layer, bits, from_sums(left));
-      pack_gradients<T, 1>(place(layer), bits, high, from_sums(right));
-      add_bias<T, 1>(place(layer), layer, bits, from_sums(right));
+      if constexpr (T::kHalves == 2) {
+        pack_gradients<T, 1>(place(layer), bits, high, from_sums(right));
+        add_bias<T, 1>(place(layer), layer, bits, from_sums(right));
+      }
     }
     finish_first<T, 0>(task, backward, space, tile, bits, left);
-    finish_first<T, 1>(task, backward, space, tile, bits, right);
+    if constexpr (T::kHalves == 2) finish_first<T, 1>(task, backward, space, tile, bits, right);
+    waits = !keeps_weights<T>(task);
     arrive(&space.taken[consumer]);
     buffer ^= 1;
   }

@@ -13,12 +13,12 @@
 
 namespace liif_fast {
 
-constexpr int kMaxFusedWidth = 256;  // of any layer but the last
-constexpr int kMaxFusedOuts = 16;    // of the last, see fused_outs
-constexpr int kWidthStep = 16;       // widths are multiples of it
-constexpr int kRowPadding = 128;     // a multiple of the rows of every variant that saves
-constexpr int kMaxTrainedOuts = 4;   // of the wgmma policies in training, with more than 128 channels
-constexpr int kHopperRowSums = 8;    // their warps that sum columns
+constexpr int kMaxFusedWidth = 256;                     // of any layer but the last
+constexpr int kMaxFusedOuts = 16;                       // of the last, see fused_outs
+constexpr int kWidthStep = 16;                          // widths are multiples of it
+constexpr int kRowPadding = 128;                        // a multiple of the rows of every variant that saves
+constexpr int kMaxTrainedOuts = 4;                      // of the wgmma policies in training
+constexpr int kHopperRowSums = 8;                       // their warps that sum columns
 constexpr int64_t kMaxWgmmaQueries = int64_t{1} << 30;  // of the batch
 
 // How products are made: the operands' dtype, on tensor cores (kFloat32: on CUDA cores). kWgmma...: by warpgroups, on
@@ -43,8 +43,8 @@ LIIF_HOST_DEVICE constexpr int operand_bytes(MmaPolicy policy) { return is_16_bi
 // -------------------------------------------------------------------------------------------------------------
 // variants Constant expressions, so that kernels, launchers and tests all read the same ones.
 
-// Which kernels run a problem on a device. With wgmma and 256 channels, rows are those of the tiles in which the
-// forward saves, since the kernels of points_policy read them as well.
+// Which kernels run a problem on a device. With wgmma, rows are those of the tiles in which the forward saves, since
+// the kernels of points_policy read them as well.
 struct DecodeVariant {
   MmaPolicy policy;
   int width;     // 64, 128 or 256; by wgmma 128 or 256

@@ -162,7 +162,6 @@ class Backend(NamedTuple):
     emulates: bool = False  # the CUDA sources on the CPU
     hopper: bool = False  # the Hopper kernel: only tests with the mark `hopper` run on it, in 16 bits
     has_tf32: bool = False  # follows torch's switch for TF32
-    has_atomics: bool = False  # adds gradients in no fixed order unless torch.use_deterministic_algorithms is on
     widest: int = 256  # layer of an imnet that runs in one kernel,
     most_outs: int = 1 << 20  # and its outputs; others run through PyTorch's own layers, or are refused
     rounds_biases: bool = False  # of hidden layers, as PyTorch does
@@ -182,9 +181,8 @@ class Backend(NamedTuple):
         return in_kernel or self.device != "cpu"
 
 
-_CUDA = {"op_backend": "cuda", "has_tf32": True, "has_atomics": True}
-_CUDA["chunks"] = ((f"{_MODULES}.cuda.decode", "_CHUNK_ROWS", 128),)
-_TRITON = {"op_backend": "triton", "has_tf32": True, "has_atomics": True, "most_outs": 1 << 20}
+_CUDA = {"op_backend": "cuda", "has_tf32": True, "chunks": ((f"{_MODULES}.cuda.decode", "_CHUNK_ROWS", 128),)}
+_TRITON = {"op_backend": "triton", "has_tf32": True, "most_outs": 1 << 20}
 _TRITON["rounds_edges"] = True
 _TRITON["chunks"] = tuple(
     (f"{_MODULES}.triton.{name}", f"{name.upper()}_CHUNK_BYTES", 20_000) for name in ("fused", "layerwise")
@@ -194,7 +192,9 @@ _ROWS = [
     Backend("torch", "torch", _reference, rounds_biases=True, most_queries=4000),
     *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ISAS),
     Backend("cuda-emulated", activate=emulated, emulates=True, every=6, every_proof=2, most_queries=40, **_CUDA),
-    Backend("hopper-emulated", "cuda", hopper_emulated, emulates=True, every=12, most_queries=70, hopper=True),
+    Backend(
+        "hopper-emulated", activate=hopper_emulated, emulates=True, every=12, most_queries=70, hopper=True, **_CUDA
+    ),
     Backend("triton-interpreted", activate=interpreted, every=60, every_proof=24, most_queries=9, **_TRITON),
     Backend("cuda", activate=_on_device("cuda"), device="cuda", **_CUDA),
     Backend("triton", activate=_on_device("triton"), device="cuda", **_TRITON),

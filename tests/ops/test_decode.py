@@ -91,6 +91,7 @@ def test_sixteen_bits_keep_the_documented_accuracy(backend, kind, trained, mode)
 @modes
 @pytest.mark.parametrize("deterministic", [True], indirect=True)
 @pytest.mark.kinds("float32", "tf32", "bfloat16", "float16")
+@pytest.mark.hopper
 def test_recomputing_and_repeating_change_no_bit(backend, kind, mode, deterministic, monkeypatch):
     case = SMALL._replace(height=3, width=4)
     problem = make_problem(case, kind, mode, backend.device)
@@ -296,6 +297,7 @@ def test_nan_in_nan_out_and_only_there(backend, kind, ensemble):
 
 
 @pytest.mark.kinds("float32", "autocast-bfloat16")
+@pytest.mark.hopper
 def test_nan_leaves_the_gradients_of_other_queries_alone(backend, kind):
     case = SMALL._replace(batch=1, queries=12)
     clean = make_problem(case, kind, device=backend.device)

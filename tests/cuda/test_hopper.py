@@ -337,7 +337,7 @@ NARROW_MISTAKES = {
 # In what only training runs.
 PACK_RIGHT = "      if (packs) pack_half<T>(right, bias + T::kHalf, quad, high);\n"
 SAVE_RIGHT = "      save_half<T, 1>(saved, high);\n"
-FOURTH_GROUP = "        multiply_block<T, 3, true>(space, parity, empty, gives, high, right);\n"
+FOURTH_GROUP = "        multiply_block<T, 3, true>(space, parity & 1, empty, gives, high, right);\n"
 PACK_GRADIENTS = "      if (layer > 0) pack_gradients<T, 0>(place(layer), bits, low, from_sums(left));\n"
 FINISH_LEFT = "    finish_first<T, 0>(task, backward, space, tile, bits, left);\n"
 TAKEN = "    arrive(&space.taken[consumer]);\n"
@@ -360,11 +360,19 @@ TRAINING_MISTAKES = {
         "",
     ),
     "uses gradients before they are loaded": (
-        [(BACKWARD, "    wait_barrier(&space.made[consumer], buffer);\n", "")],
+        [(BACKWARD, "    wait_barrier(&space.made[consumer], parity >> 4);\n", "")],
         "",
     ),
     "gives rows back before they are read": (
         [(BACKWARD, TAKEN, ""), (BACKWARD, FINISH_LEFT, f"{TAKEN}{FINISH_LEFT}")],
+        "",
+    ),
+    "adds columns before all rows are there": (
+        [(BACKWARD, "    __syncwarp();\n    float2 columns[5] = {};", "    float2 columns[5] = {};")],
+        "",
+    ),
+    "overwrites rows before their columns are added": (
+        [(BACKWARD, "pair * 64, sum);\n    __syncwarp();\n", "pair * 64, sum);\n")],
         "",
     ),
     "sums the last layer's rows before gradients are loaded": (
@@ -375,16 +383,16 @@ TRAINING_MISTAKES = {
 
 # With 128 channels and more layers than the ring has stages.
 NARROW_TRAINING_MISTAKES = {
-    "saves after it gives a bias back that its warp reads": (
+    "gives the layer's bias back while its warp reads it": (
         [(CONSUMERS, "      __syncwarp();  // all lanes have read the layer's bias\n", "")],
         "",
     ),
-    "saves multiplying weights that are not copied": (
+    "multiplies a stage that is not copied": (
         [(CONSUMERS, "      if (waits) wait_barrier(&space.full[stage], parities >> stage & 1);\n", "")],
         "a product reads shared memory that a copy still fills",
     ),
-    "saves the bits of another row's lane": ([(SAVING, "word * kParts + m % kParts", "word * kParts")], ""),
-    "packs gradients before their product is done": (
+    "saves bits in the other half of a word": ([(SAVING, "word * kParts + m % kParts", "word * kParts")], ""),
+    "packs a layer under its own products": (
         [
             (CONSUMERS, f"{block}T::kBlockBytes, false>(a, d), wait_products<0>();",
              f"{block}T::kBlockBytes, false>(a, d);")
@@ -392,7 +400,7 @@ NARROW_TRAINING_MISTAKES = {
         ],
         "",
     ),
-    "gives a stage of gradients' weights back to itself": (
+    "never gives a stage of the backward back": (
         [(BACKWARD, "        if (gives) arrive_remote<0>(empty + stage * 8);\n", "")],
         "",
     ),

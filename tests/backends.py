@@ -182,6 +182,7 @@ class Backend(NamedTuple):
 
 
 _CUDA = {"op_backend": "cuda", "has_tf32": True, "chunks": ((f"{_MODULES}.cuda.decode", "_CHUNK_ROWS", 128),)}
+_EMULATED = {**_CUDA, "emulates": True, "every_proof": 2, "most_queries": 40}
 _TRITON = {"op_backend": "triton", "has_tf32": True, "most_outs": 1 << 20}
 _TRITON["rounds_edges"] = True
 _TRITON["chunks"] = tuple(
@@ -191,10 +192,8 @@ _ROWS = [
     Backend("reference", "reference", _reference, every=3),
     Backend("torch", "torch", _reference, rounds_biases=True, most_queries=4000),
     *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ISAS),
-    Backend("cuda-emulated", activate=emulated, emulates=True, every=6, every_proof=2, most_queries=40, **_CUDA),
-    Backend(
-        "hopper-emulated", activate=hopper_emulated, emulates=True, every=12, most_queries=70, hopper=True, **_CUDA
-    ),
+    Backend("cuda-emulated", activate=emulated, every=6, **_EMULATED),
+    Backend("hopper-emulated", activate=hopper_emulated, hopper=True, every=12, **{**_EMULATED, "most_queries": 70}),
     Backend("triton-interpreted", activate=interpreted, every=60, every_proof=24, most_queries=9, **_TRITON),
     Backend("cuda", activate=_on_device("cuda"), device="cuda", **_CUDA),
     Backend("triton", activate=_on_device("triton"), device="cuda", **_TRITON),

@@ -13,12 +13,12 @@
 
 namespace liif_fast {
 
-constexpr int kMaxFusedWidth = 256;                     // of any layer but the last
-constexpr int kMaxFusedOuts = 16;                       // of the last, see fused_outs
-constexpr int kWidthStep = 16;                          // widths are multiples of it
-constexpr int kRowPadding = 128;                        // a multiple of the rows of every variant that saves
-constexpr int kMaxTrainedOuts = 4;                      // of the wgmma policies in training
-constexpr int kHopperRowSums = 8;                       // their warps that sum columns
+constexpr int kMaxFusedWidth = 256;  // of any layer but the last
+constexpr int kMaxFusedOuts = 16;    // of the last, see fused_outs
+constexpr int kWidthStep = 16;       // widths are multiples of it
+constexpr int kRowPadding = 128;     // a multiple of the rows of every variant that saves
+constexpr int kMaxTrainedOuts = 4;   // of the wgmma policies in training; more need registers that they lack
+constexpr int kHopperRowSums = 8;    // their warps that sum columns
 constexpr int64_t kMaxWgmmaQueries = int64_t{1} << 30;  // of the batch
 
 // How products are made: the operands' dtype, on tensor cores (kFloat32: on CUDA cores). kWgmma...: by warpgroups, on

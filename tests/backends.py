@@ -17,6 +17,7 @@ import torch
 
 from liif_fast.ops import backends
 from liif_fast.ops.backends import cuda, extension
+from liif_fast.ops.inputs import DecodeInputs
 from tests.cuda.emulator import build
 from tests.cuda.emulator.ops import Ops
 from tests.helpers import Case, reason_against
@@ -74,12 +75,19 @@ def emulated() -> Iterator[None]:
 
 @contextmanager
 def hopper_emulated() -> Iterator[None]:
-    """emulated(), whose inference runs the Hopper kernel, in clusters of two and with imnets that are narrow for it."""
-    hopper = import_module(f"{_MODULES}.cuda.hopper")
+    """emulated() with the Hopper kernel, in clusters of two. Imnets narrow for it are padded to 128 channels."""
+    module, hopper = (import_module(f"{_MODULES}.cuda.{name}") for name in ("decode", "hopper"))
+    padded_width = module._padded_width
+
+    def pad(inputs: DecodeInputs) -> int:
+        least = 0 if module._hopper_policy(inputs, trains=True) is None else 128
+        return max(padded_width(inputs), least)
+
     with emulated(), pytest.MonkeyPatch.context() as patch:
         set_device("sm_90-pair")
         patch.setattr(hopper, "against_device", lambda *_: "")
         patch.setattr(hopper, "_LEAST_WIDTH", 1)
+        patch.setattr(module, "_padded_width", pad)
         yield
 
 
@@ -152,9 +160,8 @@ class Backend(NamedTuple):
     every_proof: int = 1  # one of so many with `-m prove`, and the others with `-m exhaustive`
     most_queries: int = 1 << 20  # of a random case
     emulates: bool = False  # the CUDA sources on the CPU
-    infers: bool = False  # a kernel for inference in 16 bits: only tests with the mark `inference` run on it
+    hopper: bool = False  # the Hopper kernel: only tests with the mark `hopper` run on it, in 16 bits
     has_tf32: bool = False  # follows torch's switch for TF32
-    has_atomics: bool = False  # adds gradients in no fixed order unless torch.use_deterministic_algorithms is on
     widest: int = 256  # layer of an imnet that runs in one kernel,
     most_outs: int = 1 << 20  # and its outputs; others run through PyTorch's own layers, or are refused
     rounds_biases: bool = False  # of hidden layers, as PyTorch does
@@ -164,7 +171,7 @@ class Backend(NamedTuple):
     def reason_against(self, op: str, dtype: torch.dtype, case: Case | None = None) -> str:
         """Why the backend refuses an op, or a decode with this case's imnet; '' where it runs it."""
         widths = () if case is None else (*case.hidden, case.outs)
-        if self.infers and widths and (reason := cuda.hopper.against_imnet(widths, torch.float16, trains=False)):
+        if self.hopper and widths and (reason := cuda.hopper.against_imnet(widths, torch.float16, trains=False)):
             return reason
         return reason_against(self.op_backend, op, dtype, self.device, widths)
 
@@ -174,9 +181,9 @@ class Backend(NamedTuple):
         return in_kernel or self.device != "cpu"
 
 
-_CUDA = {"op_backend": "cuda", "has_tf32": True, "has_atomics": True}
-_CUDA["chunks"] = ((f"{_MODULES}.cuda.decode", "_CHUNK_ROWS", 128),)
-_TRITON = {"op_backend": "triton", "has_tf32": True, "has_atomics": True, "most_outs": 1 << 20}
+_CUDA = {"op_backend": "cuda", "has_tf32": True, "chunks": ((f"{_MODULES}.cuda.decode", "_CHUNK_ROWS", 128),)}
+_EMULATED = {**_CUDA, "emulates": True, "every_proof": 2, "most_queries": 40}
+_TRITON = {"op_backend": "triton", "has_tf32": True, "most_outs": 1 << 20}
 _TRITON["rounds_edges"] = True
 _TRITON["chunks"] = tuple(
     (f"{_MODULES}.triton.{name}", f"{name.upper()}_CHUNK_BYTES", 20_000) for name in ("fused", "layerwise")
@@ -185,8 +192,8 @@ _ROWS = [
     Backend("reference", "reference", _reference, every=3),
     Backend("torch", "torch", _reference, rounds_biases=True, most_queries=4000),
     *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ISAS),
-    Backend("cuda-emulated", activate=emulated, emulates=True, every=6, every_proof=2, most_queries=40, **_CUDA),
-    Backend("hopper-emulated", "cuda", hopper_emulated, emulates=True, every=12, most_queries=70, infers=True),
+    Backend("cuda-emulated", activate=emulated, every=6, **_EMULATED),
+    Backend("hopper-emulated", activate=hopper_emulated, hopper=True, every=12, **{**_EMULATED, "most_queries": 70}),
     Backend("triton-interpreted", activate=interpreted, every=60, every_proof=24, most_queries=9, **_TRITON),
     Backend("cuda", activate=_on_device("cuda"), device="cuda", **_CUDA),
     Backend("triton", activate=_on_device("triton"), device="cuda", **_TRITON),

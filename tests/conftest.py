@@ -39,8 +39,8 @@ def pytest_generate_tests(metafunc):
     rows = backends.selected(metafunc.config.getoption("--backend"))
     if not metafunc.definition.get_closest_marker("with_reference"):
         rows = [row for row in rows if row.name != "reference"]
-    if not metafunc.definition.get_closest_marker("inference"):
-        rows = [row for row in rows if not row.infers]
+    if not metafunc.definition.get_closest_marker("hopper"):
+        rows = [row for row in rows if not row.hopper]
     if metafunc.definition.get_closest_marker("one_isa"):
         rows = [row for row in rows if row.op_backend != "cpu" or row.name == "cpu-portable"] or rows
     if "kind" not in metafunc.fixturenames:
@@ -49,7 +49,7 @@ def pytest_generate_tests(metafunc):
     wanted = metafunc.definition.get_closest_marker("kinds")
     kinds = [kind for kind in backends.KINDS if wanted is None or kind.name in wanted.args]
     pairs = [(row, kind) for row in rows for kind in kinds if row.has_tf32 or not kind.tf32]
-    pairs = [(row, kind) for row, kind in pairs if kind.narrow or not row.infers]
+    pairs = [(row, kind) for row, kind in pairs if kind.narrow or not row.hopper]
     metafunc.parametrize(("backend", "kind"), pairs, ids=lambda either: either.name, indirect=True)
 
 

@@ -19,6 +19,7 @@ constexpr uint32_t kSharedBase = 0x400;
 __device__ __forceinline__ int reread_thread() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  __builtin_assume(thread >= 0);  // quotients are shifts
   return thread;
 }
 __device__ __forceinline__ int reread_grid() {
@@ -147,6 +148,13 @@ __device__ __forceinline__ uint32_t above_zero(uint32_t word, __half) {
   uint32_t bits;
   asm("set.gtu.u32.f16x2 %0, %1, %2;" : "=r"(bits) : "r"(word), "r"(0));
   return bits;
+}
+
+// Four bytes that `selector` names, as prmt does: a digit above 7 is that byte's sign in all bits.
+__device__ __forceinline__ uint32_t spread_signs(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t word;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(low), "r"(high), "r"(selector));
+  return word;
 }
 
 // pack() of two values after ReLU, which keeps NaN. Volatile: the compiler would move it to the word's use, after the

@@ -4,8 +4,6 @@
 namespace liif_fast {
 
 template __global__ void decode_hopper_kernel<HopperTile<__nv_bfloat16, 4, 3, 3>>(const __grid_constant__ HopperTask);
-template __global__ void decode_hopper_kernel<HopperTile<__nv_bfloat16, 4, 4, 0>>(const __grid_constant__ HopperTask);
-template __global__ void decode_hopper_kernel<HopperTile<__half, 1, 4, 0>>(const __grid_constant__ HopperTask);
 template __global__ void decode_hopper_kernel<HopperTile<__half, 4, 4, 0, 128>>(const __grid_constant__ HopperTask);
 template __global__ void decode_hopper_kernel<HopperTile<__nv_bfloat16, 1, 4, 0, 128>>(
     const __grid_constant__ HopperTask);
@@ -13,6 +11,14 @@ template __global__ void decode_hopper_kernel<HopperSavingTile<HopperTile<__nv_b
     const __grid_constant__ HopperTask);
 template __global__ void decode_hopper_kernel<HopperSavingTile<HopperTile<__half, 1, 4, 0>>>(
     const __grid_constant__ HopperTask);
+template __global__ void decode_hopper_kernel<HopperSavingTile<HopperTile<__half, 4, 4, 0, 128>>>(
+    const __grid_constant__ HopperTask);
+template __global__ void decode_hopper_kernel<HopperSavingTile<HopperTile<__nv_bfloat16, 1, 4, 0, 128>>>(
+    const __grid_constant__ HopperTask);
+template __global__ void decode_hopper_backward_kernel<HopperSavingTile<HopperTile<__half, 4, 4, 0, 128>>>(
+    const __grid_constant__ HopperTask, const __grid_constant__ BackwardArrays);
+template __global__ void decode_hopper_backward_kernel<HopperSavingTile<HopperTile<__nv_bfloat16, 1, 4, 0, 128>>>(
+    const __grid_constant__ HopperTask, const __grid_constant__ BackwardArrays);
 template __global__ void decode_hopper_backward_kernel<HopperSavingTile<HopperTile<__nv_bfloat16, 4, 4, 0>>>(
     const __grid_constant__ HopperTask, const __grid_constant__ BackwardArrays);
 template __global__ void decode_hopper_backward_kernel<HopperSavingTile<HopperTile<__half, 1, 4, 0>>>(

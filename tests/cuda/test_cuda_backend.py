@@ -118,7 +118,7 @@ def test_gpu_and_driver_must_run_the_extensions_code(gpu_here, monkeypatch, capa
 
 
 def test_the_first_backend_comes_from_the_table(gpu_here, monkeypatch):
-    """On 9.0, for 16-bit inference: cuda where it has a Hopper kernel, Triton elsewhere."""
+    """On 9.0, for 16 bits: cuda where it has a Hopper kernel. Elsewhere Triton for inference, no row for training."""
     request = backends.OpRequest("decode", "cuda", torch.float32, (64, 256, 3), queries=1 << 20)
     narrow = request._replace(matmul_dtype=torch.bfloat16)
     expected = {
@@ -133,6 +133,9 @@ def test_the_first_backend_comes_from_the_table(gpu_here, monkeypatch):
     }
     monkeypatch.setattr(backends, "_TRITON_PROBLEM", "")
     assert {each: backends.choose(each) for each in expected} == expected
+    for width, has_row in ((128, True), (64, False)):
+        row = backends.preference(narrow._replace(trains=True, widths=(64, width, 3)))
+        assert bool(row and row.hopper and row.training) == has_row
     monkeypatch.setattr(hopper, "ENABLED", False)
     assert backends.choose(narrow) == "triton"
     assert backends.against_hopper(narrow) == "LIIF_FAST_HOPPER=0 leaves the Hopper kernel out"
@@ -164,7 +167,9 @@ def test_rows_of_the_table_name_backends_and_sources(monkeypatch):
     for row in preferences.TABLE:
         assert row.first in ("cuda", "triton") and row.least <= row.most
         assert row.source.startswith(("modeled for ", "measured on "))
-    small = preferences.TABLE[1]._replace(queries=(1, 4096), first="cuda")
+        assert not row.hopper or row.source.endswith("not yet run on a GPU")
+    triton = next(row for row in preferences.TABLE if row.first == "triton")
+    small = triton._replace(queries=(1, 4096), first="cuda")
     monkeypatch.setattr(preferences, "TABLE", (small, *preferences.TABLE))
     work = ((9, 0), "decode", torch.float16, False)
     assert [preferences.find(*work, queries).first for queries in (4096, 4097, None)] == ["cuda", "triton", "triton"]
@@ -197,10 +202,6 @@ def test_cuda_refuses_with_a_reason(gpu_here, device, dtype, widths, message):
 
 
 HOPPER_REFUSALS = {
-    "trained width": (
-        {"trains": True, "widths": (64, 128, 3)},
-        "trains with a widest layer of more than 128 channels, not 128",
-    ),
     "trained outputs": ({"trains": True, "widths": (256, 256, 5)}, "trains with at most 4 outputs, not 5"),
     "float32": ({"matmul_dtype": torch.float32}, "multiplies float16 or bfloat16, not torch.float32"),
     "one layer in training": (

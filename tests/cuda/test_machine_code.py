@@ -29,14 +29,20 @@ KERNELS = {
 }
 HOPPER_KERNELS = {
     "paper": r"decode_hopper_kernel.*bfloat16Li4ELi3ELi3E",
-    "any layers": r"decode_hopper_kernelINS_10HopperTileI13__nv_bfloat16Li4ELi4ELi0ELi256E",
-    "any layers, one corner": r"decode_hopper_kernelINS_10HopperTileI6__halfLi1ELi4ELi0ELi256E",
-    "128 channels": r"decode_hopper_kernel.*halfLi4ELi4ELi0ELi128E",
-    "128 channels, one corner": r"decode_hopper_kernel.*bfloat16Li1ELi4ELi0ELi128E",
-    "training": r"decode_hopper_kernelINS_16HopperSaving.*bfloat16Li4ELi4ELi0E",
-    "training, one corner": r"decode_hopper_kernelINS_16HopperSaving.*halfLi1ELi4ELi0E",
-    "backward": r"decode_hopper_backward_kernel.*bfloat16Li4ELi4ELi0E",
-    "backward, one corner": r"decode_hopper_backward_kernel.*halfLi1ELi4ELi0E",
+    "128 channels": r"decode_hopper_kernelINS_10HopperTileI6__halfLi4ELi4ELi0ELi128E",
+    "128 channels, one corner": r"decode_hopper_kernelINS_10HopperTileI13__nv_bfloat16Li1ELi4ELi0ELi128E",
+    **{
+        f"{name}, {width} channels{', one corner' if corners == '1' else ''}": (
+            rf"decode_hopper_{kernel}INS_16HopperSaving.*{element}Li{corners}ELi4ELi0ELi{width}E"
+        )
+        for name, kernel in (("training", "kernel"), ("backward", "backward_kernel"))
+        for width, corners, element in (
+            ("256", "4", "bfloat16"),
+            ("256", "1", "half"),
+            ("128", "4", "half"),
+            ("128", "1", "bfloat16"),
+        )
+    },
 }
 SM_90A = ("-arch=compute_90a", "-code=sm_90a")
 NOTES = re.compile(r"\(C7\d+\)[^\n]*")  # ptxas's, where it serializes products

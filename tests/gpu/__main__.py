@@ -20,10 +20,10 @@ from tests.gpu import report
 
 BUDGET_S = 470.0
 SHARES = {
-    "hopper-kernel": 0.16,
+    "hopper-kernel": 0.2,
     "hopper-probes": 0.06,
     "check": 0.1,
-    "tests": 0.39,
+    "tests": 0.35,
     "benchmarks": 0.23,
     "cycles": 0.06,
 }  # of the budget; seconds left over go to the next steps

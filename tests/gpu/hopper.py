@@ -1,4 +1,4 @@
-"""The Hopper kernel in the first minute of a GPU: 20 decodes against float64, its rate next to cuBLAS's, sanitizers.
+"""The Hopper kernel in the first minutes of a GPU: 20 decodes and their gradients against float64, rates, sanitizers.
 
 `python -m tests.gpu.hopper` prints JSON. It ends with status 1 where a decode is wrong or the kernel does not run.
 """
@@ -11,7 +11,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +21,13 @@ from liif_fast import ops
 from liif_fast.benchmark.cuda_timing import CudaClock
 from liif_fast.benchmark.peak_rates import gemm
 from liif_fast.benchmark.problem import random_problem
-from liif_fast.benchmark.timing import Candidate, interleave
+from liif_fast.benchmark.runs import Run, original_training, training
+from liif_fast.benchmark.timing import Candidate, Clock, PeakRate, interleave
 from liif_fast.ops import backends, first_use
 from tests.backends import KINDS, TABLE, Backend, Kind
 from tests.gpu import sanitizer
 from tests.helpers import Case
-from tests.ops.decoding import decode, make_problem
+from tests.ops.decoding import decode, gradients, make_problem
 from tests.ops.tolerances import check_decode
 
 PAPER, ROUNDS, SANITIZER_S = (256, 256, 256, 256), 20, 40
@@ -58,13 +60,15 @@ def check(backend: Backend, cases: Sequence[tuple[Kind, Case, str]] = CASES) -> 
     return wrong
 
 
-def run_sanitized() -> None:
-    """A decode of several tiles for every block, for racecheck and synccheck."""
-    kind, case, mode = CASES[2]
-    problem = make_problem(case, kind, mode, "cuda", grad=False)
-    with torch.no_grad():
-        decode(problem, "cuda")
-    torch.cuda.synchronize()
+def run_sanitized(device: str = "cuda", case: Case = SHAPES[1]) -> None:
+    """Decodes of several tiles for every block and their gradients, for racecheck and synccheck."""
+    for hidden in (case.hidden, (128, 128)):
+        problem = make_problem(case._replace(hidden=hidden), KINDS[3], "fixed", device)
+        with torch.no_grad():
+            decode(problem, "cuda")
+        gradients(decode(problem, "cuda"), problem.leaves)
+    if device == "cuda":
+        torch.cuda.synchronize()
     print(sanitizer.FINISHED, flush=True)
 
 
@@ -94,9 +98,43 @@ def watch(run: Callable[[], Any], seconds: float = 0.5) -> dict[str, float]:
     return {**found, "lowest clocks.sm": min(columns[0]), "samples": len(numbers)}
 
 
-def rate() -> dict[str, Any]:
+def time_in_turns(clock: Clock, runs: Mapping[str, Run]) -> tuple[list[Candidate], PeakRate, float]:
+    """The runs, and cuBLAS in the same rounds with its rate in TFLOP/s."""
+    candidates = [Candidate(name, run) for name, run in runs.items()]
+    for candidate in candidates:
+        clock.warm_up(candidate)
+    cublas = gemm(clock, "bfloat16")
+    interleave(clock, candidates, ROUNDS, [cublas])
+    for candidate in candidates:
+        if candidate.error:
+            raise RuntimeError(f"{candidate.name}: {candidate.error}")
+        candidate.seconds = statistics.median(candidate.samples.values())
+    return candidates, cublas, statistics.median(cublas.rates.values()) * 1e-12
+
+
+def training_rate(clock: Clock, batch: int = 16, side: int = 48) -> dict[str, Any]:
+    """Of the paper's training step of the decoder, next to the original in PyTorch with autocast; both in bfloat16."""
+    problem = random_problem((side, side), queries=side**2, batch=batch, device=clock.device)
+    runs = {
+        "step": training(problem, "bfloat16", query=partial(ops.query, backend="cuda")),
+        "original": original_training(problem, "bfloat16"),
+    }
+    (step, plain), _, library = time_in_turns(clock, runs)
+    reached = 3 * 2.0 * batch * side**2 * 4 * 3 * 256**2 / step.seconds * 1e-12  # forward, gradients of both operands
+    return {
+        "step_milliseconds": round(step.seconds * 1e3, 4),
+        "original_milliseconds": round(plain.seconds * 1e3, 4),
+        "speedup": round(plain.seconds / step.seconds, 2),
+        "tflop_per_second": round(reached, 1),
+        "cublas_tflop_per_second": round(library, 1),
+        "of_cublas": round(reached / library, 4),
+        "target": {"step_milliseconds": 0.62, "speedup": 5},
+    }
+
+
+def rate(clock: Clock) -> dict[str, Any]:
     """Of 1024x1024 pixels from a 256x256 map, in bfloat16: the decode alone, the products of hidden layers counted."""
-    device, size = torch.device("cuda"), (1024, 1024)
+    device, size = clock.device, (1024, 1024)
     feat, _, _, weights, biases = random_problem((256, 256), out_size=size, device=device).to(torch.bfloat16)
     with torch.no_grad():
         latent_map = ops.fold(feat, weights[0])
@@ -105,17 +143,10 @@ def rate() -> dict[str, Any]:
         with torch.no_grad():
             return ops.render(feat, size, weights, biases, latent_map=latent_map, backend="cuda")
 
-    clock, candidate = CudaClock(), Candidate("decode", run)
-    clock.warm_up(candidate)
-    cublas = gemm(clock, "bfloat16")
-    interleave(clock, [candidate], ROUNDS, [cublas])
-    if candidate.error:
-        raise RuntimeError(candidate.error)
-    seconds = statistics.median(candidate.samples.values())
-    reached = 2.0 * size[0] * size[1] * 4 * 3 * 256**2 / seconds * 1e-12
-    library = statistics.median(cublas.rates.values()) * 1e-12
+    (candidate,), cublas, library = time_in_turns(clock, {"decode": run})
+    reached = 2.0 * size[0] * size[1] * 4 * 3 * 256**2 / candidate.seconds * 1e-12
     return {
-        "milliseconds": round(seconds * 1e3, 4),
+        "milliseconds": round(candidate.seconds * 1e3, 4),
         "tflop_per_second": round(reached, 1),
         "cublas_tflop_per_second": round(library, 1),
         "of_cublas": round(reached / library, 4),
@@ -132,7 +163,9 @@ def main() -> None:
     if reason := backends.against_hopper(backends.OpRequest("decode", "cuda", torch.bfloat16, (*PAPER, 3))):
         sys.exit(reason)
     wrong = check(BACKEND)
-    print(json.dumps({"cases": len(CASES), "wrong": wrong, **({} if wrong else rate())}, indent=1), flush=True)
+    clock = CudaClock()
+    rates = {} if wrong else {"inference": rate(clock), "training": training_rate(clock)}
+    print(json.dumps({"cases": len(CASES), "wrong": wrong, **rates}, indent=1), flush=True)
     for tool in () if wrong or sanitizer.find() is None else ("racecheck", "synccheck"):
         reasons, summary = sanitizer.run(tool, ["tests.gpu.hopper", "--sanitized"], SANITIZER_S)
         print(json.dumps({tool: summary, "wrong": reasons}, indent=1), flush=True)

@@ -13,7 +13,7 @@ from tests.backends import Backend, Kind
 from tests.helpers import Case, random_problem
 from tests.ops.rounded_model import Rounding, rounded_query
 
-MODES = ("points", "grid")
+MODES = ("points", "grid")  # and "fixed": points without gradients
 
 
 class Problem(NamedTuple):

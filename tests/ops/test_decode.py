@@ -29,14 +29,14 @@ def flag_name(flags) -> str:
 @modes
 @pytest.mark.parametrize("shape", SHAPES)
 @every_kind
-@pytest.mark.inference
+@pytest.mark.hopper
 def test_every_shape(backend, kind, shape, mode):
     check_decode(backend, kind, SHAPES[shape], mode)
 
 
 @modes
 @pytest.mark.parametrize("flags", FLAGS, ids=flag_name)
-@pytest.mark.inference
+@pytest.mark.hopper
 def test_every_flag(backend, kind, flags, mode):
     check_decode(backend, kind, Case(2, 3, 5, 7, 30, (32, 16), 3, *flags), mode)
 
@@ -44,7 +44,7 @@ def test_every_flag(backend, kind, flags, mode):
 @pytest.mark.prove
 @pytest.mark.parametrize("seed", range(6))
 @every_kind
-@pytest.mark.inference
+@pytest.mark.hopper
 def test_random_cases(backend, kind, seed):
     generator = torch.Generator().manual_seed(seed)
 
@@ -71,13 +71,11 @@ def test_the_rounded_model_without_rounding_is_the_reference(flags):
 @modes
 @pytest.mark.parametrize("trained", [True, False], ids=["training", "inference"])
 @pytest.mark.kinds("autocast-bfloat16", "autocast-float16")
-@pytest.mark.inference
+@pytest.mark.hopper
 def test_sixteen_bits_keep_the_documented_accuracy(backend, kind, trained, mode):
     """In dB, with weights that keep the size of signals through four layers, as in the paper's decoder."""
     case = SHAPES["paper-width"]._replace(queries=16)
     require(backend, kind, case)
-    if trained and backend.infers:
-        pytest.skip("this kernel is for inference")
     problem = make_problem(case, kind, mode, backend.device, grad=trained)
     with torch.no_grad():
         for weight in problem.weights:
@@ -93,6 +91,7 @@ def test_sixteen_bits_keep_the_documented_accuracy(backend, kind, trained, mode)
 @modes
 @pytest.mark.parametrize("deterministic", [True], indirect=True)
 @pytest.mark.kinds("float32", "tf32", "bfloat16", "float16")
+@pytest.mark.hopper
 def test_recomputing_and_repeating_change_no_bit(backend, kind, mode, deterministic, monkeypatch):
     case = SMALL._replace(height=3, width=4)
     problem = make_problem(case, kind, mode, backend.device)
@@ -256,7 +255,7 @@ def test_an_empty_window_or_batch(backend, kind, hidden, recompute):
 
 @pytest.mark.parametrize("ensemble", [True, False], ids=["ensemble", "nearest"])
 @two_kinds
-@pytest.mark.inference
+@pytest.mark.hopper
 def test_render_is_query_at_the_centers(backend, kind, ensemble):
     case = SMALL._replace(local_ensemble=ensemble, queries=20)
     problem = make_problem(case, kind, "grid", backend.device, grad=False)
@@ -272,7 +271,7 @@ def test_render_is_query_at_the_centers(backend, kind, ensemble):
 
 @pytest.mark.parametrize("ensemble", [True, False], ids=["ensemble", "nearest"])
 @every_kind
-@pytest.mark.inference
+@pytest.mark.hopper
 def test_nan_in_nan_out_and_only_there(backend, kind, ensemble):
     case = SMALL._replace(batch=1, local_ensemble=ensemble, queries=12)
     require(backend, kind, case)
@@ -298,6 +297,7 @@ def test_nan_in_nan_out_and_only_there(backend, kind, ensemble):
 
 
 @pytest.mark.kinds("float32", "autocast-bfloat16")
+@pytest.mark.hopper
 def test_nan_leaves_the_gradients_of_other_queries_alone(backend, kind):
     case = SMALL._replace(batch=1, queries=12)
     clean = make_problem(case, kind, device=backend.device)
@@ -321,7 +321,7 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @two_kinds
-@pytest.mark.inference
+@pytest.mark.hopper
 def test_inputs_may_have_any_strides_and_are_not_changed(backend, kind):
     case = SMALL._replace(channels=4)
     problem = make_problem(case, kind, device=backend.device, grad=False)
@@ -341,7 +341,7 @@ def test_inputs_may_have_any_strides_and_are_not_changed(backend, kind):
 
 @modes
 @every_kind
-@pytest.mark.inference
+@pytest.mark.hopper
 def test_a_precomputed_latent_map(backend, kind, mode):
     """In the operands' dtype or wider, at any address; in training its gradient is that of its own decode."""
     require(backend, kind, SMALL)
@@ -365,7 +365,7 @@ def test_a_precomputed_latent_map(backend, kind, mode):
 
 
 @every_kind
-@pytest.mark.inference
+@pytest.mark.hopper
 def test_few_queries_on_a_large_map_gather_instead_of_folding(backend, kind):
     case = Case(height=20, width=25, queries=9, hidden=(16, 16))
     require(backend, kind, case)

@@ -109,7 +109,7 @@ def test_equals_the_reference_forward_and_backward(backend, name, mode, term):
 SOURCES = ((1.25, 2.5, 3.3, 2.75), (-2.0, -1.5, 5.0, 13.7), (9.0, 4.0, 2.0, 20.0), (0, 0, 8, 9))
 
 
-@pytest.mark.inference
+@pytest.mark.hopper
 @pytest.mark.one_isa
 @pytest.mark.parametrize("size", [(11, 14), (24, 27)])  # of the latter, pixels lie on latents and between two
 def test_every_pixel_of_a_source_window_reads_its_own_latent(backend, size):

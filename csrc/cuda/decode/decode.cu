@@ -162,8 +162,8 @@ DecodeVariant choose_variant(MmaPolicy policy, int width, int64_t total_rows, co
   DeviceLimits limits = {};
   const cudaError_t status = device_limits(limits);
   *error = status == cudaSuccess ? nullptr : cudaGetErrorString(status);
-  if (is_wgmma(policy) && width <= 128) return {policy, 128, 256, 0, 0};  // as HopperTile
-  const int bytes = operand_bytes(policy), padded = padded_width(width), large = large_rows(bytes);
+  const int bytes = operand_bytes(policy), large = large_rows(bytes);
+  const int padded = is_wgmma(policy) && width < 128 ? 128 : padded_width(width);
   const bool is_small_problem = (total_rows + large - 1) / large < 2 * limits.processors;
   const bool small = padded == 256 &&
                      (is_small_problem || has_small_tiles_only(limits.arch) || limits.block_bytes < kLargeSharedBytes);
@@ -277,7 +277,7 @@ const char* launch_wgmma(const DecodeTask& task, const DecodeVariant& variant, c
   hopper.columns = Divisor::of(task.coord ? 1 : task.window_width);
   hopper.entry_queries = Divisor::of(task.queries);
   hopper.padded_width = variant.width;
-  const int64_t rows_of_tile = variant.width == 128 ? variant.rows : kRowPadding;
+  const int64_t rows_of_tile = variant.width == 128 && !saved.masks ? 256 : kRowPadding;  // as HopperTile
   hopper.first_tile = task.first_tile * variant.rows / rows_of_tile;
   hopper.tiles = (task.tiles * variant.rows + rows_of_tile - 1) / rows_of_tile;
   hopper.saved = saved;

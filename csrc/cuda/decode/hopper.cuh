@@ -16,8 +16,8 @@
 // and `right` its `high` under the next layer's first. So one group is always under way. Between tiles the last layer
 // takes the place of the packing.
 //
-// With 128 channels a layer is one block of weights, and the halves are rows: `left` and `right` are the sums of a
-// consumer's rows 0-63 and 64-127. Up to four layers stay in the ring.
+// With 128 channels a layer is one block of weights, and in inference the halves are rows: `left` and `right` are the
+// sums of a consumer's rows 0-63 and 64-127. In training a consumer has one half. Up to four layers stay in the ring.
 //
 // The order of channels is that of tile.cuh: a lane holds eight consecutive channels of a group of 32. A row's corner
 // is 2 * (bit 2 of the row) + (bit 3), so that one lane and the one 16 lanes away hold a query's four corners.
@@ -96,6 +96,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) decode_hopper_kernel(const __g
           consume<T>(task, space);
         else if constexpr (T::kHalvesRows)
           consume_rows<T>(task, space);
+        else if constexpr (T::kWidth == T::kHalf)
+          consume_and_save<T>(task, space);
         else
           consume_layers<T>(task, space);
       });
@@ -162,29 +164,34 @@ const char* launch_backward_tile(const HopperTask& task, const BackwardArrays& b
   return launch_kernel<T, decode_hopper_backward_kernel<T>>(stream, task, backward);
 }
 
+// f(tile) with the tile that saves.
+template <class Element, class F>
+const char* with_saving_tile(const HopperTask& task, const F& f) {
+  if (task.padded_width == 128)
+    return task.corners == 4 ? f(HopperSavingTile<HopperTile<Element, 4, 4, 0, 128>>{})
+                             : f(HopperSavingTile<HopperTile<Element, 1, 4, 0, 128>>{});
+  return task.corners == 4 ? f(HopperSavingTile<HopperTile<Element, 4, 4, 0>>{})
+                           : f(HopperSavingTile<HopperTile<Element, 1, 4, 0>>{});
+}
+
 // The paper's decoder has a kernel of its own: with three layers and three outputs, both constants.
 template <MmaPolicy kPolicy>
 const char* launch_hopper(const HopperTask& task, void* stream) {
   using Element = std::conditional_t<is_float16(kPolicy), __half, __nv_bfloat16>;
-  if (task.saved.masks && (task.padded_width == 128 || task.outs > kMaxTrainedOuts))
-    return "the wgmma kernels train with a widest layer of more than 128 channels, and with up to 4 outputs";
-  if (task.saved.masks)
-    return task.corners == 4 ? launch_tile<HopperSavingTile<HopperTile<Element, 4, 4, 0>>>(task, stream)
-                             : launch_tile<HopperSavingTile<HopperTile<Element, 1, 4, 0>>>(task, stream);
-  if (task.padded_width == 128)
+  if (task.saved.masks && task.outs > kMaxTrainedOuts) return "the wgmma kernels train with up to 4 outputs";
+  if (!task.saved.masks && task.padded_width == 128)
     return task.corners == 4 ? launch_tile<HopperTile<Element, 4, 4, 0, 128>>(task, stream)
                              : launch_tile<HopperTile<Element, 1, 4, 0, 128>>(task, stream);
-  if (task.corners != 4) return launch_tile<HopperTile<Element, 1, 4, 0>>(task, stream);
-  if (task.hidden == 3 && task.outs <= 3) return launch_tile<HopperTile<Element, 4, 3, 3>>(task, stream);
-  return launch_tile<HopperTile<Element, 4, 4, 0>>(task, stream);
+  if (!task.saved.masks && task.corners == 4 && task.hidden == 3 && task.outs <= 3)
+    return launch_tile<HopperTile<Element, 4, 3, 3>>(task, stream);
+  return with_saving_tile<Element>(task, [&](auto tile) { return launch_tile<decltype(tile)>(task, stream); });
 }
 
 template <MmaPolicy kPolicy>
 const char* launch_hopper_backward(const HopperTask& task, const BackwardArrays& backward, void* stream) {
   using Element = std::conditional_t<is_float16(kPolicy), __half, __nv_bfloat16>;
-  return task.corners == 4
-             ? launch_backward_tile<HopperSavingTile<HopperTile<Element, 4, 4, 0>>>(task, backward, stream)
-             : launch_backward_tile<HopperSavingTile<HopperTile<Element, 1, 4, 0>>>(task, backward, stream);
+  return with_saving_tile<Element>(
+      task, [&](auto tile) { return launch_backward_tile<decltype(tile)>(task, backward, stream); });
 }
 
 }  // namespace liif_fast

@@ -25,6 +25,23 @@ __device__ __forceinline__ RowGradients* row_gradients(HopperWorkspace<T>& space
   return reinterpret_cast<RowGradients*>(space.first[consumer]);
 }
 
+// Where a warp of a consumer turns 64 channels of up to 16 rows around, after these: a lane stores channels of its
+// rows, and adds rows of its channels. With this pitch neither has bank conflicts.
+constexpr int kTurnPitch = 68;
+template <class T>
+__device__ __forceinline__ float* turned_rows(HopperWorkspace<T>& space) {
+  constexpr int kBytes = T::kConsumerRows * static_cast<int>(sizeof(RowGradients)), kFloats = 16 * kTurnPitch;
+  static_assert(sizeof(space.first[0]) >= kBytes + kFloats * 4 * kWarpgroup / kWarp, "fits");
+  const int warp = reread_thread() / kWarp - kWarpgroup / kWarp;
+  unsigned char* const first = reinterpret_cast<unsigned char*>(space.first[warp / 4]);
+  return reinterpret_cast<float*>(first + kBytes) + warp % 4 * kFloats;
+}
+__device__ __forceinline__ void store_turned(float* buffer, int row, int channel, const float (&v)[8]) {
+  float4* const to = reinterpret_cast<float4*>(buffer + row * kTurnPitch + channel);
+  to[0] = make_float4(v[0], v[1], v[2], v[3]);
+  to[1] = make_float4(v[4], v[5], v[6], v[7]);
+}
+
 // Gradients of the last layer's rows, of four channels.
 using LastRows = float[kMaxTrainedOuts][4];
 
@@ -66,6 +83,7 @@ __device__ __forceinline__ void load_gradients(const HopperTask& task, const Bac
     for (int o = 0; o < kMaxTrainedOuts; ++o)
       if (o < task.outs) grads[o] = from[o * task.out_channel];
     weight = space.weight[0][consumer][row];
+    if (!task.cell) space.rel_cell[consumer][row] = {task.rel_cell[0], task.rel_cell[1]};
   } else {
     space.rows[consumer][row].rel_row = space.rows[consumer][row].rel_col = 0.0f;
     space.rel_cell[consumer][row] = {0.0f, 0.0f};
@@ -111,8 +129,8 @@ __device__ __forceinline__ void make_gradients(const HopperTask& task, const Bac
           make_float4(sums[o][0], sums[o][1], sums[o][2], sums[o][3]);
 }
 
-// Where a lane's gradients of a layer go: its channels of its upper row, and of its warp's sums. Computed where it is
-// used: there are no registers to keep it.
+// Where a lane's gradients of a layer go: its channels of its upper row, and its two channels of the warp's sums.
+// Computed where it is used: there are no registers to keep it.
 template <class T>
 struct GradientPlace {
   typename T::Element* rows;
@@ -126,50 +144,48 @@ struct GradientPlace {
         ((layer - 1) * task.tiles + tile) * T::kRows + saved_row<T>(thread / kWarpgroup - 1, lane_row(thread));
     rows = static_cast<typename T::Element*>(backward.rows) + row * T::kWidth + first;
     const int part = static_cast<int>(blockIdx.x) * kHopperRowSums + thread / kWarp - kWarpgroup / kWarp;
-    sums = backward.sums + static_cast<int64_t>(part) * sum_count(task.hidden, task.outs) * T::kWidth + first;
+    sums =
+        backward.sums + static_cast<int64_t>(part) * sum_count(task.hidden, task.outs) * T::kWidth + thread % kWarp * 2;
   }
 };
 
-// Sums over a warp's rows, and adds them to column sums number `index`. As add_column_sums: one channel is left to each
-// lane. No other warp adds to it, so that sums repeat bit for bit, and no lane waits for the memory.
-template <class T>
-__device__ __forceinline__ void add_columns(const GradientPlace<T>& at, int index, int channel, float (&v)[8]) {
-#pragma unroll
-  for (int count = 4, lanes = 16; count >= 1; count /= 2, lanes /= 2) {
-    const bool upper = threadIdx.x & lanes;
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const float other = __shfl_xor_sync(kAllLanes, upper ? v[i] : v[i + count], lanes);
-      v[i] = (upper ? v[i + count] : v[i]) + other;
-    }
-    channel += upper ? count : 0;
-  }
-  atomicAdd(&at.sums[index * T::kWidth + channel], v[0]);
+// Adds a lane's two columns to its sums. No other warp adds to them, so that sums repeat bit for bit, and no lane waits
+// for the memory.
+__device__ __forceinline__ void add_columns(float* to, float2 sum) {
+  atomicAdd(to, sum.x);
+  atomicAdd(to + 1, sum.y);
 }
 
 // A layer's words of ReLU bits of a lane's two rows. Tiles after the last one have none.
-using ReluBits = uint32_t[4];
+using ReluBits = uint32_t[4];  // of 64 channels each
 template <class T>
 __device__ __forceinline__ void load_bits(const HopperTask& task, int layer, int tile, ReluBits& bits) {
-  const SavedLayer<T> first = first_saved_layer<T>(task, tile);
-  const uint32_t* const masks = first.masks + layer * task.saved.tiles * task.saved_tile_rows * T::kWidth / 32;
+  using Saved = SavedLayer<T>;
+  const Saved first = first_saved_layer<T>(task, tile);
+  const int64_t words = task.saved.tiles * task.saved_tile_rows * T::kWidth / 32;  // of a layer
+  const auto* const masks = first.masks + layer * words * Saved::kParts;
+  uint32_t parts[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) bits[i] = first.exists ? masks[i * kWarp] : 0;
+  for (int i = 0; i < 4; ++i) parts[i] = first.exists ? masks[i * Saved::kStride] : 0;
+  if constexpr (Saved::kParts == 1) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bits[i] = parts[i];
+  } else {
+    bits[0] = parts[0] | parts[1] << 16;
+    bits[1] = parts[2] | parts[3] << 16;
+  }
 }
 using Low = std::integral_constant<int, 0>;
 using High = std::integral_constant<int, 1>;
 
-// All bits of a word like its bit `at`. Selects would need more predicates than there are.
-__device__ __forceinline__ uint32_t spread_bit(uint32_t word, int at) {
-  return static_cast<uint32_t>(static_cast<int32_t>(word << (31 - at)) >> 31);
+// The ReLU bits of a row's eight channels, number `part` of a word, as masks: of the packed channels 2 * i and 2 * i +
+// 1, and of one channel. Selects would need more predicates than there are.
+__device__ __forceinline__ uint32_t mask_pair(uint32_t bits, int part, int i) {
+  return spread_signs(bits << (7 - 2 * i), bits << (6 - 2 * i), 0x1100 * (12 + part) + 0x11 * (8 + part));
 }
-// Of group `group` of a half.
-__device__ __forceinline__ void mask_group(uint32_t word, int group, GroupRows& v) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      v[half][i] = bits_float(float_bits(v[half][i]) & spread_bit(word, group % 2 * 16 + half * 8 + i));
+__device__ __forceinline__ float mask_channel(uint32_t bits, int part, int i, float value) {
+  const uint32_t shifted = bits << (7 - i);
+  return bits_float(float_bits(value) & spread_signs(shifted, shifted, 0x1111 * (8 + part)));
 }
 __device__ __forceinline__ void get_group(const HalfSums& sums, int group, GroupRows& v) {
 #pragma unroll
@@ -188,13 +204,13 @@ __device__ __forceinline__ void pack_gradients(const GradientPlace<T>& at, const
   for (int group = 0; group < 4; ++group) {
     GroupRows v;
     values(group, v);
-    mask_group(bits[kHalf * 2 + group / 2], group, v);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32_t words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        words[i] = pack_in_order(v[half][2 * i], v[half][2 * i + 1], Element{});
+        words[i] = pack_in_order(v[half][2 * i], v[half][2 * i + 1], Element{}) &
+                   mask_pair(bits[kHalf * 2 + group / 2], group % 2 * 2 + half, i);
         to[2 * group + i / 2][i % 2 * 2 + half] = words[i];
       }
       if (at.stores)
@@ -204,72 +220,100 @@ __device__ __forceinline__ void pack_gradients(const GradientPlace<T>& at, const
   }
 }
 
-// The same, added to the sums of the layer's bias.
-template <class T, int kHalf, class Values>
-__device__ __forceinline__ void add_bias(const GradientPlace<T>& at, int layer, const ReluBits& bits,
-                                         const Values& values) {
+// The same, as they were stored, added to the sums of the layer's bias.
+template <class T, int kHalf>
+__device__ __forceinline__ void add_bias(const GradientPlace<T>& at, int layer, HopperWorkspace<T>& space,
+                                         const HalfOperands& from) {
+  const int lane = reread_thread() % kWarp;
+  float* const buffer = turned_rows<T>(space);
 #pragma unroll
-  for (int group = 0; group < 4; ++group) {
-    GroupRows v;
-    values(group, v);
-    mask_group(bits[kHalf * 2 + group / 2], group, v);
+  for (int pair = 0; pair < 2; ++pair) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[0][i] += v[1][i];
-    add_columns<T>(at, layer, kHalf * T::kHalf + group * 32, v[0]);
-    __syncwarp();  // the compiler must not begin the next group's, for which there are no registers
+    for (int side = 0; side < 2; ++side) {
+      float v[8];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t* const words = from[4 * pair + 2 * side + i / 2] + i % 2 * 2;
+        const float2 first = unpack(words[0], typename T::Element{}), second = unpack(words[1], typename T::Element{});
+        v[2 * i] = first.x + second.x;
+        v[2 * i + 1] = first.y + second.y;
+      }
+      store_turned(buffer, lane / 4, side * 32 + lane % 4 * 8, v);
+    }
+    __syncwarp();
+    float2 sum = {0.0f, 0.0f};
+#pragma unroll
+    for (int row = 0; row < 8; ++row) {
+      const float2 one = *reinterpret_cast<const float2*>(buffer + row * kTurnPitch + 2 * lane);
+      sum.x += one.x, sum.y += one.y;
+    }
+    add_columns(at.sums + layer * T::kWidth + kHalf * T::kHalf + pair * 64, sum);
+    __syncwarp();
   }
 }
 
 // The first layer's masked gradients of a half: added to the latents, and times the geometry to its columns.
 template <class T, int kHalf>
 __device__ __forceinline__ void finish_first(const HopperTask& task, const BackwardArrays& backward,
-                                             const HopperWorkspace<T>& space, int tile, const ReluBits& bits,
+                                             HopperWorkspace<T>& space, int tile, const ReluBits& bits,
                                              const HalfSums& sums) {
-  const int thread = reread_thread(), consumer = thread / kWarpgroup - 1;
+  const int thread = reread_thread(), consumer = thread / kWarpgroup - 1, lane = thread % kWarp;
   const GradientPlace<T> at(task, backward, 1, tile);
   if (!at.exists) return;
+  float* const buffer = turned_rows<T>(space);
 #pragma unroll
-  for (int group = 0; group < 4; ++group) {
-    const int channel = kHalf * T::kHalf + group * 32 + thread % 4 * 8;
-    GroupRows v;
-    get_group(sums, group, v);
-    mask_group(bits[kHalf * 2 + group / 2], group, v);
+  for (int pair = 0; pair < 2; ++pair) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = lane_row(thread) + half * 8;
-      const bool exists = row_query<T>(tile + first_tile<T>(task), consumer, row) < task.total;
-      float* to = nullptr;
-      if (!backward.latent_map)
-        to = backward.latent_rows +
-             (static_cast<int64_t>(tile) * T::kRows + saved_row<T>(consumer, lane_row(thread)) + half * 8) * T::kWidth +
-             channel;
-      else if (exists && channel < task.width)
-        to = backward.latent_map + space.rows[consumer][row].offset + channel;
-#pragma unroll
-      for (int i = 0; i < 8; i += 4) {
-        const float4 four = make_float4(v[half][i], v[half][i + 1], v[half][i + 2], v[half][i + 3]);
-        if (!backward.latent_map)
-          *reinterpret_cast<float4*>(to + i) = four;
-        else if (to)
-          reduce_add(to + i, four);
-      }
-    }
-#pragma unroll 1
-    for (int term = -1; term < (task.has_cell ? 4 : 2); ++term) {  // the bias, rel_row, rel_col, and the cell's two
-      float factor[2] = {1.0f, 1.0f}, column[8];
+    for (int group = 2 * pair; group < 2 * pair + 2; ++group) {
+      const int channel = kHalf * T::kHalf + group * 32 + thread % 4 * 8;
+      GroupRows v;
+      get_group(sums, group, v);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = lane_row(thread) + half * 8;
-        const CornerRow& seen = space.rows[consumer][row];
-        if (term == 0) factor[half] = seen.rel_row;
-        if (term == 1) factor[half] = seen.rel_col;
-        if (term == 2) factor[half] = task.cell ? space.rel_cell[consumer][row].x : task.rel_cell[0];
-        if (term == 3) factor[half] = task.cell ? space.rel_cell[consumer][row].y : task.rel_cell[1];
-      }
+        const bool exists = row_query<T>(tile + first_tile<T>(task), consumer, row) < task.total;
+        float* to = nullptr;
+        if (!backward.latent_map)
+          to = backward.latent_rows +
+               (static_cast<int64_t>(tile) * T::kRows + saved_row<T>(consumer, lane_row(thread)) + half * 8) *
+                   T::kWidth +
+               channel;
+        else if (exists && channel < task.width)
+          to = backward.latent_map + space.rows[consumer][row].offset + channel;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) column[i] = fmaf(factor[1], v[1][i], factor[0] * v[0][i]);
-      add_columns<T>(at, term < 0 ? 0 : task.hidden + 1 + term, kHalf * T::kHalf + group * 32, column);
+        for (int i = 0; i < 8; ++i)
+          v[half][i] = mask_channel(bits[kHalf * 2 + pair], group % 2 * 2 + half, i, v[half][i]);
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) {
+          const float4 four = make_float4(v[half][i], v[half][i + 1], v[half][i + 2], v[half][i + 3]);
+          if (!backward.latent_map)
+            *reinterpret_cast<float4*>(to + i) = four;
+          else if (to)
+            reduce_add(to + i, four);
+        }
+        store_turned(buffer, lane / 4 + half * 8, group % 2 * 32 + lane % 4 * 8, v[half]);
+      }
     }
+    __syncwarp();
+    float2 columns[5] = {};  // of the bias, rel_row, rel_col, and the cell's two
+#pragma unroll 4
+    for (int row = 0; row < 16; ++row) {
+      const float2 one = *reinterpret_cast<const float2*>(buffer + row * kTurnPitch + 2 * lane);
+      const CornerRow& seen = space.rows[consumer][thread % kWarpgroup / kWarp * 16 + row];
+      const float2 cell = space.rel_cell[consumer][thread % kWarpgroup / kWarp * 16 + row];
+      const float factors[5] = {1.0f, seen.rel_row, seen.rel_col, cell.x, cell.y};
+#pragma unroll
+      for (int term = 0; term < 5; ++term) {
+        columns[term].x = fmaf(factors[term], one.x, columns[term].x);
+        columns[term].y = fmaf(factors[term], one.y, columns[term].y);
+      }
+    }
+    float* const to = at.sums + kHalf * T::kHalf + pair * 64;
+    add_columns(to, columns[0]);
+#pragma unroll
+    for (int term = 1; term < 5; ++term)
+      if (term < 3 || task.has_cell) add_columns(to + (task.hidden + term) * T::kWidth, columns[term]);
+    __syncwarp();
   }
 }
 
@@ -298,23 +342,23 @@ __device__ __forceinline__ void through_blend(HopperWorkspace<T>& space, int gro
   }
 }
 
-// One consumer.
+// One consumer. With 128 channels there is no `right` and no `high`.
 template <class T>
 __device__ __forceinline__ void propagate(const HopperTask& task, const BackwardArrays& backward,
                                           HopperWorkspace<T>& space) {
   const int consumer = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
   const uint32_t rank = threadIdx.x % kWarp;
-  const bool gives = rank < cluster_size();
+  const bool gives = !keeps_weights<T>(task) && rank < cluster_size();
   const uint32_t empty = remote_address(space.empty, gives ? rank : 0);
-  uint32_t parity = 0, buffer = 0;
-  bool has_before = false;
+  uint32_t parity = 0;  // of the stages, which with 128 channels have a bit each; bit 4 of `made`: in one register
+  [[maybe_unused]] bool waits = true;
 #pragma unroll 1
   for (int tile = static_cast<int>(blockIdx.x); cluster_has(task, tile); tile += static_cast<int>(gridDim.x)) {
     HalfSums left, right;
     HalfOperands low, high;
     ReluBits bits;
     load_bits<T>(task, task.hidden, tile, bits);
-    wait_barrier(&space.made[consumer], buffer);
+    wait_barrier(&space.made[consumer], parity >> 4);
     const auto from_blend = [&](auto half) {
       return [&](int group, GroupRows& v) { through_blend<T, decltype(half)::value>(space, group, v); };
     };
@@ -323,30 +367,43 @@ __device__ __forceinline__ void propagate(const HopperTask& task, const Backward
     };
     const auto place = [&](int layer) { return GradientPlace<T>(task, backward, layer, tile); };
     pack_gradients<T, 0>(place(task.hidden), bits, low, from_blend(Low{}));
-    add_bias<T, 0>(place(task.hidden), task.hidden, bits, from_blend(Low{}));
-    pack_gradients<T, 1>(place(task.hidden), bits, high, from_blend(High{}));
-    add_bias<T, 1>(place(task.hidden), task.hidden, bits, from_blend(High{}));
+    add_bias<T, 0>(place(task.hidden), task.hidden, space, low);
+    if constexpr (T::kHalves == 2) {
+      pack_gradients<T, 1>(place(task.hidden), bits, high, from_blend(High{}));
+      add_bias<T, 1>(place(task.hidden), task.hidden, space, high);
+    }
 #pragma unroll 1
     for (int layer = task.hidden - 1;; --layer) {
       load_bits<T>(task, layer, tile, bits);  // early: under products there are no registers for the addresses
-      multiply_block<T, 0, false>(space, parity, empty, gives && has_before, low, left);
-      multiply_block<T, 1, false>(space, parity, empty, gives, low, right);
-      multiply_block<T, 2, true>(space, parity, empty, gives, high, left);
-      multiply_block<T, 3, true>(space, parity, empty, gives, high, right);
+      if constexpr (T::kHalves == 2) {
+        multiply_block<T, 0, false>(space, parity & 1, empty, false, low, left);
+        multiply_block<T, 1, false>(space, parity & 1, empty, gives, low, right);
+        multiply_block<T, 2, true>(space, parity & 1, empty, gives, high, left);
+        multiply_block<T, 3, true>(space, parity & 1, empty, gives, high, right);
+        parity ^= 1;
+      } else {
+        const int stage = (task.hidden - 1 - layer) % T::kStages;
+        if (waits) wait_barrier(&space.full[stage], parity >> stage & 1);
+        multiply_layer<T>(stage, low, left);
+        if (gives) arrive_remote<0>(empty + stage * 8);
+        parity ^= 1u << stage;
+      }
       // Under the fourth group.
       if (layer > 0) pack_gradients<T, 0>(place(layer), bits, low, from_sums(left));
       wait_products<0>();
-      has_before = true;
-      parity ^= 1;
+      if (T::kHalves == 2 && gives) arrive_remote<(T::kStages - 1) * 8>(empty);
       if (layer == 0) break;
-      add_bias<T, 0>(place(layer), layer, bits, from_sums(left));
-      pack_gradients<T, 1>(place(layer), bits, high, from_sums(right));
-      add_bias<T, 1>(place(layer), layer, bits, from_sums(right));
+      add_bias<T, 0>(place(layer), layer, space, low);
+      if constexpr (T::kHalves == 2) {
+        pack_gradients<T, 1>(place(layer), bits, high, from_sums(right));
+        add_bias<T, 1>(place(layer), layer, space, high);
+      }
     }
     finish_first<T, 0>(task, backward, space, tile, bits, left);
-    finish_first<T, 1>(task, backward, space, tile, bits, right);
+    if constexpr (T::kHalves == 2) finish_first<T, 1>(task, backward, space, tile, bits, right);
+    waits = !keeps_weights<T>(task);
     arrive(&space.taken[consumer]);
-    buffer ^= 1;
+    parity ^= 16;
   }
 }
 

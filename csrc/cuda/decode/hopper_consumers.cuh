@@ -107,7 +107,7 @@ template <class T, class Add>
 __device__ __forceinline__ void decode_outputs(const HopperTask& task, const HopperWorkspace<T>& space, int tile,
                                                int row, const Add& add) {
 #pragma unroll 1
-  for (int first = 0; first < (T::kSaves ? T::kOuts : task.outs); first += T::kOuts) {
+  for (int first = 0; first < task.outs; first += T::kOuts) {
     LastSums<T> sums = {};
     add(space.last[first], sums);
     write_queries<T>(task, space, tile, sums, row, first);
@@ -141,8 +141,8 @@ __device__ __forceinline__ void multiply_block(HopperWorkspace<T>& space, uint32
   if (gives) arrive_remote<(kStage + T::kStages - 1) % T::kStages * 8>(empty);
 }
 
-// One consumer, where the number of layers is not known: drained after every layer, whose products the other consumer's
-// cover. With groups under way around this loop ptxas serializes them (C7512).
+// One consumer of 256 channels, where the number of layers is not known: drained after every layer, whose products the
+// other consumer's cover. With groups under way around this loop ptxas serializes them (C7512).
 template <class T>
 __device__ __forceinline__ void consume_layers(const HopperTask& task, HopperWorkspace<T>& space) {
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, quad = thread % 4;
@@ -161,12 +161,9 @@ __device__ __forceinline__ void consume_layers(const HopperTask& task, HopperWor
     load_half<T>(first, thread, low);
     load_half<T>(first + T::kSteps, thread, high);
     arrive(&space.taken[consumer]);
-    [[maybe_unused]] SavedLayer<T> saved;
-    if constexpr (T::kSaves) {
-      saved = first_saved_layer<T>(task, tile);
-      save_half<T, 0>(saved, low);
-      save_half<T, 1>(saved, high);
-    }
+    SavedLayer<T> saved = first_saved_layer<T>(task, tile);
+    save_half<T, 0>(saved, low);
+    save_half<T, 1>(saved, high);
     const float* const bias = space.biases[T::kStages - 1];  // came with the fourth block
 #pragma unroll 1
     for (int layer = 1;; ++layer) {
@@ -174,39 +171,83 @@ __device__ __forceinline__ void consume_layers(const HopperTask& task, HopperWor
       multiply_block<T, 1, false>(space, parity, empty, gives, low, right);
       multiply_block<T, 2, true>(space, parity, empty, gives, high, left);
       multiply_block<T, 3, true>(space, parity, empty, gives, high, right);
-      const bool is_last = layer == task.hidden;
+      const bool is_last = layer == task.hidden, packs = !is_last || saved.exists;
       // Under the fourth group.
-      if (T::kSaves || !is_last) pack_half<T>(left, bias, quad, low);
-      if constexpr (T::kSaves) {
-        next_saved_layer<T>(task, layer, saved);
-        save_half<T, 0>(saved, low);
-      }
+      if (packs) pack_half<T>(left, bias, quad, low);
+      next_saved_layer<T>(task, layer, saved);
+      save_half<T, 0>(saved, low);
       wait_products<0>();
       has_before = true;
       parity ^= 1;
-      if (!T::kSaves && is_last) break;
-      pack_half<T>(right, bias + T::kHalf, quad, high);
-      if constexpr (T::kSaves) {
-        save_half<T, 1>(saved, high);
-        if (is_last) break;
-      }
+      if (packs) pack_half<T>(right, bias + T::kHalf, quad, high);
+      save_half<T, 1>(saved, high);
+      if (is_last) break;
     }
-    if (!T::kSaves || task.out)
+    const float *const last_bias = space.biases[T::kStages], *const weight = lane_weight<T>(space, buffer);
+    if (task.out)
       decode_outputs<T>(task, space, tile, 0, [&](const float* last, LastSums<T>& sums) {
-        const float* const weight = lane_weight<T>(space, buffer);
-        add_last_layer<T>(left, space.biases[T::kStages], last, quad, weight, sums);
-        add_last_layer<T>(right, space.biases[T::kStages] + T::kHalf, last + T::kHalf, quad, weight, sums);
+        add_last_layer<T>(left, last_bias, last, quad, weight, sums);
+        add_last_layer<T>(right, last_bias + T::kHalf, last + T::kHalf, quad, weight, sums);
       });
-    if constexpr (T::kSaves) {
-      const float* const weight = lane_weight<T>(space, buffer);
-      save_blended<T, 0>(task, tile, left, space.biases[T::kStages], weight);
-      save_blended<T, 1>(task, tile, right, space.biases[T::kStages] + T::kHalf, weight);
-    }
+    save_blended<T, 0>(task, tile, left, last_bias, weight);
+    save_blended<T, 1>(task, tile, right, last_bias + T::kHalf, weight);
     buffer ^= 1;
   }
 }
 
-// A layer of 128 channels: the same weights for both halves of the rows.
+// A layer of 128 channels and 64 rows in training. The other consumer's products cover what follows. In a descriptor
+// the stage is a constant.
+template <class T>
+__device__ __forceinline__ void multiply_layer(int stage, const HalfOperands& a, HalfSums& d) {
+  if (stage == 0) multiply_group<T, 0, false>(a, d), wait_products<0>();
+  if (stage == 1) multiply_group<T, T::kBlockBytes, false>(a, d), wait_products<0>();
+  if (stage == 2) multiply_group<T, 2 * T::kBlockBytes, false>(a, d), wait_products<0>();
+  if (stage == 3) multiply_group<T, 3 * T::kBlockBytes, false>(a, d), wait_products<0>();
+}
+
+// One consumer of 128 channels in training.
+template <class T>
+__device__ __forceinline__ void consume_and_save(const HopperTask& task, HopperWorkspace<T>& space) {
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, quad = thread % 4;
+  const int consumer = static_cast<int>(threadIdx.x) / kWarpgroup - 1;
+  const uint32_t rank = static_cast<uint32_t>(thread % kWarp);
+  const bool gives = !keeps_weights<T>(task) && rank < cluster_size();
+  const uint32_t empty = remote_address(space.empty, gives ? rank : 0);
+  uint32_t parities = 0, buffer = 0;  // of the stages; of `made`
+  bool waits = true;
+#pragma unroll 1
+  for (int tile = static_cast<int>(blockIdx.x); cluster_has(task, tile); tile += static_cast<int>(gridDim.x)) {
+    HalfSums sums;
+    HalfOperands a;
+    wait_barrier(&space.made[consumer], buffer);
+    load_half<T>(space.first[consumer], thread, a);
+    arrive(&space.taken[consumer]);
+    SavedLayer<T> saved = first_saved_layer<T>(task, tile);
+    save_half<T, 0>(saved, a);
+#pragma unroll 1
+    for (int layer = 1; layer <= task.hidden; ++layer) {
+      const int stage = (layer - 1) % T::kStages;
+      if (waits) wait_barrier(&space.full[stage], parities >> stage & 1);
+      multiply_layer<T>(stage, a, sums);
+      pack_half<T>(sums, space.biases[stage], quad, a);
+      __syncwarp();  // all lanes have read the layer's bias
+      if (gives) arrive_remote<0>(empty + stage * 8);
+      parities ^= 1u << stage;
+      next_saved_layer<T>(task, layer, saved);
+      save_half<T, 0>(saved, a);
+    }
+    waits = !keeps_weights<T>(task);
+    const float *const bias = space.biases[T::kStages], *const weight = lane_weight<T>(space, buffer);
+    if (task.out)
+      decode_outputs<T>(task, space, tile, 0, [&](const float* last, LastSums<T>& to) {
+        add_last_layer<T>(sums, bias, last, quad, weight, to);
+      });
+    save_blended<T, 0>(task, tile, sums, bias, weight);
+    buffer ^= 1;
+  }
+}
+
+// A layer of 128 channels in inference: the same weights for both halves of the rows.
 template <class T, int kStage>
 __device__ __forceinline__ void multiply_rows(HopperWorkspace<T>& space, bool is_last, int quad, HalfOperands& low,
                                               HalfOperands& high, HalfSums& left, HalfSums& right) {
@@ -219,7 +260,7 @@ __device__ __forceinline__ void multiply_rows(HopperWorkspace<T>& space, bool is
   if (!is_last) pack_half<T>(right, bias, quad, high);
 }
 
-// One consumer of 128 channels. The other consumer's products cover the packing of `right`.
+// One consumer of 128 channels in inference. The other consumer's products cover the packing of `right`.
 template <class T>
 __device__ __forceinline__ void consume_rows(const HopperTask& task, HopperWorkspace<T>& space) {
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, quad = thread % 4;

@@ -1,7 +1,7 @@
 // What the Hopper decode saves for a backward, in the places where the kernels of tile.cuh save it: their backward
 // reads it. Every layer's operands go from registers to memory in 16-byte pieces, eight channels of a row each. A lane
-// holds two rows, which are eight apart in the saved arrays as well, and all bits of a word of ReLU bits: those of 64
-// channels of both rows.
+// holds two rows, which are eight apart in the saved arrays as well. It holds all bits of a word of ReLU bits: those of
+// 64 channels of both rows. In layers of 128 channels, it holds half of a word: 32 channels of both rows.
 #pragma once
 
 #include "cuda/decode/hopper_tile.cuh"
@@ -12,8 +12,10 @@ namespace liif_fast {
 // bits. Tiles after the last one have none, and the backward does not read every layer's activations.
 template <class T>
 struct SavedLayer {
+  using Bits = std::conditional_t<T::kWidth == 256, uint32_t, uint16_t>;  // of a lane's group, or two
+  static constexpr int kParts = 4 / sizeof(Bits), kStride = kParts * kWarp;
   typename T::Element* rows;
-  uint32_t* masks;
+  Bits* masks;
   bool exists, has_rows;
 };
 
@@ -32,18 +34,20 @@ __device__ __forceinline__ SavedLayer<T> first_saved_layer(const HopperTask& tas
   const int thread = reread_thread(), row = saved_row<T>(thread / kWarpgroup - 1, lane_row(thread));
   const int team_rows = task.saved_tile_rows / 2;
   const int team = row / team_rows, m = (row - team * team_rows) / 16, teams = T::kRows / team_rows;
-  const int words = team_rows / 16;  // of a thread
+  const int words = team_rows / 16;  // of a thread: one for each m16 tile, or half
   const int64_t at = task.saved_tile + tile, first = at * teams / 2 + team / 2;
+  constexpr int kParts = SavedLayer<T>::kParts;  // m16 tiles of a word
+  const int64_t word = (first * words + m) / kParts * kThreads + team % 2 * 128 + row % 8 * 4 + thread % 4;
   return {static_cast<typename T::Element*>(task.saved.rows) + (at * T::kRows + row) * T::kWidth + thread % 4 * 8,
-          task.saved.masks + (first * words + m) * kThreads + team % 2 * 128 + row % 8 * 4 + thread % 4,
-          tile < static_cast<int>(task.tiles), task.saved.first_layer == 0};
+          reinterpret_cast<typename SavedLayer<T>::Bits*>(task.saved.masks) + word * kParts + m % kParts,
+          task.saved.masks && tile < static_cast<int>(task.tiles), task.saved.first_layer == 0};
 }
 
 // The next layer's, which has number `layer`.
 template <class T>
 __device__ __forceinline__ void next_saved_layer(const HopperTask& task, int layer, SavedLayer<T>& at) {
   const int64_t rows = task.saved.tiles * task.saved_tile_rows;
-  at.masks += rows * T::kWidth / 32;
+  at.masks += rows * T::kWidth / 32 * SavedLayer<T>::kParts;
   at.rows += layer > task.saved.first_layer ? rows * T::kWidth : 0;
   at.has_rows = layer < task.hidden || task.saved.last_layer;
 }
@@ -70,8 +74,14 @@ __device__ __forceinline__ void save_half(const SavedLayer<T>& at, const HalfOpe
         for (int i = 0; i < 4; ++i)
           bits[group] |= above_zero(word[i], typename T::Element{}) & 0x00020001u << (8 * half + 2 * i);
       }
-    const uint32_t lower = bits[0] | bits[0] >> 16, upper = bits[1] | bits[1] >> 16;
-    at.masks[(kHalf * 2 + pair) * kWarp] = (lower & 0xffffu) | upper << 16;
+    const uint32_t lower = (bits[0] | bits[0] >> 16) & 0xffffu, upper = bits[1] | bits[1] >> 16;
+    auto* const to = at.masks + (kHalf * 2 + pair) * SavedLayer<T>::kParts * SavedLayer<T>::kStride;
+    if constexpr (T::kWidth == 256) {
+      *to = lower | upper << 16;
+    } else {
+      to[0] = static_cast<uint16_t>(lower);
+      to[SavedLayer<T>::kStride] = static_cast<uint16_t>(upper);
+    }
   }
 }
 
@@ -81,7 +91,7 @@ template <class T, int kHalf>
 __device__ __forceinline__ void save_blended(const HopperTask& task, int tile, const HalfSums& hidden,
                                              const float* bias, const float* weight) {
   using Element = typename T::Element;
-  if (tile >= static_cast<int>(task.tiles)) return;
+  if (!task.saved.masks || tile >= static_cast<int>(task.tiles)) return;
   const int thread = reread_thread(), quad = thread % 4;
   const bool upper = thread & 16;
   const auto values = [&](int group, int half, float (&v)[8]) {

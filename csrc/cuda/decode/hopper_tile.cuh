@@ -33,11 +33,15 @@ struct HopperTile {
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 3 * 168, "the launch's registers");
 };
 
-// The same for training.
+// The same for training, and for any number of layers of 256 channels. A tile has 128 rows: those of tile.cuh, in whose
+// layout it is saved. With 128 channels a consumer then has one half: 64 rows of all channels.
 template <class T>
 struct HopperSavingTile : T {
-  static constexpr bool kSaves = true;
-  static_assert(!T::kHalvesRows && T::kOuts == kMaxTrainedOuts, "as hopper.py promises");
+  static constexpr bool kSaves = true, kHalvesRows = false;
+  static constexpr int kRightRow = 0, kConsumerRows = 64, kRows = T::kConsumers * kConsumerRows;
+  static constexpr int kQueries = kConsumerRows / T::kCorners;
+  static constexpr int kHalves = T::kWidth / T::kHalf;
+  static_assert(T::kOuts == kMaxTrainedOuts && kRows == kRowPadding, "as hopper.py and launch.h promise");
 };
 
 // A block's shared memory. Two-fold: of either consumer.
@@ -75,7 +79,7 @@ __device__ __forceinline__ bool cluster_has(const HopperTask& task, int tile) {
 // Whether the ring holds all weights: they are copied once.
 template <class T>
 __device__ __forceinline__ bool keeps_weights(const HopperTask& task) {
-  return T::kHalvesRows && task.hidden <= T::kStages;
+  return T::kLayerBlocks == 1 && task.hidden <= T::kStages;
 }
 
 // The tile from which a launch counts: training decodes parts of the queries.

@@ -17,7 +17,7 @@ constexpr int kMaxFusedWidth = 256;  // of any layer but the last
 constexpr int kMaxFusedOuts = 16;    // of the last, see fused_outs
 constexpr int kWidthStep = 16;       // widths are multiples of it
 constexpr int kRowPadding = 128;     // a multiple of the rows of every variant that saves
-constexpr int kMaxTrainedOuts = 4;   // of the wgmma policies in training, with more than 128 channels
+constexpr int kMaxTrainedOuts = 4;   // of the wgmma policies in training; more need registers that they lack
 constexpr int kHopperRowSums = 8;    // their warps that sum columns
 constexpr int kMostRebuiltOuts = 4;  // of the last layer, see rebuilds_last
 constexpr int kRowTermsBytes = 48;   // see BackwardArrays::row_terms
@@ -45,8 +45,8 @@ LIIF_HOST_DEVICE constexpr int operand_bytes(MmaPolicy policy) { return is_16_bi
 // -------------------------------------------------------------------------------------------------------------
 // variants Constant expressions, so that kernels, launchers and tests all read the same ones.
 
-// Which kernels run a problem on a device. With wgmma and 256 channels, rows are those of the tiles in which the
-// forward saves, since the kernels of points_policy read them as well.
+// Which kernels run a problem on a device. With wgmma, rows are those of the tiles in which the forward saves, since
+// the kernels of points_policy read them as well.
 struct DecodeVariant {
   MmaPolicy policy;
   int width;     // 64, 128 or 256; by wgmma 128 or 256

@@ -38,7 +38,7 @@ namespace liif_fast {
     return backward;                                                                                   \
   }
 #if defined(TRAINS)
-using Trained = HopperSavingTile<HopperTile<__nv_bfloat16, 4, 4, 0>>;
+using Trained = HopperSavingTile<HopperTile<__nv_bfloat16, 4, 4, 0, HOPPER>>;
 LIIF_HOPPER(kWgmmaBFloat16, launch_tile<Trained>(task, stream), launch_backward_tile<Trained>(task, arrays, stream))
 #elif defined(HOPPER)
 using Inferred =
@@ -62,7 +62,7 @@ namespace {
 
 #ifdef HOPPER
 #ifdef TRAINS
-constexpr int64_t kHidden = 2, kQueries = 90, kWidth = HOPPER;
+constexpr int64_t kHidden = HOPPER == 256 ? 2 : 5, kQueries = 90, kWidth = HOPPER;
 #else
 constexpr int64_t kHidden = HOPPER == 256 ? 3 : 5, kQueries = 150, kWidth = HOPPER;
 #endif

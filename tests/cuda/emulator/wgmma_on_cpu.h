@@ -272,6 +272,14 @@ uint32_t above_zero(uint32_t word, Element) {
   const float2 two = unpack(word, Element{});
   return (two.x <= 0.0f ? 0u : 0xffffu) | (two.y <= 0.0f ? 0u : 0xffff0000u);
 }
+inline uint32_t spread_signs(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t word = 0;
+  for (int byte = 0; byte < 4; ++byte) {
+    const uint32_t digit = selector >> 4 * byte & 15u, found = (digit & 4 ? high : low) >> 8 * (digit & 3) & 255u;
+    word |= (digit & 8 ? (found & 128u ? 255u : 0u) : found) << 8 * byte;
+  }
+  return word;
+}
 inline float reciprocal(float value) { return 1.0f / value; }
 template <class Element>
 uint32_t pack_in_order(float low, float high, Element) {

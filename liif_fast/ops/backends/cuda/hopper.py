@@ -17,7 +17,6 @@ ENABLED = os.environ.get("LIIF_FAST_HOPPER", "1") != "0"
 POLICIES = {torch.float16: 4, torch.bfloat16: 5}  # the wgmma policies of launch.h's MmaPolicy
 # Of csrc/cuda/decode/launch.h; a test compares.
 MOST_WIDTH, MOST_OUTS, MOST_TRAINED_OUTS, MOST_QUERIES = 256, 16, 4, 1 << 30
-_MOST_UNTRAINED = 128  # training has no kernel for these widths
 _LEAST_WIDTH = 65  # narrower layers would be padded to twice their size
 
 
@@ -49,9 +48,6 @@ def against_imnet(
     """
     if len(widths) < 3:
         return f"the Hopper kernel decodes with at least 3 layers, this imnet has {len(widths)}: it has no product"
-    if trains and max(widths[:-1]) <= _MOST_UNTRAINED:
-        have = max(widths[:-1])
-        return f"the Hopper kernel trains with a widest layer of more than {_MOST_UNTRAINED} channels, not {have}"
     if trains and widths[-1] > MOST_TRAINED_OUTS:
         return f"the Hopper kernel trains with at most {MOST_TRAINED_OUTS} outputs, not {widths[-1]}"
     if has_query_term:

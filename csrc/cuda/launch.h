@@ -71,4 +71,19 @@ template <class T>
 const char* launch_metasr_backward(const MetasrProblem<T>& problem, Dtype dtype, const MetasrGrads<T>& grads,
                                    const MetasrOrder& sorted, T* workspace, void* stream);
 
+// A 3x3 convolution with zero padding of a float32 map, its operands rounded to 16 bits. Transposed: the gradient of
+// the map of such a convolution, from the gradient of its result.
+struct ConvolutionProblem {
+  int64_t batch, height, width, channels, outs;  // channels of map and out: multiples of 4
+  const float* map;                              // [batch, height, width, channels], aligned to 16 bytes
+  const float* kernels;                          // [outs, channels, 3, 3]; transposed: [channels, outs, 3, 3]
+  bool transposed, in_bfloat16;                  // bfloat16 operands, not float16
+  float* out;                                    // [batch, height, width, outs], aligned to 16 bytes
+};
+constexpr int64_t kMaxConvolutionChannels = 16384;
+
+// workspace: of so many bytes, aligned to 16.
+int64_t convolution_workspace(const ConvolutionProblem& problem);
+const char* launch_convolution(const ConvolutionProblem& problem, void* workspace, void* stream);
+
 }  // namespace liif_fast

@@ -79,6 +79,17 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// Four 8x8 matrices of 16-bit values in shared memory: lane l gives the place of row l % 8 of matrix l / 8, and gets
+// two values of each matrix in a word, columns l % 4 * 2 and the next one of row l / 4. They are mma_step's `a`.
+__device__ __forceinline__ uint4 load_matrices(const void* row) {
+  uint4 words;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(shared_address(row))
+               : "memory");
+  return words;
+}
+
 // 16 bytes from global to shared memory, past L1 and the registers; both 16-byte aligned.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");

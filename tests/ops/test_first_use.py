@@ -130,6 +130,16 @@ def test_a_wrong_forward_is_refused_with_one_warning(native, name):
     assert len(first_use._verdicts) == 1
 
 
+def test_a_wrong_convolution_of_the_first_layer_is_refused(native, monkeypatch):
+    module = import_module("liif_fast.ops.backends.cuda.convolution")
+    right = module._C.cuda_convolution
+    wrong = SimpleNamespace(cuda_convolution=lambda *arguments: right(*arguments).roll(1, 2))
+    monkeypatch.setattr(module, "_C", wrong)
+    query(tensors(torch.bfloat16), backend="cuda")  # inference does without
+    with pytest.warns(RuntimeWarning, match="the result of query is off by"):
+        query(tensors(torch.bfloat16, grad=True))
+
+
 @pytest.mark.parametrize("name", BACKWARD)
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.prove), torch.bfloat16], ids=str)
 def test_a_wrong_backward_is_refused_where_gradients_are_wanted(native, name, dtype):

@@ -84,6 +84,25 @@ py::tuple ensemble_backward(const std::string& dtype, const py::array& grad_out,
   return py::make_tuple(grad_pred, grad_area_weight);
 }
 
+py::array convolution(const py::array& map, const py::array& kernels, bool transposed, bool in_bfloat16) {
+  ConvolutionProblem p{};
+  p.batch = map.shape(0);
+  p.height = map.shape(1);
+  p.width = map.shape(2);
+  p.channels = map.shape(3);
+  p.outs = kernels.shape(transposed ? 1 : 0);
+  py::array out =
+      make(map.dtype(), {map.shape(0), map.shape(1), map.shape(2), kernels.shape(transposed ? 1 : 0)}, kNaN);
+  p.map = read<float>(map);
+  p.kernels = read<float>(kernels);
+  p.transposed = transposed;
+  p.in_bfloat16 = in_bfloat16;
+  p.out = write<float>(out);
+  std::vector<unsigned char> workspace(static_cast<size_t>(convolution_workspace(p)));
+  check(launch_convolution(p, workspace.data(), nullptr));
+  return out;
+}
+
 }  // namespace
 
 void bind_gather(py::module_& m) {
@@ -106,6 +125,7 @@ void bind_gather(py::module_& m) {
           return geometry(dtype) ? ensemble_backward<double>(dtype, grad_out, pred, area_weight)
                                  : ensemble_backward<float>(dtype, grad_out, pred, area_weight);
         });
+  m.def("convolution", convolution);
 }
 
 }  // namespace liif_fast

@@ -93,7 +93,7 @@ void check_rows(const RowRange& rows) {
 SavedActivations unpack_saved(const CudaDecode& c, const Tensor& saved, bool last_layer, const RowRange& rows) {
   check_rows(rows);
   check_contiguous(saved, "saved", c.device, {saved.size(0)});
-  const SavedShape shape{c.hidden, c.problem.corners, last_layer, rows};
+  const SavedShape shape = saved_shape(c.problem, c.variant, c.latent_is_float, last_layer, rows);
   STD_TORCH_CHECK(saved.scalar_type() == ScalarType::Byte && saved.size(0) >= saved_bytes(c.variant, shape),
                   "saved is too small");
   return saved_at(saved.mutable_data_ptr(), c.variant, shape);
@@ -132,9 +132,10 @@ Tensor decode(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTen
   return out;
 }
 
-// The tensors that a backward writes or adds to. Empty where no gradient is wanted; latent_map: in the fixed order.
+// The tensors that a backward writes or adds to. Empty where no gradient is wanted; latent_map: in the fixed order;
+// weights: with float32 operands.
 struct OutputGrads {
-  const Tensor &latent_map, &coord, &cell, &query_term;
+  const Tensor &latent_map, &coord, &cell, &query_term, &weights;
 };
 
 std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& packed, const Tensor& grad_out,
@@ -142,9 +143,12 @@ std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& packed, cons
   const DecodeProblem<float>& p = c.problem;
   const DeviceGuard guard(c.device);
   const bool in_rows = grads.latent_map.numel() == 0;
+  const bool multiplies = is_16_bit(c.variant.policy);
+  const int stored = rebuilds_last(c.variant.policy, c.hidden, c.outs) ? c.hidden - 1 : c.hidden;
   const int64_t width = c.variant.width, latent_rows = in_rows ? rows.count : 0;
+  const auto bytes = [&](int64_t count) { return torch::stable::new_empty(grad_out, {count}, ScalarType::Byte); };
   std::vector<Tensor> out{
-      torch::stable::new_empty(grad_out, {c.hidden, rows.count, width}, operand_dtype(c.variant.policy)),
+      torch::stable::new_empty(grad_out, {stored, rows.count, width}, operand_dtype(c.variant.policy)),
       zeros<float>(grad_out, {int64_t{c.variant.blocks} * c.variant.row_sums, sum_count(c.hidden, c.outs), width}),
       empty<float>(grad_out, {latent_rows, width}),
       torch::stable::new_empty(grad_out, {latent_rows}, ScalarType::Long)};
@@ -158,20 +162,30 @@ std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& packed, cons
   backward.latent_map =
       written(grads.latent_map, "grad_latent_map", {p.batch, p.region_height, p.region_width, p.width});
   backward.rows = out[0].mutable_data_ptr();
+  backward.stored = stored;
+  Tensor row_terms = bytes(multiplies ? (rows.count + kRowPadding) * kRowTermsBytes : 0);
+  if (multiplies) backward.row_terms = row_terms.mutable_data_ptr();
   backward.sums = data<float>(out[1]);
   backward.latent_rows = data<float>(out[2]);
   backward.latent_index = data<int64_t>(out[3]);
   backward.coord = written(grads.coord, "grad_coord", {p.batch, p.queries, 2});
   backward.cell = written(grads.cell, "grad_cell", {p.batch, p.queries, 2});
   backward.query_term = written(grads.query_term, "grad_query_term", {p.batch, p.queries, p.width});
-  Tensor workspace = torch::stable::new_empty(grad_out, {workspace_bytes(p, c.variant)}, ScalarType::Byte);
-  check_launch(launch_decode_backward(make_task(c, packed, rows), c.variant, saved, backward,
-                                      workspace.mutable_data_ptr(), current_stream(c.device)));
+  const DecodeTask task = make_task(c, packed, rows);
+  Tensor workspace = bytes(workspace_bytes(p, c.variant));
+  void* const stream = current_stream(c.device);
+  check_launch(launch_decode_backward(task, c.variant, saved, backward, workspace.mutable_data_ptr(), stream));
+  if (!multiplies) return out;
+  float* const weights = written(grads.weights, "grad_weights", {c.hidden, width, width});
+  Tensor parts = bytes(weights_bytes(c.variant, c.hidden, rows.count));
+  check_launch(
+      launch_decode_weights(task, c.variant, saved, backward, weights, parts.mutable_data_ptr(), stream));
   return out;
 }
 
 // grad_out: without fused outputs those of the rows' blended hidden vectors [rows / corners, padded width].
-// Of rows [first_row, first_row + rows): gradients before every hidden ReLU [hidden, rows, padded width], partial sums
+// Of rows [first_row, first_row + rows): gradients before every hidden ReLU [hidden, rows, padded width] (with 16 bits
+// grad_weights is added to instead: the hidden layers' products [hidden, padded width, padded width]), partial sums
 // [blocks * row_sums, sum_count, padded width], and with an empty grad_latent_map the latents' gradients row by row
 // [rows, padded width] and each row's latent [rows]. grad_latent_map is added to, the other gradients are written.
 std::vector<Tensor> decode_backward(const Tensor& grad_out, const Tensor& saved, int64_t saved_first_row,
@@ -181,7 +195,8 @@ std::vector<Tensor> decode_backward(const Tensor& grad_out, const Tensor& saved,
                                     const Sizes& grid, const std::vector<double>& grid_cell, bool local_ensemble,
                                     const MaybeTensor& query_term, int64_t policy, const Tensor& packed,
                                     int64_t first_row, int64_t rows, const Tensor& grad_latent_map,
-                                    const Tensor& grad_coord, const Tensor& grad_cell, const Tensor& grad_query_term) {
+                                    const Tensor& grad_coord, const Tensor& grad_cell, const Tensor& grad_query_term,
+                                    const Tensor& grad_weights) {
   const CudaDecode c = cuda_decode(
       {latent_map, coord, cell, weight_geometry, weights, biases, grid, grid_cell, local_ensemble, query_term}, policy);
   check_rows({first_row, rows});
@@ -189,7 +204,7 @@ std::vector<Tensor> decode_backward(const Tensor& grad_out, const Tensor& saved,
                   "saved does not hold these rows");
   const SavedActivations activations = unpack_saved(c, saved, grad_coord.numel() > 0, {saved_first_row, saved_rows});
   return run_backward(c, packed, grad_out, activations, {first_row, rows},
-                      {grad_latent_map, grad_coord, grad_cell, grad_query_term});
+                      {grad_latent_map, grad_coord, grad_cell, grad_query_term, grad_weights});
 }
 
 }  // namespace
@@ -207,8 +222,8 @@ void register_cuda_decode(Registry& ops) {
       "cuda_decode_backward(Tensor grad_out, Tensor saved, int saved_first_row, int saved_rows, Tensor latent_map, "
       "Tensor? coord, Tensor? cell, Tensor weight_geometry, Tensor[] weights, Tensor[] biases, int[] grid, "
       "float[] grid_cell, bool local_ensemble, Tensor? query_term, int policy, Tensor packed, int first_row, int rows, "
-      "Tensor(a!) grad_latent_map, Tensor(b!) grad_coord, Tensor(c!) grad_cell, Tensor(d!) grad_query_term) -> "
-      "Tensor[]");
+      "Tensor(a!) grad_latent_map, Tensor(b!) grad_coord, Tensor(c!) grad_cell, Tensor(d!) grad_query_term, "
+      "Tensor(e!) grad_weights) -> Tensor[]");
   ops.impl("CUDA", "cuda_decode_pack", TORCH_BOX(&pack));
   ops.impl("CUDA", "cuda_decode", TORCH_BOX(&decode));
   ops.impl("CUDA", "cuda_decode_backward", TORCH_BOX(&decode_backward));

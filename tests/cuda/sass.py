@@ -121,7 +121,12 @@ def measure_convolution(code: list[Instruction]) -> dict[str, int]:
     }
 
 
-def measure(code: list[Instruction]) -> dict[str, int]:
+def measure_decode(code: list[Instruction]) -> dict[str, int]:
+    """Of a kernel of the decode, or of its weights' gradients, which alone load fragments transposed."""
+    if any(one.name.startswith("LDSM") for one in code):
+        names = {"products": "HMMA", "fragment_loads": "LDSM", "copies": "LDGSTS", "wide_loads": "LDG.E.128"}
+        counts = {key: sum(one.name.startswith(name) for one in code) for key, name in names.items()}
+        return {**counts, "stores_to_shared": sum(one.name.startswith("STS.128") for one in code)}
     return {
         "block_barriers": sum(is_barrier(one) and one.operands in ("0x0", "") for one in code),
         "barriers_of_a_layer": barriers_of_a_layer(code),

@@ -40,11 +40,13 @@ def test_saved_activations_fit_into_the_bytes_that_python_allocates(policy, devi
     for hidden in ((16,), (64, 48), (128,), (256, 256, 16)):
         widths = [*hidden, 3]
         weights = [torch.empty(out, into) for into, out in itertools.pairwise(widths)]
-        latent_map = torch.empty(1, 2, 2, hidden[0])
-        for ensemble, queries, coord_grad in itertools.product((False, True), (1, 33, 500), (False, True)):
+        flags = itertools.product((False, True), (1, 33, 500), (False, True), (torch.float32, dtype))
+        for ensemble, queries, coord_grad, map_dtype in flags:
+            latent_map = torch.empty(1, 2, 2, hidden[0], dtype=map_dtype)
             points = torch.empty(1, queries, 2), None, torch.empty(hidden[0], 2)
             inputs = DecodeInputs(latent_map, *points, weights, [], [], [], ensemble, None, dtype)
             rows = cuda_decode._padded_rows(inputs.rows)
-            exact = kernels.saved_bytes(policy, max(hidden), len(hidden) - 1, ensemble, coord_grad, rows)
+            facts = len(hidden) - 1, ensemble, coord_grad, inputs.latent_map.dtype != dtype
+            exact = kernels.saved_bytes(policy, max(hidden), *facts, rows)
             spare = cuda_decode._SAVED_ALIGNMENT + 8 * len(hidden) * rows
             assert exact <= cuda_decode.saved_bytes(inputs, coord_grad) <= exact + spare

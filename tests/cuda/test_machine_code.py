@@ -25,6 +25,7 @@ KERNELS = {
     "forward": r"decode_forward_kernel.*Lb0E",
     "forward that saves": r"decode_forward_kernel.*Lb1E",
     "backward": "decode_backward_kernel",
+    "weights": "decode_weights_kernel",
 }
 HOPPER_KERNELS = {
     "paper": r"decode_hopper_kernel.*bfloat16Li4ELi3ELi3E",
@@ -91,7 +92,7 @@ def check(budgets: dict, patterns: dict, measure: Callable, command: list, cubin
 @pytest.mark.parametrize("arch", [arch for arch in BUDGET if arch not in ("hopper", "convolution")])
 def test_the_decode_is_compiled_to_what_its_comments_say(arch, tmp_path):
     command = [f"-arch=compute_{arch}", f"-code=sm_{arch}", f"-DROWS={BUDGET[arch]['rows']}", HERE / "decode_probe.cu"]
-    check(BUDGET[arch], KERNELS, sass.measure, command, tmp_path / "probe.cubin")
+    check(BUDGET[arch], KERNELS, sass.measure_decode, command, tmp_path / "probe.cubin")
 
 
 @needs_nvcc

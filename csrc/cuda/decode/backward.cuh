@@ -28,6 +28,23 @@ __device__ __forceinline__ void load_grad_out(const DecodeTask& task, const Back
   });
 }
 
+// What weights.cuh rebuilds the rows of the tile from.
+template <class T>
+__device__ __forceinline__ void store_row_terms(const DecodeTask& task, const BackwardArrays& backward, int64_t tile,
+                                                const Geometry<T>& geometry, const FragmentCoords<T>& coords,
+                                                const float* grad_out) {
+  auto* const to = static_cast<RowTerms*>(backward.row_terms) + (tile - task.first_tile) * T::kRows;
+  for (int i = coords.member; i < T::kTeamRows; i += T::kTeamThreads) {
+    const int row = coords.team * T::kTeamRows + i, slot = query_slot(row, task.corners);
+    float grads[kMostRebuiltOuts];
+#pragma unroll
+    for (int o = 0; o < kMostRebuiltOuts; ++o)
+      grads[o] = o < task.outs ? geometry.weight[row] * grad_out[slot * task.outs + o] : 0.0f;
+    to[row] = {geometry.rows[row], make_float4(grads[0], grads[1], grads[2], grads[3]),
+               make_float2(geometry.rel_cell[row][0], geometry.rel_cell[row][1])};
+  }
+}
+
 // Adds a lane's column values to the block's partial sums number `index`. A butterfly over the eight rows of a fragment
 // leaves one channel to each lane (or the same one to two lanes), which the thread adds to memory that no other writes.
 template <class T>
@@ -81,9 +98,10 @@ __device__ __forceinline__ void store_layer(const DecodeTask& task, const Backwa
         float v[T::kVector];
         values(m, group, half, v);
         words[half] = to_words<T>(v);
-        store_once(row_at<T>(backward.rows, {task.first_tile, task.tiles}, layer - 1, tile, coords.tile_row(m, half),
-                             coords.channel(group)),
-                   words[half]);
+        if (layer <= backward.stored)
+          store_once(row_at<T>(backward.rows, {task.first_tile, task.tiles}, layer - 1, tile, coords.tile_row(m, half),
+                               coords.channel(group)),
+                     words[half]);
 #pragma unroll
         for (int i = 0; i < T::kVector; ++i) column[group][i] += v[i];
       }
@@ -341,6 +359,7 @@ __device__ __forceinline__ void backward_tiles(const DecodeTask& task, const Sav
     locate_rows(task, tile, coords, geometry);
     load_grad_out<T>(task, backward, tile, coords, grad_out);
     sync_team<T>(coords);
+    if (T::kVector == 8 && backward.row_terms) store_row_terms<T>(task, backward, tile, geometry, coords, grad_out);
     last_layer_sums<T>(task, saved, backward, tile, coords, grad_out);
     Accumulators<T> acc;
     through_blend<T>(task, saved, backward, tile, geometry, coords, grad_out, row_dots, acc);

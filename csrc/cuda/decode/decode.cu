@@ -1,4 +1,5 @@
 // The fused decode's host side: which variant a device runs, packing, the task, and the dispatch to the policies.
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -6,6 +7,7 @@
 #include "cuda/common.cuh"
 #include "cuda/decode/neighbors.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/row_product.cuh"
 
 namespace liif_fast {
 namespace {
@@ -95,6 +97,22 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// grads += the sums over parts.
+__global__ void __launch_bounds__(kThreads)
+    add_weights_kernel(const __grid_constant__ WeightParts parts, float* grads, int64_t count) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count / 4; i += stride) {
+    const float4 sum = add_parts(parts.sums + i * 4, parts.parts, count);
+    const int64_t row = i * 4 / parts.width, col = i * 4 % parts.width;
+    const bool transposes = parts.transposes_first && row < parts.width;  // of the first layer
+    float* const to = grads + (transposes ? col * parts.width + row : i * 4);
+    const int64_t step = transposes ? parts.width : 1;
+    const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) to[j * step] += values[j];
+  }
+}
+
 int64_t neighbor_rows(const DecodeQueries<float>& q) { return q.batch * (q.coord ? q.queries : q.window_height); }
 int64_t neighbor_cols(const DecodeQueries<float>& q) { return q.coord ? q.batch * q.queries : q.window_width; }
 
@@ -170,7 +188,7 @@ struct SavedSizes {
 SavedSizes saved_sizes(const DecodeVariant& variant, const SavedShape& shape) {
   const int64_t row = static_cast<int64_t>(variant.width) * operand_bytes(variant.policy), rows = shape.rows.count;
   const int64_t mask_bits = static_cast<int64_t>(variant.rows) * variant.width / kThreads;
-  return {(shape.hidden + (shape.last_layer ? 1 : 0)) * rows * row, aligned(rows / shape.corners * row),
+  return {(shape.hidden - shape.first_layer + (shape.last_layer ? 1 : 0)) * rows * row, aligned(rows / shape.corners * row),
           (shape.hidden + 1) * (rows / variant.rows) * ((mask_bits + 31) / 32) * kThreads * 4};
 }
 
@@ -189,6 +207,7 @@ SavedActivations saved_at(void* buffer, const DecodeVariant& variant, const Save
           reinterpret_cast<uint32_t*>(bytes + sizes.rows + sizes.blended),
           shape.rows.first / variant.rows,
           shape.rows.count / variant.rows,
+          shape.first_layer,
           shape.last_layer};
 }
 
@@ -293,6 +312,31 @@ const char* launch_decode_backward(const DecodeTask& task, const DecodeVariant& 
   return dispatch_policy(points_policy(variant.policy), [&](auto policy) {
     return launch_backward<policy()>(task, variant, saved, backward, stream);
   });
+}
+
+namespace {
+// As many as keep all multiprocessors busy, where there are enough rows.
+int weight_parts(const DecodeVariant& variant, int hidden, int64_t rows) {
+  const int64_t blocks = variant.blocks / (hidden * (variant.width == 256 ? 2 : 1));
+  return static_cast<int>(std::max<int64_t>(std::min(blocks, rows / kRowPadding), 1));
+}
+}  // namespace
+
+int64_t weights_bytes(const DecodeVariant& variant, int hidden, int64_t rows) {
+  if (hidden == 0) return 0;
+  return weight_parts(variant, hidden, rows) * int64_t{hidden} * variant.width * variant.width * 4;
+}
+
+const char* launch_decode_weights(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
+                                  const BackwardArrays& backward, float* grads, void* workspace, void* stream) {
+  if (task.tiles == 0 || task.hidden == 0) return nullptr;
+  const WeightParts parts{static_cast<float*>(workspace),
+                          weight_parts(variant, task.hidden, task.tiles * variant.rows), variant.width, variant.rows,
+                          saved.first_layer > 0};
+  const auto run = is_float16(variant.policy) ? launch_weights<MmaPolicy::kFloat16> : launch_weights<MmaPolicy::kBFloat16>;
+  if (const char* error = run(task, variant, saved, backward, parts, stream)) return error;
+  const int64_t count = int64_t{task.hidden} * variant.width * variant.width;
+  return launch(add_weights_kernel, blocks_for(count / 4 / kWarp), stream, parts, grads, count);
 }
 
 }  // namespace liif_fast

@@ -10,7 +10,7 @@ template <class T, class Values>
 __device__ __forceinline__ void save_layer(const DecodeTask& task, const SavedActivations& saved, int layer,
                                            int64_t tile, const FragmentCoords<T>& coords, const Values& values) {
   Mask<T> mask;
-  const bool saves_rows = layer < task.hidden || saved.last_layer;
+  const bool saves_rows = layer >= saved.first_layer && (layer < task.hidden || saved.last_layer);
 #pragma unroll
   for (int m = 0; m < T::kRowTiles; ++m)
 #pragma unroll

@@ -70,11 +70,12 @@ __device__ __forceinline__ void load_gradients(const HopperTask& task, const Bac
     space.rows[consumer][row].rel_row = space.rows[consumer][row].rel_col = 0.0f;
     space.rel_cell[consumer][row] = {0.0f, 0.0f};
   }
-  row_gradients(space, consumer)[row] = {
-      make_float4(weight * grads[0], weight * grads[1], weight * grads[2], weight * grads[3]),
-      make_float4(grads[0], grads[1], grads[2], grads[3])};
-  if (!backward.latent_map && tile < task.tiles)
-    backward.latent_index[static_cast<int64_t>(tile) * T::kRows + saved_row<T>(consumer, row)] = latent;
+  const float4 weighted = make_float4(weight * grads[0], weight * grads[1], weight * grads[2], weight * grads[3]);
+  row_gradients(space, consumer)[row] = {weighted, make_float4(grads[0], grads[1], grads[2], grads[3])};
+  if (tile >= task.tiles) return;
+  const int64_t at = static_cast<int64_t>(tile) * T::kRows + saved_row<T>(consumer, row);
+  if (!backward.latent_map) backward.latent_index[at] = latent;
+  static_cast<RowTerms*>(backward.row_terms)[at] = {space.rows[consumer][row], weighted, space.rel_cell[consumer][row]};
 }
 
 // Three warps: the rows of every tile, for both consumers, and the gradients of the last layer's rows.
@@ -115,10 +116,10 @@ template <class T>
 struct GradientPlace {
   typename T::Element* rows;
   float* sums;
-  bool exists;  // not a tile after the last one
+  bool exists, stores;  // not a tile after the last one; nor a layer that is rebuilt
 
   __device__ __forceinline__ GradientPlace(const HopperTask& task, const BackwardArrays& backward, int layer, int tile)
-      : exists(tile < static_cast<int>(task.tiles)) {
+      : exists(tile < static_cast<int>(task.tiles)), stores(exists && layer <= backward.stored) {
     const int thread = reread_thread(), first = thread % 4 * 8;
     const int64_t row =
         ((layer - 1) * task.tiles + tile) * T::kRows + saved_row<T>(thread / kWarpgroup - 1, lane_row(thread));
@@ -195,7 +196,7 @@ __device__ __forceinline__ void pack_gradients(const GradientPlace<T>& at, const
         words[i] = pack_in_order(v[half][2 * i], v[half][2 * i + 1], Element{});
         to[2 * group + i / 2][i % 2 * 2 + half] = words[i];
       }
-      if (at.exists)
+      if (at.stores)
         store_once(reinterpret_cast<uint4*>(at.rows + half * 8 * T::kWidth + kHalf * T::kHalf + group * 32),
                    make_uint4(words[0], words[1], words[2], words[3]));
     }

@@ -36,7 +36,7 @@ __device__ __forceinline__ SavedLayer<T> first_saved_layer(const HopperTask& tas
   const int64_t at = task.saved_tile + tile, first = at * teams / 2 + team / 2;
   return {static_cast<typename T::Element*>(task.saved.rows) + (at * T::kRows + row) * T::kWidth + thread % 4 * 8,
           task.saved.masks + (first * words + m) * kThreads + team % 2 * 128 + row % 8 * 4 + thread % 4,
-          tile < static_cast<int>(task.tiles), true};
+          tile < static_cast<int>(task.tiles), task.saved.first_layer == 0};
 }
 
 // The next layer's, which has number `layer`.
@@ -44,7 +44,7 @@ template <class T>
 __device__ __forceinline__ void next_saved_layer(const HopperTask& task, int layer, SavedLayer<T>& at) {
   const int64_t rows = task.saved.tiles * task.saved_tile_rows;
   at.masks += rows * T::kWidth / 32;
-  at.rows += rows * T::kWidth;
+  at.rows += layer > task.saved.first_layer ? rows * T::kWidth : 0;
   at.has_rows = layer < task.hidden || task.saved.last_layer;
 }
 

@@ -19,6 +19,8 @@ constexpr int kWidthStep = 16;       // widths are multiples of it
 constexpr int kRowPadding = 128;     // a multiple of the rows of every variant that saves
 constexpr int kMaxTrainedOuts = 4;   // of the wgmma policies in training, with more than 128 channels
 constexpr int kHopperRowSums = 8;    // their warps that sum columns
+constexpr int kMostRebuiltOuts = 4;  // of the last layer, see rebuilds_last
+constexpr int kRowTermsBytes = 48;   // see BackwardArrays::row_terms
 constexpr int64_t kMaxWgmmaQueries = int64_t{1} << 30;  // of the batch
 
 // How products are made: the operands' dtype, on tensor cores (kFloat32: on CUDA cores). kWgmma...: by warpgroups, on
@@ -86,6 +88,16 @@ LIIF_HOST_DEVICE int fused_outs(const DecodeProblem<float>& p) {
 LIIF_HOST_DEVICE int packed_vector_count(int hidden, int outs) { return hidden + 1 + 4 + outs + 1; }
 LIIF_HOST_DEVICE int sum_count(int hidden, int outs) { return hidden + 1 + 4 + outs; }
 
+// What the weights' gradients in 16 bits (weights.cuh) rebuild, so that it is neither stored nor read. The first layer's
+// activations, from latents in float32; with one hidden layer its gradients are rebuilt. Gradients of the last hidden
+// layer, from those of the outputs.
+LIIF_HOST_DEVICE constexpr bool rebuilds_first(MmaPolicy policy, int hidden, bool latent_is_float, bool has_term) {
+  return is_16_bit(policy) && hidden > 1 && latent_is_float && !has_term;
+}
+LIIF_HOST_DEVICE constexpr bool rebuilds_last(MmaPolicy policy, int hidden, int outs) {
+  return is_16_bit(policy) && hidden > 0 && outs > 0 && outs <= kMostRebuiltOuts;
+}
+
 // 16-byte units of a chunk, and input groups of a layer, each of which is a chunk.
 LIIF_HOST_DEVICE int chunk_units(int width) { return width * 64 / 16; }
 LIIF_HOST_DEVICE int group_count(MmaPolicy policy, int width) { return width / (is_16_bit(policy) ? 32 : 16); }
@@ -124,10 +136,11 @@ LIIF_HOST_DEVICE PackedUnit packed_unit(MmaPolicy policy, int width, int group, 
 // The activations that a forward saves for its backward: arrays over tiles first_tile to first_tile + tiles. Without
 // masks it writes only `blended`, if that is not null.
 struct SavedActivations {
-  void* rows;       // activations [layers][tiles * rows][width], in the operands' dtype
+  void* rows;       // activations [layers][tiles * rows][width], in the operands' dtype, from first_layer on
   void* blended;    // blended hidden vectors [tiles * slots][width]
   uint32_t* masks;  // [layers][tiles][words][threads], a bit for every ReLU
   int64_t first_tile, tiles;
+  int first_layer;  // 0; 1 where the first one is rebuilt
   bool last_layer;  // whether rows holds the last hidden layer's activations, for gradients of coordinates
 };
 
@@ -158,7 +171,9 @@ struct BackwardArrays {
   float* latent_map;      // added to; null in the deterministic order, which needs the next two instead
   float* latent_rows;     // gradients of every row's latent [tiles * rows][width]
   int64_t* latent_index;  // the latent of every row, counted through the map in memory [tiles * rows]
-  void* rows;             // gradients before the hidden layers' ReLU [hidden][tiles * rows][width], operands' dtype
+  void* rows;             // gradients before the hidden layers' ReLU [stored][tiles * rows][width], operands' dtype
+  int stored;             // hidden layers in rows: all, or all but the last one, see rebuilds_last
+  void* row_terms;        // a RowTerms for every row and kRowPadding more; with 16 bits, otherwise null
   // Partial sums over rows, added to: [blocks * row_sums][sum_count][width]: gradients of the biases of the first and
   // the hidden layers, of the four geometry terms, of the last layer's rows.
   float* sums;
@@ -169,6 +184,13 @@ struct BackwardArrays {
 // ------------------------------------------------------------------------------------------------------------
 // launchers
 
+// The gradients of the hidden layers' weights as blocks sum them, in `parts` parts of the rows.
+struct WeightParts {
+  float* sums;  // [parts][hidden][channel of the first operand][channel of the second]
+  int parts, width, tile_rows;
+  bool transposes_first;  // the first layer's first operand are activations; other layers' are gradients
+};
+
 // A variant for the current device and a problem of this many rows; `error` is a sentence where there is none.
 DecodeVariant choose_variant(MmaPolicy policy, int width, int64_t total_rows, const char** error);
 
@@ -178,9 +200,15 @@ int64_t packed_bytes(const DecodeVariant& variant, int hidden, int outs);
 // The size of the saved activations.
 struct SavedShape {
   int hidden, corners;
+  int first_layer;
   bool last_layer;
   RowRange rows;  // count is a multiple of kRowPadding
 };
+LIIF_HOST_DEVICE SavedShape saved_shape(const DecodeProblem<float>& p, const DecodeVariant& variant,
+                                        bool latent_is_float, bool last_layer, const RowRange& rows) {
+  const bool rebuilds = rebuilds_first(variant.policy, p.layers - 1, latent_is_float, p.query_term != nullptr);
+  return {p.layers - 1, p.corners, rebuilds ? 1 : 0, last_layer, rows};
+}
 // Bytes of the saved activations, and their arrays in a buffer of that size. The activations come first.
 int64_t saved_bytes(const DecodeVariant& variant, const SavedShape& shape);
 SavedActivations saved_at(void* buffer, const DecodeVariant& variant, const SavedShape& shape);
@@ -201,6 +229,12 @@ const char* launch_decode_forward(const DecodeTask& task, const DecodeVariant& v
 const char* launch_decode_backward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
                                    const BackwardArrays& backward, void* workspace, void* stream);
 
+// Adds the gradients of the hidden layers' weights, of a backward's rows in 16 bits, to grads [hidden][out][in] of the
+// padded width. saved and backward are that backward's. workspace: of weights_bytes, aligned to 16.
+int64_t weights_bytes(const DecodeVariant& variant, int hidden, int64_t rows);
+const char* launch_decode_weights(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
+                                  const BackwardArrays& backward, float* grads, void* workspace, void* stream);
+
 // The same for one policy: forward.cuh and backward.cuh define these, one .cu for each policy instantiates them.
 template <MmaPolicy kPolicy>
 const char* launch_forward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
@@ -208,5 +242,8 @@ const char* launch_forward(const DecodeTask& task, const DecodeVariant& variant,
 template <MmaPolicy kPolicy>
 const char* launch_backward(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
                             const BackwardArrays& backward, void* stream);
+template <MmaPolicy kPolicy>  // of 16 bits, weights.cuh
+const char* launch_weights(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
+                           const BackwardArrays& backward, const WeightParts& parts, void* stream);
 
 }  // namespace liif_fast

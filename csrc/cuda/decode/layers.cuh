@@ -127,6 +127,7 @@ template <class T>
 struct FirstVectors {
   float base[T::kVector], by_row[T::kVector], by_col[T::kVector], by_cell_row[T::kVector], by_cell_col[T::kVector];
 
+  FirstVectors() = default;
   __device__ __forceinline__ FirstVectors(const DecodeTask& task, int channel) {
     load_floats(bias_vector<T>(task, 0) + channel, base);
     load_floats(geometry_vector<T>(task, 0) + channel, by_row);
@@ -139,14 +140,13 @@ struct FirstVectors {
     for (int i = 0; i < T::kVector; ++i)
       base[i] = fmaf(task.rel_cell[1], by_cell_col[i], fmaf(task.rel_cell[0], by_cell_row[i], base[i]));
   }
-  // v = relu(v + geometry terms of a row).
-  __device__ __forceinline__ void finish(const DecodeTask& task, const Geometry<T>& geometry, int row,
+  // v = relu(v + geometry terms of a row). rel_cell: its two numbers, read with cells of every query.
+  __device__ __forceinline__ void finish(const DecodeTask& task, const CornerRow& seen, const float* rel_cell,
                                          float (&v)[T::kVector]) const {
-    const CornerRow seen = geometry.rows[row];
 #pragma unroll
     for (int i = 0; i < T::kVector; ++i) v[i] += fmaf(seen.rel_col, by_col[i], fmaf(seen.rel_row, by_row[i], base[i]));
     if (task.cell) {
-      const float cell_row = geometry.rel_cell[row][0], cell_col = geometry.rel_cell[row][1];
+      const float cell_row = rel_cell[0], cell_col = rel_cell[1];
 #pragma unroll
       for (int i = 0; i < T::kVector; ++i) v[i] += fmaf(cell_col, by_cell_col[i], cell_row * by_cell_row[i]);
     }
@@ -195,7 +195,8 @@ __device__ __forceinline__ void first_layer_of(const DecodeTask& task, int64_t t
 #pragma unroll
           for (int i = 0; i < T::kVector; ++i) v[i] += term[i];
         }
-        vectors.finish(task, geometry, coords.tile_row(m, half), v);
+        const int row = coords.tile_row(m, half);
+        vectors.finish(task, geometry.rows[row], geometry.rel_cell[row], v);
         words[half] = to_words<T>(v);
       }
       store_act<T>(act, coords.first_row_tile + m, coords.first_group + group, coords.lane, words);

@@ -100,6 +100,14 @@ struct alignas(16) CornerRow {
   float rel_row, rel_col;
 };
 
+// From what a row's operands of the weights' gradients are rebuilt, see rebuilds_first and rebuilds_last.
+struct alignas(16) RowTerms {
+  CornerRow seen;
+  float4 grads;  // of the outputs, times the blend's weight
+  float2 rel_cell;
+};
+static_assert(sizeof(RowTerms) == kRowTermsBytes, "as launch.h promises");
+
 // A tile's geometry in shared memory. A team writes and reads only its own rows.
 template <class T>
 struct Geometry {
@@ -240,6 +248,22 @@ struct Mask {
   }
 };
 
+// A byte of Mask's words, with the bits of eight channels of a row: that of the first of 32 rows, number `rows` of a
+// layer's in steps of 32, and how much further that of one of them is. For 16 bits; tiles may have 64 rows or 128.
+template <class T>
+__device__ __forceinline__ int64_t mask_rows(int rows, int tile_rows) {
+  const bool two = tile_rows / T::kTeams == 64;  // of a team
+  const int part = two ? rows & 1 : 0, at = two ? rows >> 1 : rows;
+  const int64_t word = int64_t{at / T::kTeams} * (two ? 2 : 1) + part;
+  return (word * T::kColGroups * kThreads + at % T::kTeams * T::kTeamThreads) * 4;
+}
+template <class T>
+__device__ __forceinline__ int mask_byte(int row, int channel) {
+  const int group = channel / T::kGroup, byte = (row / 16 * T::kColGroups + group % T::kColGroups) * 2 + row / 8 % 2;
+  const int thread = (group / T::kColGroups * 8 + row % 8) * 4 + channel % T::kGroup / T::kVector;
+  return (byte / 4 * kThreads + thread) * 4 + byte % 4;
+}
+
 // Tiles [first, first + count) of an array over tiles.
 struct TileRange {
   int64_t first, count;
@@ -254,7 +278,7 @@ __device__ __forceinline__ uint4* row_at(void* rows, TileRange range, int layer,
 template <class T>
 __device__ __forceinline__ uint4* saved_row(const SavedActivations& saved, int layer, int64_t tile, int row,
                                             int channel) {
-  return row_at<T>(saved.rows, {saved.first_tile, saved.tiles}, layer, tile, row, channel);
+  return row_at<T>(saved.rows, {saved.first_tile, saved.tiles}, layer - saved.first_layer, tile, row, channel);
 }
 // A blended hidden vector, one for every query of the tile.
 template <class T>

@@ -16,6 +16,11 @@ const char* launch_backward(const DecodeTask&, const DecodeVariant&, const Saved
   return kLeftOut;
 }
 template <MmaPolicy kPolicy>
+const char* launch_weights(const DecodeTask&, const DecodeVariant&, const SavedActivations&, const BackwardArrays&,
+                           const WeightParts&, void*) {
+  return kLeftOut;
+}
+template <MmaPolicy kPolicy>
 const char* launch_hopper(const HopperTask&, void*) {
   return kLeftOut;
 }
@@ -23,6 +28,9 @@ template <MmaPolicy kPolicy>
 const char* launch_hopper_backward(const HopperTask&, const BackwardArrays&, void*) {
   return kLeftOut;
 }
+template const char* launch_weights<MmaPolicy::kFloat16>(const DecodeTask&, const DecodeVariant&,
+                                                         const SavedActivations&, const BackwardArrays&,
+                                                         const WeightParts&, void*);
 template const char* launch_hopper<MmaPolicy::kWgmmaFloat16>(const HopperTask&, void*);
 template const char* launch_hopper_backward<MmaPolicy::kWgmmaFloat16>(const HopperTask&, const BackwardArrays&, void*);
 

@@ -4,6 +4,7 @@
 
 #include "module_decode.h"
 #include "module_metasr.h"
+#include "module_products.h"
 #include "numpy_arrays.h"
 #include "simt.h"
 
@@ -134,6 +135,7 @@ PYBIND11_MODULE(cuda_on_cpu_kernels, m) {
   liif_fast::bind_gather(m);
   liif_fast::bind_decode(m);
   liif_fast::bind_metasr(m);
+  liif_fast::bind_products(m);
   m.def(
       "set_schedule",
       [](unsigned most_blocks, bool backwards, unsigned seed) {

@@ -8,6 +8,8 @@
 namespace liif_fast {
 namespace {
 
+bool rebuilds = true;  // operands of the weights' gradients; otherwise all are stored
+
 // The arguments that forward and backward share, in the order of the bindings, from number `first` on; and the kernels.
 struct Decode {
   DecodeProblem<float> problem;
@@ -62,7 +64,8 @@ struct Decode {
   }
 
   SavedActivations unpack_saved(py::array saved, bool last_layer, const RowRange& rows) const {
-    const SavedShape shape{hidden, problem.corners, last_layer, rows};
+    SavedShape shape = saved_shape(problem, variant, latent_is_float, last_layer, rows);
+    if (!rebuilds) shape.first_layer = 0;
     if (saved.size() < saved_bytes(variant, shape)) throw std::invalid_argument("saved is too small");
     return saved_at(saved.mutable_data(), variant, shape);
   }
@@ -113,7 +116,7 @@ py::array forward(const py::args& arguments) {
 }
 
 // grad_out, saved, first row and number of rows of saved, the shared arguments, packed, first_row, rows,
-// grad_latent_map, grad_coord, grad_cell, grad_query_term.
+// grad_latent_map, grad_coord, grad_cell, grad_query_term, grad_weights.
 py::tuple backward(const py::args& arguments) {
   Decode decode(arguments, 4);
   const DecodeVariant& variant = decode.variant;
@@ -123,12 +126,18 @@ py::tuple backward(const py::args& arguments) {
   py::array grad_latent_map = arguments[kNext + 2].cast<py::array>();
   py::array grad_coord = arguments[kNext + 3].cast<py::array>(), grad_cell = arguments[kNext + 4].cast<py::array>();
   py::array grad_query_term = arguments[kNext + 5].cast<py::array>();
+  py::array grad_weights = arguments[kNext + 6].cast<py::array>();
   const SavedActivations activations =
       decode.unpack_saved(arguments[1].cast<py::array>(), grad_coord.size() > 0, cast_rows(arguments, 2));
   const bool in_rows = grad_latent_map.size() == 0;
   const py::dtype floats = py::dtype::of<float>();
-  py::array grad_rows = make(is_16_bit(variant.policy) ? py::dtype::of<uint16_t>() : floats,
-                             {decode.hidden, rows.count, variant.width}, kNaN);
+  const bool multiplies = is_16_bit(variant.policy);
+  const int stored =
+      decode.hidden - (rebuilds && rebuilds_last(variant.policy, decode.hidden, decode.outs) ? 1 : 0);
+  py::array grad_rows =
+      make(multiplies ? py::dtype::of<uint16_t>() : floats, {stored, rows.count, variant.width}, kNaN);
+  const auto bytes = [](int64_t count) { return make(py::dtype::of<uint8_t>(), {count}, kNaN); };
+  py::array row_terms = bytes((rows.count + kRowPadding) * kRowTermsBytes);
   py::array sums = make(
       floats, {int64_t{variant.blocks} * variant.row_sums, sum_count(decode.hidden, decode.outs), variant.width}, 0);
   py::array latent_rows = make(floats, {in_rows ? rows.count : 0, variant.width}, kNaN);
@@ -139,13 +148,20 @@ py::tuple backward(const py::args& arguments) {
   arrays.latent_rows = write<float>(latent_rows);
   arrays.latent_index = write<int64_t>(latent_index);
   arrays.rows = grad_rows.mutable_data();
+  arrays.stored = stored;
+  arrays.row_terms = multiplies ? row_terms.mutable_data() : nullptr;
   arrays.sums = write<float>(sums);
   arrays.coord = grad_coord.size() > 0 ? write<float>(grad_coord) : nullptr;
   arrays.cell = grad_cell.size() > 0 ? write<float>(grad_cell) : nullptr;
   arrays.query_term = grad_query_term.size() > 0 ? write<float>(grad_query_term) : nullptr;
-  py::array workspace = make(py::dtype::of<uint8_t>(), {workspace_bytes(decode.problem, variant)}, kNaN);
-  check(launch_decode_backward(decode.task(packed, rows), variant, activations, arrays, workspace.mutable_data(),
-                               nullptr));
+  py::array workspace = bytes(workspace_bytes(decode.problem, variant));
+  const DecodeTask task = decode.task(packed, rows);
+  check(launch_decode_backward(task, variant, activations, arrays, workspace.mutable_data(), nullptr));
+  if (multiplies) {
+    py::array parts = bytes(weights_bytes(variant, decode.hidden, rows.count));
+    check(launch_decode_weights(task, variant, activations, arrays, write<float>(grad_weights), parts.mutable_data(),
+                                nullptr));
+  }
   return py::make_tuple(grad_rows, sums, latent_rows, latent_index);
 }
 
@@ -158,6 +174,7 @@ void bind_decode(py::module_& m) {
   m.def("set_device", [](int processors, int block_shared_bytes, int processor_shared_bytes, int major, int minor) {
     cuda_on_cpu::set_device({processors, block_shared_bytes, processor_shared_bytes, major, minor});
   });
+  m.def("set_rebuilds", [](bool wanted) { rebuilds = wanted; });
   m.def("packed_units", [](int policy, int width) {  // (out, in, step) of every 16-byte unit, in their order
     std::vector<std::tuple<int, int, int>> units;
     for (int group = 0; group < group_count(static_cast<MmaPolicy>(policy), width); ++group)
@@ -172,11 +189,13 @@ void bind_decode(py::module_& m) {
       py::dict(py::arg("layers") = kMaxLayers, py::arg("width") = kMaxFusedWidth, py::arg("width_step") = kWidthStep,
                py::arg("outs") = kMaxFusedOuts, py::arg("row_padding") = kRowPadding,
                py::arg("trained_outs") = kMaxTrainedOuts, py::arg("wgmma_queries") = kMaxWgmmaQueries);
-  m.def("saved_bytes", [](int policy, int widest, int hidden, bool local_ensemble, bool last_layer, int64_t rows) {
+  m.def("saved_bytes", [](int policy, int widest, int hidden, bool local_ensemble, bool last_layer, bool latent_is_float,
+                          int64_t rows) {
     const char* error = nullptr;
     const DecodeVariant variant = choose_variant(static_cast<MmaPolicy>(policy), widest, rows, &error);
     check(error);
-    return saved_bytes(variant, {hidden, local_ensemble ? 4 : 1, last_layer, {0, rows}});
+    const int first_layer = rebuilds_first(variant.policy, hidden, latent_is_float, false) ? 1 : 0;
+    return saved_bytes(variant, {hidden, local_ensemble ? 4 : 1, first_layer, last_layer, {0, rows}});
   });
 }
 

@@ -100,6 +100,20 @@ inline uint4 load_matrices(const void* row) {
   cuda_on_cpu::block.hide("ldmatrix");
   return {words[0], words[1], words[2], words[3]};
 }
+inline uint4 load_transposed(const uint4* row) {
+  cuda_on_cpu::block.show(row, "ldmatrix");
+  const unsigned lane = cuda_on_cpu::block.thread() % 32;
+  uint16_t values[4][2];
+  for (unsigned matrix = 0; matrix < 4; ++matrix)
+    for (unsigned i = 0; i < 2; ++i) {
+      const auto from = static_cast<const char*>(cuda_on_cpu::block.shown(matrix * 8 + lane % 4 * 2 + i));
+      std::memcpy(&values[matrix][i], from + lane / 4 * 2, 2);
+    }
+  cuda_on_cpu::block.hide("ldmatrix");
+  uint4 words;
+  std::memcpy(&words, values, sizeof(words));
+  return words;
+}
 inline uint4 load_in_order(const uint4* from) { return *from; }
 inline void store_once(uint4* to, uint4 words) { *to = words; }
 inline void copy_async(void* shared, const void* global) { cuda_on_cpu::block.begin_copy(shared, global, 16); }

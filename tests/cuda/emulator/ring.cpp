@@ -57,6 +57,11 @@ LIIF_HOPPER(kWgmmaFloat16, "unused", "unused")
 LIIF_UNUSED(kFloat16)
 LIIF_UNUSED(kBFloat16)
 LIIF_UNUSED(kTf32)
+template <MmaPolicy kPolicy>
+const char* launch_weights(const DecodeTask&, const DecodeVariant&, const SavedActivations&, const BackwardArrays&,
+                           const WeightParts&, void*) {
+  return "unused";
+}
 LIIF_UNUSED(kFloat32)
 
 namespace {
@@ -134,7 +139,8 @@ uint64_t run() {
   add_to_hash(hash, out);
 #else
   const auto grad_out = random_floats(kQueries * kOuts, 1);
-  const SavedShape shape{kHidden, 4, kPoints, {0, kRows}};
+  const SavedShape shape{kHidden, 4, 0, kPoints, {0, kRows}};
+  std::vector<unsigned char> row_terms((kRows + kRowPadding) * kRowTermsBytes);
   std::vector<uint32_t> saved(static_cast<size_t>(saved_bytes(variant, shape) / 4 + kRows * kWidth));  // and more
   std::vector<float> latent_rows(kRows * kWidth), grad_coord(kQueries * 2);
   std::vector<uint16_t> rows(kHidden * kRows * kWidth);
@@ -146,6 +152,8 @@ uint64_t run() {
   arrays.latent_rows = latent_rows.data();
   arrays.latent_index = latent_index.data();
   arrays.rows = rows.data();
+  arrays.stored = kHidden;
+  arrays.row_terms = row_terms.data();
   arrays.sums = sums.data();
 #ifdef HOPPER
   check(launch_decode_forward(task(Direction::kForward), variant, activations, workspace.data(), nullptr));

@@ -1,7 +1,8 @@
 """The fused decode on the `cuda` backend: one kernel for the forward, one for the backward, one for Hopper's inference.
 
 The forward saves 16-bit (or float32) activations, and one bit per activation for the ReLUs. The backward's kernel
-computes every layer's gradient from them, and the weights' gradients are PyTorch's matrix products of both. Without
+computes every layer's gradient from them. The weights' gradients are products of both: of a third kernel in 16 bits,
+which rebuilds the activations of the first layer and the gradients of the last one, and of PyTorch in float32. Without
 saved activations (`recompute`), the backward computes them again, a bounded number of rows at a time.
 
 A row is one corner of one query. csrc/cuda/decode/launch.h describes the arrays, csrc/cuda/decode/tile.cuh the kernels.
@@ -38,17 +39,25 @@ def _padded_width(inputs: DecodeInputs) -> int:
     return 64 if widest <= 64 else 128 if widest <= 128 else 256
 
 
+def _saved_layers(inputs: DecodeInputs, coord_grad: bool) -> int:
+    """How many layers' activations a forward saves; see rebuilds_first of launch.h."""
+    is_float = inputs.latent_map.dtype != inputs.matmul_dtype
+    hidden = len(inputs.weights) - 1
+    rebuilds_first = hidden > 1 and is_float and inputs.matmul_dtype.itemsize == 2 and inputs.query_term is None
+    return hidden - rebuilds_first + coord_grad
+
+
 def _saved_bytes(inputs: DecodeInputs, rows: int, coord_grad: bool) -> int:
     """Bytes that a forward of `rows` rows saves: activations, blended hidden vectors, ReLU bits.
 
     saved_bytes of csrc/cuda/decode/decode.cu computes the same layout. It is repeated here because torch.compile traces
     this function with symbolic sizes.
     """
-    padded, width, hidden = _padded_rows(rows), _padded_width(inputs), len(inputs.weights) - 1
+    padded, width = _padded_rows(rows), _padded_width(inputs)
     row = width * inputs.matmul_dtype.itemsize
     blended = padded // 4 if inputs.local_ensemble else padded
-    masks = (hidden + 1) * padded * max(width // 8, 16)  # a thread's bits begin a new word
-    return (hidden + (1 if coord_grad else 0)) * padded * row + blended * row + _SAVED_ALIGNMENT + masks
+    masks = len(inputs.weights) * padded * max(width // 8, 16)  # a thread's bits begin a new word
+    return _saved_layers(inputs, coord_grad) * padded * row + blended * row + _SAVED_ALIGNMENT + masks
 
 
 def saved_bytes(inputs: DecodeInputs, coord_grad: bool) -> int:
@@ -109,7 +118,7 @@ def _last_weight(inputs: DecodeInputs) -> Tensor:
 def _saved_blended(inputs: DecodeInputs, saved: Tensor, rows: int, coord_grad: bool) -> Tensor:
     """The blended hidden vectors that a forward of `rows` rows saved, [rows / corners, padded width]."""
     row = _padded_width(inputs) * inputs.matmul_dtype.itemsize
-    begin = (len(inputs.weights) - 1 + coord_grad) * rows * row
+    begin = _saved_layers(inputs, coord_grad) * rows * row
     end = begin + rows // inputs.corners * row
     return saved[begin:end].view(inputs.matmul_dtype).view(-1, _padded_width(inputs))
 
@@ -187,6 +196,8 @@ def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord
     grad_coord, grad_cell = [*grad_points, zeros((0,)), zeros((0,))][:2]
     grad_terms = [] if inputs.query_term is None else [zeros(inputs.query_term.shape)]
     grad_weights = [zeros(weight.shape) for weight in weights]
+    in_kernel = matmul_dtype.itemsize == 2  # the hidden layers' products
+    grad_hidden = zeros((hidden, width, width) if in_kernel else (0,))
     multiplies_last = _has_own_product(inputs)
     column_sums = zeros((hidden + 5 + (0 if multiplies_last else widths[-1]), width))
     packed = _C.cuda_decode_pack(*arguments, True, coord_grad)
@@ -218,16 +229,21 @@ def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord
             grad_coord,
             grad_cell,
             *(grad_terms or [zeros((0,))]),
+            grad_hidden,
         )
         column_sums += sums.sum(0)
+        if in_order:
+            grad_latent_map.view(-1, widths[0]).index_add_(0, latent_index, latent_rows[:, : widths[0]])
+        if in_kernel:
+            continue
         saved_layers = chunk_saved[: hidden * saved_rows * width * matmul_dtype.itemsize].view(matmul_dtype)
         rows = saved_layers.view(hidden, saved_rows, width)[:, first - saved_first : first - saved_first + count]
         for layer in range(hidden):
             product = _product(grad_rows[layer].t(), rows[layer])
             grad_weights[layer] += product[: widths[layer + 1], : widths[layer]]
-        if in_order:
-            grad_latent_map.view(-1, widths[0]).index_add_(0, latent_index, latent_rows[:, : widths[0]])
 
+    for layer, product in enumerate(grad_hidden):
+        grad_weights[layer] += product[: widths[layer + 1], : widths[layer]]
     if not multiplies_last:
         grad_weights[hidden] += column_sums[hidden + 5 :, : widths[hidden]]
     grad_biases = [column_sums[layer, : widths[layer]].clone() for layer in range(hidden + 1)]

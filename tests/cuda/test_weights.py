@@ -1,0 +1,71 @@
+"""The weights' gradients in 16 bits (csrc/cuda/row_product.cuh, decode/weights.cuh), on the emulator.
+
+tests/ops compares them with float64 as a part of every decode.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from tests.backends import KINDS, emulated, hopper_emulated
+from tests.cuda.emulator import build
+from tests.cuda.emulator.ops import _array
+from tests.helpers import Case, norm_error
+from tests.ops.decoding import decode, gradients, make_problem
+
+pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=build.why_not())
+
+
+@pytest.mark.parametrize("channels", [(64, 64), (128, 128), (128, 256)], ids=str)
+@pytest.mark.parametrize(("rows", "parts", "blocks"), [(32, 1, 1), (416, 3, 2), (96, 5, 5)])
+def test_sums_over_rows_are_those_of_float64(channels, rows, parts, blocks):
+    """One stage; parts of unequal length, two of them in one block; parts without rows. Schedules change no bit."""
+    generator = torch.Generator().manual_seed(rows)
+    a, b = (torch.randn(rows, each, generator=generator).bfloat16() for each in channels)
+    with emulated():
+        kernels, found = build.load(), []
+        for seed in (0, 1, 2):
+            kernels.set_schedule(0, False, seed)
+            found.append(torch.from_numpy(kernels.row_product(_array(a), _array(b), parts, blocks)))
+    assert norm_error(found[0], a.double().t() @ b.double()) <= 1e-6
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+# Few rows and many; cells of every query, of the grid and none; narrower layers, one hidden layer and six; more outputs
+# than are rebuilt. In the kernels for every GPU, and in those for Hopper.
+CASES = [
+    ("points", Case(2, 3, 5, 7, 40, (64, 48, 32), 3), "cuda"),
+    ("grid", Case(2, 3, 5, 7, 40, (256, 208, 256), 4), "hopper"),
+    ("points", Case(1, 3, 5, 7, 90, (80, 112, 96, 128), 1, local_ensemble=False), "cuda"),
+    ("points", Case(1, 3, 5, 7, 3, (240, 16, 256), 5), "cuda"),
+    ("points", Case(1, 3, 5, 7, 70, (48, 256), 4, cell_decode=False), "cuda"),
+    ("points", Case(1, 3, 5, 7, 110, (144,) * 7, 2), "hopper"),
+    ("points", Case(1, 3, 4, 5, 70, (256, 256), 3, local_ensemble=False), "hopper"),
+]
+
+
+@pytest.mark.parametrize("kind", [KINDS[3], pytest.param(KINDS[6], marks=pytest.mark.prove)], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    ("mode", "case", "kernel"), [*CASES[:2], *(pytest.param(*case, marks=pytest.mark.prove) for case in CASES[2:])]
+)
+def test_what_is_rebuilt_is_what_would_be_stored(mode, case, kernel, kind, monkeypatch):
+    """The first layer's activations to the bit. Gradients of the last hidden layer up to the order of two factors."""
+    problem = make_problem(case, kind, mode)
+    problem.coord.requires_grad_(False), problem.cell.requires_grad_(False)
+    module, found = import_module("liif_fast.ops.backends.cuda.decode"), []
+    with emulated() if kernel == "cuda" else hopper_emulated():
+        for rebuilds in (False, True):
+            build.load().set_rebuilds(rebuilds)
+            with monkeypatch.context() as patch:
+                if not rebuilds:
+                    patch.setattr(module, "_saved_layers", lambda inputs, _: len(inputs.weights) - 1)
+                found.append(gradients(decode(problem, "cuda"), problem.weights, kind.dtype))
+    *_, last_hidden, _ = range(len(found[0]))
+    for position, (stored, rebuilt) in enumerate(zip(*found, strict=True)):
+        if position == last_hidden and kernel == "cuda":
+            assert norm_error(rebuilt, stored) <= 1e-3
+        else:
+            assert torch.equal(rebuilt, stored), position

@@ -32,11 +32,48 @@ Tensor convolution(const Tensor& map, const Tensor& kernels, bool transposed, bo
   return out;
 }
 
+// latents: [pixels + 2 * row_pixels + 2, padded channels]; grads: [pixels, padded outs]; both bfloat16.
+Tensor kernel_grads(const Tensor& latents, const Tensor& grads, int64_t row_pixels, int64_t channels, int64_t outs) {
+  check_on_gpu(latents, "latents", 2);
+  STD_TORCH_CHECK(grads.dim() == 2 && row_pixels > 0, "grads must have 2 dimensions, and rows pixels");
+  const int32_t device = latents.get_device_index();
+  KernelGradsProblem p{};
+  p.pixels = grads.size(0);
+  p.row_pixels = row_pixels;
+  const int64_t latent_channels = (channels + kLatentStep - 1) / kLatentStep * kLatentStep;
+  const int64_t grad_channels = (outs + kGradStep - 1) / kGradStep * kGradStep;
+  STD_TORCH_CHECK(channels > 0 && channels <= kMaxConvolutionChannels && outs > 0 && outs <= kMaxConvolutionChannels &&
+                      outs % 4 == 0 && p.pixels % kPixelStep == 0,
+                  "channels, outs or pixels are out of range");
+  for (const auto& [tensor, name, sizes] :
+       {std::make_tuple(&latents, "latents", Sizes{p.pixels + 2 * row_pixels + 2, latent_channels}),
+        std::make_tuple(&grads, "grads", Sizes{p.pixels, grad_channels})}) {
+    check_contiguous(*tensor, name, device, sizes);
+    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::BFloat16, name, " must be bfloat16");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0, name,
+                    " must be aligned to 16 bytes");
+  }
+  p.latent_channels = static_cast<int>(latent_channels);
+  p.grad_channels = static_cast<int>(grad_channels);
+  p.channels = channels;
+  p.outs = outs;
+  p.latents = latents.const_data_ptr();
+  p.grads = grads.const_data_ptr();
+  const DeviceGuard guard(device);
+  Tensor out = empty<float>(latents, {outs, channels, 3, 3});
+  p.out = data<float>(out);
+  Tensor workspace = torch::stable::new_empty(latents, {kernel_grads_workspace(p)}, ScalarType::Byte);
+  check_launch(launch_kernel_grads(p, workspace.mutable_data_ptr(), current_stream(device)));
+  return out;
+}
+
 }  // namespace
 
 void register_cuda_convolution(Registry& ops) {
   ops.def("cuda_convolution(Tensor map, Tensor kernels, bool transposed, bool in_bfloat16) -> Tensor");
+  ops.def("cuda_kernel_grads(Tensor latents, Tensor grads, int row_pixels, int channels, int outs) -> Tensor");
   ops.impl("CUDA", "cuda_convolution", TORCH_BOX(&convolution));
+  ops.impl("CUDA", "cuda_kernel_grads", TORCH_BOX(&kernel_grads));
 }
 
 }  // namespace liif_fast

@@ -9,7 +9,6 @@ a CPU that has such products, the backward does too, but the forward stays in fl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 
 from .backends import cuda
+from .borders import bordered
 from .dtypes import allows_tf32, autocast_dtype, cpu_multiplies, latent_dtype, needs_grad, no_autocast
 from .namespace import LIBRARY, register_op
 from .transforms import is_transformed
@@ -29,13 +29,17 @@ _CPU_MULTIPLIES_BF16 = cpu_multiplies(torch.bfloat16)  # a constant for torch.co
 # plain code would read it during tracing and not when the trace runs.
 
 
+def _runs_on_cuda(feat: Tensor, kernels: Tensor, narrow: torch.dtype | None, backend: str) -> bool:
+    return backend == "cuda" and cuda.convolves(feat, kernels, narrow)
+
+
 def _run(feat: Tensor, kernels: Tensor, narrow: torch.dtype | None, backend: str, transposed: bool) -> Tensor:
     """F.conv2d, or with `transposed` its gradient of feat.
 
     narrow: the 16-bit dtype of the other layers' products, None where these are wider. The `cuda` backend's convolution
         rounds to it. In PyTorch's, float32 rounds to TF32 only with a narrow dtype or where matrices may.
     """
-    if backend == "cuda" and narrow is not None and cuda.convolves(feat, kernels, narrow):
+    if narrow is not None and _runs_on_cuda(feat, kernels, narrow, backend):
         return cuda.convolution(feat, kernels, narrow, transposed)
     padding, cudnn = [kernels.shape[-1] // 2] * 2, torch.backends.cudnn
     in_order = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
@@ -54,18 +58,12 @@ def _grad_kernels(grad_out: Tensor, feat: Tensor, size: int, narrow: torch.dtype
     """
     in_16_bits = narrow is not None and not allows_tf32() and feat.is_cuda and feat.dtype == torch.float32
     dtype, border = torch.bfloat16 if in_16_bits else feat.dtype, size // 2
-    batch, channels, height, width = feat.shape
-    frame = (batch, height + 2 * border, width + 2 * border)
-    pixels, before = math.prod(frame), border * frame[2] + border  # the first neighbor of a pixel is so much before it
-    grads = grad_out.new_zeros((*frame, grad_out.shape[1]), dtype=dtype)
-    latents = feat.new_zeros((pixels + 2 * before, channels), dtype=dtype)
-    inside = (slice(None), slice(border, border + height), slice(border, border + width))
-    grads[inside] = grad_out.permute(0, 2, 3, 1)
-    latents[before : before + pixels].view(*frame, channels)[inside] = feat.permute(0, 2, 3, 1)
-    transposed, products = grads.flatten(0, 2).t(), []
+    before = border * (feat.shape[3] + 2 * border + 1)  # the first neighbor of a pixel is so many rows before it
+    transposed, latents = bordered(grad_out, border, dtype).t(), bordered(feat, border, dtype, around=before)
+    products = []
     with no_autocast(feat.device):
-        for first in (row * frame[2] + col for row in range(size) for col in range(size)):
-            rows = latents[first : first + pixels]
+        for first in (row * (feat.shape[3] + 2 * border) + col for row in range(size) for col in range(size)):
+            rows = latents[first : first + transposed.shape[1]]
             products.append(
                 torch.mm(transposed, rows, out_dtype=torch.float32) if in_16_bits else torch.mm(transposed, rows)
             )
@@ -117,8 +115,11 @@ def _convolution_backward(
     if _multiplies_bf16(feat, narrow, backend):
         return _backward_in_bf16(grad_out, feat, kernels, [with_feat, with_kernels])
     grad_feat = _run(grad_out, kernels, narrow, backend, transposed=True) if with_feat else feat.new_empty(0)
-    size = kernels.shape[-1]
-    grad_kernels = _grad_kernels(grad_out, feat, size, narrow) if with_kernels else kernels.new_empty(0)
+    if not with_kernels:
+        return grad_feat, kernels.new_empty(0)
+    if _runs_on_cuda(feat, kernels, narrow, backend):
+        return grad_feat, cuda.kernel_grads(grad_out, feat)
+    grad_kernels = _grad_kernels(grad_out, feat, kernels.shape[-1], narrow)
     return grad_feat, grad_kernels
 
 

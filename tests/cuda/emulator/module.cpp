@@ -104,6 +104,25 @@ py::array convolution(const py::array& map, const py::array& kernels, bool trans
   return out;
 }
 
+// latents, grads: the bits of bfloat16.
+py::array kernel_grads(const py::array& latents, const py::array& grads, int64_t row_pixels, int64_t channels,
+                       int64_t outs) {
+  KernelGradsProblem p{};
+  p.pixels = grads.shape(0);
+  p.row_pixels = row_pixels;
+  p.latent_channels = static_cast<int>(latents.shape(1));
+  p.grad_channels = static_cast<int>(grads.shape(1));
+  p.channels = channels;
+  p.outs = outs;
+  p.latents = latents.data();
+  p.grads = grads.data();
+  py::array out = make(py::dtype::of<float>(), {outs, channels, 3, 3}, kNaN);
+  p.out = write<float>(out);
+  std::vector<unsigned char> workspace(static_cast<size_t>(kernel_grads_workspace(p)), kNaN);
+  check(launch_kernel_grads(p, workspace.data(), nullptr));
+  return out;
+}
+
 }  // namespace
 
 void bind_gather(py::module_& m) {
@@ -127,6 +146,7 @@ void bind_gather(py::module_& m) {
                                  : ensemble_backward<float>(dtype, grad_out, pred, area_weight);
         });
   m.def("convolution", convolution);
+  m.def("kernel_grads", kernel_grads);
 }
 
 }  // namespace liif_fast

@@ -94,6 +94,9 @@ class Ops:
     def cuda_convolution(self, map: Tensor, kernels: Tensor, transposed: bool, in_bfloat16: bool) -> Tensor:
         return torch.from_numpy(self.kernels.convolution(_array(map), _array(kernels), transposed, in_bfloat16))
 
+    def cuda_kernel_grads(self, latents: Tensor, grads: Tensor, *sizes: int) -> Tensor:
+        return torch.from_numpy(self.kernels.kernel_grads(_array(latents), _array(grads), *sizes))
+
     def metasr_query(self, latent_map: Tensor, *tensors_and_region: object) -> Tensor:
         assert latent_map.is_contiguous()
         arguments = map(_arrays, (latent_map, *tensors_and_region))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...borders import bordered
 from ..extension import OPS as _C
 from .decode import aligned
 
 _CHANNEL_STEP, _MOST_CHANNELS = 4, 16384  # kMaxConvolutionChannels of csrc/cuda/launch.h
+_PIXEL_STEP, _LATENT_STEP, _GRAD_STEP = 32, 64, 256  # as there
 
 
 def convolves(feat: Tensor, kernels: Tensor, narrow: torch.dtype | None) -> bool:
@@ -31,3 +33,14 @@ def convolution(feat: Tensor, kernels: Tensor, narrow: torch.dtype, transposed: 
     latents = aligned(feat.permute(0, 2, 3, 1).contiguous())
     out = _C.cuda_convolution(latents, kernels.contiguous(), transposed, narrow == torch.bfloat16)
     return out.permute(0, 3, 1, 2)
+
+
+def kernel_grads(grad_out: Tensor, feat: Tensor) -> Tensor:
+    """The gradient of kernels [K, C, 3, 3], in float32, from operands that round to bfloat16.
+
+    float16 would lose small gradients. The sums have a fixed order on one device.
+    """
+    row = feat.shape[3] + 2
+    grads = bordered(grad_out, 1, torch.bfloat16, step=_GRAD_STEP, rows=_PIXEL_STEP)
+    latents = bordered(feat, 1, torch.bfloat16, around=row + 1, step=_LATENT_STEP, rows=_PIXEL_STEP)
+    return _C.cuda_kernel_grads(latents, grads, row, feat.shape[1], grad_out.shape[1])

@@ -32,7 +32,7 @@ Tensor convolution(const Tensor& map, const Tensor& kernels, bool transposed, bo
   return out;
 }
 
-// latents: [pixels + 2 * row_pixels + 2, padded channels]; grads: [pixels, padded outs]; both bfloat16.
+// latents: [pixels + 2 * row_pixels + 2, padded channels]; grads: [pixels, padded outs]; bfloat16 or float16.
 Tensor kernel_grads(const Tensor& latents, const Tensor& grads, int64_t row_pixels, int64_t channels, int64_t outs) {
   check_on_gpu(latents, "latents", 2);
   STD_TORCH_CHECK(grads.dim() == 2 && row_pixels > 0, "grads must have 2 dimensions, and rows pixels");
@@ -40,6 +40,7 @@ Tensor kernel_grads(const Tensor& latents, const Tensor& grads, int64_t row_pixe
   KernelGradsProblem p{};
   p.pixels = grads.size(0);
   p.row_pixels = row_pixels;
+  p.in_bfloat16 = latents.scalar_type() == ScalarType::BFloat16;
   const int64_t latent_channels = (channels + kLatentStep - 1) / kLatentStep * kLatentStep;
   const int64_t grad_channels = (outs + kGradStep - 1) / kGradStep * kGradStep;
   STD_TORCH_CHECK(channels > 0 && channels <= kMaxConvolutionChannels && outs > 0 && outs <= kMaxConvolutionChannels &&
@@ -49,7 +50,8 @@ Tensor kernel_grads(const Tensor& latents, const Tensor& grads, int64_t row_pixe
        {std::make_tuple(&latents, "latents", Sizes{p.pixels + 2 * row_pixels + 2, latent_channels}),
         std::make_tuple(&grads, "grads", Sizes{p.pixels, grad_channels})}) {
     check_contiguous(*tensor, name, device, sizes);
-    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::BFloat16, name, " must be bfloat16");
+    STD_TORCH_CHECK(tensor->scalar_type() == (p.in_bfloat16 ? ScalarType::BFloat16 : ScalarType::Half), name,
+                    " must be bfloat16 or float16, as the other one");
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0, name,
                     " must be aligned to 16 bytes");
   }

@@ -1,5 +1,5 @@
 // The gradient of the folded first layer's 3x3 kernels: sums over pixels (row_product.cuh) of the latent at each of the
-// nine taps times the gradient of the pixel. Both operands are bfloat16 and have a border of zeros. Then a tap is the
+// nine taps times the gradient of the pixel. Both operands have 16 bits and a border of zeros. Then a tap is the
 // same array, so many rows further on, and no pixel is at a border.
 //
 // A block multiplies two slots, 64 channels of latents at one tap each, with 256 channels of gradients, over a part of
@@ -10,8 +10,10 @@
 namespace liif_fast {
 namespace {
 
-using Product = ProductTile<__nv_bfloat16, 2 * kLatentStep, kGradStep>;
-static_assert(Product::kRows == kPixelStep);
+template <class Element>
+using KernelGradsTile = ProductTile<Element, 2 * kLatentStep, kGradStep>;
+using Sizes = KernelGradsTile<__half>;  // as with bfloat16
+static_assert(Sizes::kRows == kPixelStep);
 
 struct KernelGradsTask : KernelGradsProblem {
   int slots, columns, items;  // taps of 64 latent channels; 256 gradients; blocks of a part
@@ -19,6 +21,7 @@ struct KernelGradsTask : KernelGradsProblem {
   float* sums;  // [part][item][channel of two slots][gradient]
 };
 
+template <class Product>
 __global__ void __launch_bounds__(kThreads) kernel_grads_kernel(const __grid_constant__ KernelGradsTask task) {
   LIIF_DYNAMIC_SHARED(shared);
   RowProduct<Product> product(*reinterpret_cast<ProductSpace<Product>*>(shared));
@@ -30,11 +33,11 @@ __global__ void __launch_bounds__(kThreads) kernel_grads_kernel(const __grid_con
     // The slot of this thread's channels. After the last one comes the last one again, which nobody reads.
     const int half = units.unit * 8 / kLatentStep, wanted = pair * 2 + half;
     const int slot = wanted < task.slots ? wanted : task.slots - 1, tap = slot % 9;
-    const auto* const latents = static_cast<const __nv_bfloat16*>(task.latents) +
+    const auto* const latents = static_cast<const typename Product::Element*>(task.latents) +
                                 (row + tap / 3 * task.row_pixels + tap % 3) * task.latent_channels +
                                 (slot / 9 - half) * kLatentStep;
     const auto* const grads =
-        static_cast<const __nv_bfloat16*>(task.grads) + row * task.grad_channels + column * kGradStep;
+        static_cast<const typename Product::Element*>(task.grads) + row * task.grad_channels + column * kGradStep;
     ProductSums<Product> sums;
     product.run(range.count, CopiedRows<Product, Product::kA>(latents, task.latent_channels),
                 CopiedRows<Product, Product::kB>(grads, task.grad_channels), sums);
@@ -51,8 +54,8 @@ __global__ void __launch_bounds__(kThreads) add_kernel_grads_kernel(const __grid
     const int64_t out = i % fours * 4, channel = i / fours % task.channels, tap = i / fours / task.channels;
     const int64_t slot = channel / kLatentStep * 9 + tap, item = slot / 2 * task.columns + out / kGradStep;
     const int64_t a = slot % 2 * kLatentStep + channel % kLatentStep;
-    const float4 sum = add_parts(task.sums + item * Product::kSums + a * Product::kB + out % kGradStep, task.parts,
-                                 int64_t{task.items} * Product::kSums);
+    const float4 sum = add_parts(task.sums + item * Sizes::kSums + a * Sizes::kB + out % kGradStep, task.parts,
+                                 int64_t{task.items} * Sizes::kSums);
     float* const to = task.out + (out * task.channels + channel) * 9 + tap;
     const int64_t step = task.channels * 9;
     to[0] = sum.x;
@@ -71,7 +74,7 @@ const char* make_task(const KernelGradsProblem& problem, void* workspace, Kernel
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t most = problem.pixels / (4 * Product::kRows), wanted = processors / task.items;
+  const int64_t most = problem.pixels / (4 * Sizes::kRows), wanted = processors / task.items;
   task.parts = static_cast<int>(most < wanted ? most : wanted);
   if (task.parts < 1) task.parts = 1;
   task.sums = static_cast<float*>(workspace);
@@ -83,17 +86,22 @@ const char* make_task(const KernelGradsProblem& problem, void* workspace, Kernel
 int64_t kernel_grads_workspace(const KernelGradsProblem& problem) {
   KernelGradsTask task = {};
   make_task(problem, nullptr, task);
-  return int64_t{task.parts} * task.items * Product::kSums * 4;
+  return int64_t{task.parts} * task.items * Sizes::kSums * 4;
 }
 
 const char* launch_kernel_grads(const KernelGradsProblem& problem, void* workspace, void* stream) {
   KernelGradsTask task = {};
   if (const char* error = make_task(problem, workspace, task)) return error;
-  constexpr int kBytes = sizeof(ProductSpace<Product>);
-  static_assert(kBytes <= 99 << 10, "fits on every GPU");
-  if (const char* error = allow_shared<kernel_grads_kernel>(kBytes)) return error;
-  const LaunchSize size{static_cast<unsigned>(task.parts * task.items), kBytes};
-  if (const char* error = launch(kernel_grads_kernel, size, stream, task)) return error;
+  const auto run = [&](auto product) {
+    using Product = decltype(product);
+    constexpr int kBytes = sizeof(ProductSpace<Product>);
+    static_assert(kBytes <= 99 << 10, "fits on every GPU");
+    if (const char* error = allow_shared<kernel_grads_kernel<Product>>(kBytes)) return error;
+    const LaunchSize size{static_cast<unsigned>(task.parts * task.items), kBytes};
+    return launch(kernel_grads_kernel<Product>, size, stream, task);
+  };
+  const char* const error = task.in_bfloat16 ? run(KernelGradsTile<__nv_bfloat16>{}) : run(Sizes{});
+  if (error) return error;
   return launch(add_kernel_grads_kernel, blocks_for(task.outs / 4 * task.channels * 9 / kWarp + 1), stream, task);
 }
 

@@ -86,14 +86,15 @@ constexpr int64_t kMaxConvolutionChannels = 16384;
 int64_t convolution_workspace(const ConvolutionProblem& problem);
 const char* launch_convolution(const ConvolutionProblem& problem, void* workspace, void* stream);
 
-// The gradient of its kernels. latents and grads are bfloat16 [rows, channels] of maps with a border of zeros, pixel
-// after pixel, aligned to 16 bytes, their channels padded with zeros to the steps. Row i of grads belongs to the
+// The gradient of its kernels. latents and grads are 16-bit arrays [rows, channels] of maps with a border of zeros,
+// pixel after pixel, aligned to 16 bytes, their channels padded with zeros to the steps. Row i of grads belongs to the
 // latents of rows i + row_pixels * r + c, with r and c from 0 to 2.
 constexpr int kLatentStep = 64, kGradStep = 256, kPixelStep = 32;
 struct KernelGradsProblem {
   int64_t pixels, row_pixels;  // rows of grads, a multiple of kPixelStep; pixels of a map's row and its border
   int latent_channels, grad_channels;
   int64_t channels, outs;  // without padding; outs is a multiple of 4
+  bool in_bfloat16;        // latents and grads, not float16
   const void *latents, *grads;
   float* out;  // [outs, channels, 3, 3]
 };

@@ -117,8 +117,8 @@ def _convolution_backward(
     grad_feat = _run(grad_out, kernels, narrow, backend, transposed=True) if with_feat else feat.new_empty(0)
     if not with_kernels:
         return grad_feat, kernels.new_empty(0)
-    if _runs_on_cuda(feat, kernels, narrow, backend):
-        return grad_feat, cuda.kernel_grads(grad_out, feat)
+    if narrow is not None and _runs_on_cuda(feat, kernels, narrow, backend):
+        return grad_feat, cuda.kernel_grads(grad_out, feat, narrow)
     grad_kernels = _grad_kernels(grad_out, feat, kernels.shape[-1], narrow)
     return grad_feat, grad_kernels
 

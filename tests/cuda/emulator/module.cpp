@@ -104,12 +104,13 @@ py::array convolution(const py::array& map, const py::array& kernels, bool trans
   return out;
 }
 
-// latents, grads: the bits of bfloat16.
+// latents, grads: float16, or the bits of bfloat16.
 py::array kernel_grads(const py::array& latents, const py::array& grads, int64_t row_pixels, int64_t channels,
                        int64_t outs) {
   KernelGradsProblem p{};
   p.pixels = grads.shape(0);
   p.row_pixels = row_pixels;
+  p.in_bfloat16 = latents.dtype().kind() != 'f';
   p.latent_channels = static_cast<int>(latents.shape(1));
   p.grad_channels = static_cast<int>(grads.shape(1));
   p.channels = channels;

@@ -35,12 +35,12 @@ def convolution(feat: Tensor, kernels: Tensor, narrow: torch.dtype, transposed: 
     return out.permute(0, 3, 1, 2)
 
 
-def kernel_grads(grad_out: Tensor, feat: Tensor) -> Tensor:
-    """The gradient of kernels [K, C, 3, 3], in float32, from operands that round to bfloat16.
+def kernel_grads(grad_out: Tensor, feat: Tensor, narrow: torch.dtype) -> Tensor:
+    """The gradient of kernels [K, C, 3, 3] in float32, from operands that round to `narrow`.
 
-    float16 would lose small gradients. The sums have a fixed order on one device.
+    The sums have a fixed order on one device.
     """
     row = feat.shape[3] + 2
-    grads = bordered(grad_out, 1, torch.bfloat16, step=_GRAD_STEP, rows=_PIXEL_STEP)
-    latents = bordered(feat, 1, torch.bfloat16, around=row + 1, step=_LATENT_STEP, rows=_PIXEL_STEP)
+    grads = bordered(grad_out, 1, narrow, step=_GRAD_STEP, rows=_PIXEL_STEP)
+    latents = bordered(feat, 1, narrow, around=row + 1, step=_LATENT_STEP, rows=_PIXEL_STEP)
     return _C.cuda_kernel_grads(latents, grads, row, feat.shape[1], grad_out.shape[1])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from liif_fast.ops.backends import cuda
 from tests.backends import emulated
 from tests.cuda.emulator import build
+from tests.cuda.test_ring import outcomes
 from tests.helpers import norm_error, range_error
 
 fold = import_module("liif_fast.ops.fold")  # the package's `fold` is the function
@@ -113,3 +114,36 @@ def test_what_pays_runs_on_it():
     assert not cuda.convolves(feat[:, :7], weights[:, :7], torch.bfloat16)
     assert not cuda.convolves(feat, weights[:10], torch.bfloat16)
     assert not cuda.convolves(feat, torch.empty(1, 1, 3, 3).expand(4, 16388, 3, 3), torch.bfloat16)
+
+
+# The text that is replaced, and what replaces it; then a part of the emulator's message, "" for wrong values.
+MISTAKES = {
+    "multiplies before the patch is there": ("memory.patch);\n    __syncthreads();\n", "memory.patch);\n", ""),
+    "overwrites the patch before it is read": (
+        "    if (slice > 0) __syncthreads();  // the patch has been read\n",
+        "",
+        "",
+    ),
+    "gives a chunk back before it is read": ("if (step == T::kChunkSteps - 1 && tap == 2)", "if (step + tap == 0)", ""),
+    "reads units without the swizzle": ("(unit ^ col % 8)", "unit", ""),
+    "ends with copies under way": ("  stream.finish();\n", "", "before its copies"),
+}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> str:
+    """The hash of the result without a mistake, which no schedule changes."""
+    (found,) = set(outcomes(tmp_path_factory.mktemp("sound"), [], program="convolution"))
+    assert int(found, 16)
+    return found
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize(
+    ("old", "new", "message"), MISTAKES.values(), ids=[name.replace(" ", "-") for name in MISTAKES]
+)
+def test_a_planted_mistake_is_seen(sound, tmp_path, old, new, message):
+    patches = [("../convolution.cu", old, new)]
+    *_, last = found = outcomes(tmp_path, patches, sound, message, program="convolution")
+    assert last != sound, found
+    assert message in last, found

@@ -42,7 +42,7 @@ CONVOLUTIONS = {name: rf"[0-9]convolution_kernel.*{name}" for name in ("bfloat16
 SM_90A = ("-arch=compute_90a", "-code=sm_90a")
 NOTES = re.compile(r"\(C7\d+\)[^\n]*")  # ptxas's, where it serializes products
 EXACT = ("products", "fences", "waits", "stores", "stores_of_16_bytes", "wide_loads", "reductions")
-EXACT += ("fragments_of_the_map", "fragments_of_weights")
+EXACT += ("fragment_loads", "copies", "stores_to_shared", "fragments_of_the_map", "fragments_of_weights")
 AT_LEAST = ("wide_stores", "loads_in_flight", "copies_under_products")  # the other numbers are upper limits
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,7 +89,7 @@ MISTAKES = {
 }
 
 
-def outcomes(folder: Path, patches: list[tuple[str, str, str]], *until: str, **kernel: int) -> list[str]:
+def outcomes(folder: Path, patches: list[tuple[str, str, str]], *until: str, **kernel: Any) -> list[str]:
     """What the decode gives under every seed, with these patches in a copy of the sources.
 
     kernel: as for build.ring. until: a hash and a text; the last outcome is the first that is not the hash and has the

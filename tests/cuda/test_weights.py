@@ -13,24 +13,29 @@ import torch
 from tests.backends import KINDS, emulated, hopper_emulated
 from tests.cuda.emulator import build
 from tests.cuda.emulator.ops import _array
+from tests.cuda.test_ring import outcomes
 from tests.helpers import Case, norm_error
 from tests.ops.decoding import decode, gradients, make_problem
 
 pytestmark = pytest.mark.skipif(bool(build.why_not()), reason=build.why_not())
 
 
-@pytest.mark.parametrize("channels", [(64, 64), (128, 128), (128, 256)], ids=str)
+@pytest.mark.parametrize(("channels", "rounds"), [((64, 64), False), ((128, 128), True), ((128, 256), False)], ids=str)
 @pytest.mark.parametrize(("rows", "parts", "blocks"), [(32, 1, 1), (416, 3, 2), (96, 5, 5)])
-def test_sums_over_rows_are_those_of_float64(channels, rows, parts, blocks):
-    """One stage; parts of unequal length, two of them in one block; parts without rows. Schedules change no bit."""
+def test_sums_over_rows_are_those_of_float64(channels, rounds, rows, parts, blocks):
+    """One stage; parts of unequal length, two of them in one block; parts without rows. Schedules change no bit.
+
+    rounds: whether the first operand is float32, which its threads round; otherwise it is copied.
+    """
     generator = torch.Generator().manual_seed(rows)
-    a, b = (torch.randn(rows, each, generator=generator).bfloat16() for each in channels)
+    a, b = (torch.randn(rows, each, generator=generator) for each in channels)
+    operands = [_array(a if rounds else a.bfloat16()), _array(b.bfloat16())]
     with emulated():
         kernels, found = build.load(), []
         for seed in (0, 1, 2):
             kernels.set_schedule(0, False, seed)
-            found.append(torch.from_numpy(kernels.row_product(_array(a), _array(b), parts, blocks)))
-    assert norm_error(found[0], a.double().t() @ b.double()) <= 1e-6
+            found.append(torch.from_numpy(kernels.row_product(*operands, parts, blocks)))
+    assert norm_error(found[0], a.bfloat16().double().t() @ b.bfloat16().double()) <= 1e-6
     assert all(torch.equal(one, found[0]) for one in found)
 
 
@@ -47,7 +52,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kind", [KINDS[3], pytest.param(KINDS[6], marks=pytest.mark.prove)], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [KINDS[3], pytest.param(KINDS[6], marks=pytest.mark.prove)], ids=lambda kind: kind.name
+)
 @pytest.mark.parametrize(
     ("mode", "case", "kernel"), [*CASES[:2], *(pytest.param(*case, marks=pytest.mark.prove) for case in CASES[2:])]
 )
@@ -69,3 +76,41 @@ def test_what_is_rebuilt_is_what_would_be_stored(mode, case, kernel, kind, monke
             assert norm_error(rebuilt, stored) <= 1e-3
         else:
             assert torch.equal(rebuilt, stored), position
+
+
+# The text that is replaced, and what replaces it; then a part of the emulator's message, "" for wrong values.
+PRODUCT = "../row_product.cuh"
+MISTAKES = {
+    "multiplies before rows are there": ("    wait_barrier(&space_.full[stage(used_)], phase(used_));\n", "", ""),
+    "overwrites rows before they are read": (
+        "        wait_barrier(&space_.empty[stage(filled_)], phase(filled_) ^ 1);\n", "", ""
+    ),
+    "does not wait for stores": (
+        "        a.finish(half);\n        b.finish(half + T::kHalfBytes);\n        arrive_as_warp(full);\n",
+        "        arrive_as_warp(full);\n        a.finish(half);\n        b.finish(half + T::kHalfBytes);\n",
+        "",
+    ),
+    "does not wait for copies": ("        arrive_after_copies(full);\n", "        arrive(full);\n", ""),
+    "gives a stage back while it is read": ("if (k + 16 == T::kRows)", "if (k == 0)", ""),
+    "copies a whole ring ahead": ("kAhead = 2", "kAhead = 4", "diverged"),
+    "reads units without the swizzle": ("((first_a + 2 * m + low) ^ at)", "(first_a + 2 * m + low)", ""),
+    "takes one operand's halves for the other's": ("(k + low * 8 + at)", "(k + high * 8 + at)", ""),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> str:
+    """The hash of the sums without a mistake, which no schedule changes."""
+    (found,) = set(outcomes(tmp_path_factory.mktemp("sound"), [], program="product"))
+    assert int(found, 16)
+    return found
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize(
+    ("old", "new", "message"), MISTAKES.values(), ids=[name.replace(" ", "-") for name in MISTAKES]
+)
+def test_a_planted_mistake_is_seen(sound, tmp_path, old, new, message):
+    *_, last = found = outcomes(tmp_path, [(PRODUCT, old, new)], sound, message, program="product")
+    assert last != sound, found
+    assert message in last, found

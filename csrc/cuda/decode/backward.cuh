@@ -40,8 +40,8 @@ __device__ __forceinline__ void store_row_terms(const DecodeTask& task, const Ba
 #pragma unroll
     for (int o = 0; o < kMostRebuiltOuts; ++o)
       grads[o] = o < task.outs ? geometry.weight[row] * grad_out[slot * task.outs + o] : 0.0f;
-    to[row] = {geometry.rows[row], make_float4(grads[0], grads[1], grads[2], grads[3]),
-               make_float2(geometry.rel_cell[row][0], geometry.rel_cell[row][1])};
+    to[row].set(geometry.rows[row], make_float4(grads[0], grads[1], grads[2], grads[3]), geometry.rel_cell[row][0],
+                geometry.rel_cell[row][1]);
   }
 }
 

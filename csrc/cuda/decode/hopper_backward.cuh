@@ -75,7 +75,8 @@ __device__ __forceinline__ void load_gradients(const HopperTask& task, const Bac
   if (tile >= task.tiles) return;
   const int64_t at = static_cast<int64_t>(tile) * T::kRows + saved_row<T>(consumer, row);
   if (!backward.latent_map) backward.latent_index[at] = latent;
-  static_cast<RowTerms*>(backward.row_terms)[at] = {space.rows[consumer][row], weighted, space.rel_cell[consumer][row]};
+  const float2 cell = space.rel_cell[consumer][row];
+  static_cast<RowTerms*>(backward.row_terms)[at].set(space.rows[consumer][row], weighted, cell.x, cell.y);
 }
 
 // Three warps: the rows of every tile, for both consumers, and the gradients of the last layer's rows.

@@ -103,8 +103,15 @@ struct alignas(16) CornerRow {
 // From what a row's operands of the weights' gradients are rebuilt, see rebuilds_first and rebuilds_last.
 struct alignas(16) RowTerms {
   CornerRow seen;
-  float4 grads;  // of the outputs, times the blend's weight
-  float2 rel_cell;
+  float4 grads;     // of the outputs, times the blend's weight
+  float4 rel_cell;  // two numbers
+
+  // In three stores. seen: in shared memory.
+  __device__ __forceinline__ void set(const CornerRow& row, float4 weighted, float cell_row, float cell_col) {
+    *reinterpret_cast<uint4*>(&seen) = *reinterpret_cast<const uint4*>(&row);
+    grads = weighted;
+    rel_cell = make_float4(cell_row, cell_col, 0.0f, 0.0f);
+  }
 };
 static_assert(sizeof(RowTerms) == kRowTermsBytes, "as launch.h promises");
 

@@ -74,7 +74,7 @@ class FirstLayerRows {
     for (int i = 0; i < Units::kCount; ++i) {
       latents_[i].load(task_, ahead_[i] + (channel_ < task_.width ? channel_ : 0));
       seen_[i] = terms_[i * Units::kStep].seen;
-      if (task_.cell) rel_cell_[i] = terms_[i * Units::kStep].rel_cell;
+      if (task_.cell) rel_cell_[i] = *reinterpret_cast<const float2*>(&terms_[i * Units::kStep].rel_cell);
     }
     terms_ += WeightsTile<T>::kRows;
     look_ahead();
@@ -115,7 +115,7 @@ class FirstLayerRows {
   CornerRow seen_[Units::kCount];
   int64_t ahead_[Units::kCount];
   LatentWords<T, float> latents_[Units::kCount];
-  float2 rel_cell_[Units::kCount];
+  float2 rel_cell_[Units::kCount];  // with cells of every query
 };
 
 // The gradients of the last hidden layer, before its ReLU.

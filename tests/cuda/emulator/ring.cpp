@@ -1,13 +1,7 @@
-// `ring SEEDS`: one decode of 256 channels, forward and backward, under as many schedules. Prints a line for each: a
-// hash of all that the kernels wrote, or the emulator's error. Schedules change no bit of a sound kernel's results.
-// `ring SEEDS HASH TEXT` ends after a line that is not HASH and has TEXT in it.
+// One decode of 256 channels, forward and backward, as seeds.h runs it.
 // With HOPPER, 256 or 128: the Hopper kernel's inference with as many channels, in a cluster of two blocks of several
 // tiles. With 128 more layers than the ring has stages. With TRAINS too: its training, forward and backward.
-#include <cstdio>
-#include <cstdlib>
-#include <random>
-#include <string>
-#include <vector>
+#include "seeds.h"
 
 #ifdef HOPPER
 #include "cuda/decode/hopper.cuh"
@@ -76,17 +70,6 @@ constexpr int64_t kHidden = HOPPER == 256 ? 3 : 5, kQueries = 150, kWidth = HOPP
 constexpr int64_t kHidden = 2, kQueries = 40, kWidth = 256;
 #endif
 constexpr int64_t kOuts = 3, kSide = 5;
-
-// FNV-1a.
-template <class T>
-void add_to_hash(uint64_t& hash, const std::vector<T>& values) {
-  for (size_t i = 0; i < values.size() * sizeof(T); ++i)
-    hash = (hash ^ reinterpret_cast<const unsigned char*>(values.data())[i]) * 1099511628211u;
-}
-
-void check(const char* error) {
-  if (error) throw std::runtime_error(error);
-}
 
 uint64_t run() {
   std::mt19937 generator(3);
@@ -179,20 +162,8 @@ uint64_t run() {
 }  // namespace liif_fast
 
 int main(int count, char** arguments) {
-  const unsigned seeds = count > 1 ? static_cast<unsigned>(std::atoi(arguments[1])) : 1;
 #ifdef HOPPER
   cuda_on_cpu::set_device({2});
 #endif
-  for (unsigned seed = 0; seed < seeds; ++seed) {
-    cuda_on_cpu::schedule = {0, false, seed};
-    std::string found(16, '0');
-    try {
-      std::snprintf(&found[0], 17, "%016llx", static_cast<unsigned long long>(liif_fast::run()));
-    } catch (const std::runtime_error& error) {
-      found = error.what();
-    }
-    std::printf("%s\n", found.c_str());
-    if (count > 3 && found != arguments[2] && found.find(arguments[3]) != std::string::npos) break;
-  }
-  return 0;
+  return liif_fast::run_seeds(count, arguments, liif_fast::run);
 }

@@ -178,8 +178,7 @@ std::vector<Tensor> run_backward(const CudaDecode& c, const Tensor& packed, cons
   if (!multiplies) return out;
   float* const weights = written(grads.weights, "grad_weights", {c.hidden, width, width});
   Tensor parts = bytes(weights_bytes(c.variant, c.hidden, rows.count));
-  check_launch(
-      launch_decode_weights(task, c.variant, saved, backward, weights, parts.mutable_data_ptr(), stream));
+  check_launch(launch_decode_weights(task, c.variant, saved, backward, weights, parts.mutable_data_ptr(), stream));
   return out;
 }
 

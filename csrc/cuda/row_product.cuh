@@ -11,8 +11,8 @@
 //
 // The 16-byte unit u of a row lies at place u ^ (row % 8): neither stores nor ldmatrix meet conflicts.
 //
-// mma.sync is enough: two arrays of 256 channels give 2 * 256 * 256 operations for 2 * 512 bytes of a row. The 3 TB/s of
-// an H100's memory then feed 384 TFLOP/s, and mma.sync reaches about 600 (wgmma: 989).
+// mma.sync is enough: two arrays of 256 channels give 2 * 256 * 256 operations for 2 * 512 bytes of a row. The 3 TB/s
+// of an H100's memory then feed 384 TFLOP/s, and mma.sync reaches about 600 (wgmma: 989).
 #pragma once
 
 #include "cuda/common.cuh"
@@ -20,7 +20,8 @@
 
 namespace liif_fast {
 
-// kA_, kB_: channels of the operands, multiples of 64. A block of eight warps has all sums of the tile in its registers.
+// kA_, kB_: channels of the operands, multiples of 64. A block of eight warps has all sums of the tile in its
+// registers.
 template <class Element_, int kA_, int kB_>
 struct ProductTile {
   using Element = Element_;

@@ -188,7 +188,8 @@ struct SavedSizes {
 SavedSizes saved_sizes(const DecodeVariant& variant, const SavedShape& shape) {
   const int64_t row = static_cast<int64_t>(variant.width) * operand_bytes(variant.policy), rows = shape.rows.count;
   const int64_t mask_bits = static_cast<int64_t>(variant.rows) * variant.width / kThreads;
-  return {(shape.hidden - shape.first_layer + (shape.last_layer ? 1 : 0)) * rows * row, aligned(rows / shape.corners * row),
+  return {(shape.hidden - shape.first_layer + (shape.last_layer ? 1 : 0)) * rows * row,
+          aligned(rows / shape.corners * row),
           (shape.hidden + 1) * (rows / variant.rows) * ((mask_bits + 31) / 32) * kThreads * 4};
 }
 
@@ -330,10 +331,10 @@ int64_t weights_bytes(const DecodeVariant& variant, int hidden, int64_t rows) {
 const char* launch_decode_weights(const DecodeTask& task, const DecodeVariant& variant, const SavedActivations& saved,
                                   const BackwardArrays& backward, float* grads, void* workspace, void* stream) {
   if (task.tiles == 0 || task.hidden == 0) return nullptr;
-  const WeightParts parts{static_cast<float*>(workspace),
-                          weight_parts(variant, task.hidden, task.tiles * variant.rows), variant.width, variant.rows,
-                          saved.first_layer > 0};
-  const auto run = is_float16(variant.policy) ? launch_weights<MmaPolicy::kFloat16> : launch_weights<MmaPolicy::kBFloat16>;
+  const WeightParts parts{static_cast<float*>(workspace), weight_parts(variant, task.hidden, task.tiles * variant.rows),
+                          variant.width, variant.rows, saved.first_layer > 0};
+  const auto run =
+      is_float16(variant.policy) ? launch_weights<MmaPolicy::kFloat16> : launch_weights<MmaPolicy::kBFloat16>;
   if (const char* error = run(task, variant, saved, backward, parts, stream)) return error;
   const int64_t count = int64_t{task.hidden} * variant.width * variant.width;
   return launch(add_weights_kernel, blocks_for(count / 4 / kWarp), stream, parts, grads, count);

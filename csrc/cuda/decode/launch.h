@@ -88,9 +88,9 @@ LIIF_HOST_DEVICE int fused_outs(const DecodeProblem<float>& p) {
 LIIF_HOST_DEVICE int packed_vector_count(int hidden, int outs) { return hidden + 1 + 4 + outs + 1; }
 LIIF_HOST_DEVICE int sum_count(int hidden, int outs) { return hidden + 1 + 4 + outs; }
 
-// What the weights' gradients in 16 bits (weights.cuh) rebuild, so that it is neither stored nor read. The first layer's
-// activations, from latents in float32; with one hidden layer its gradients are rebuilt. Gradients of the last hidden
-// layer, from those of the outputs.
+// What the weights' gradients in 16 bits (weights.cuh) rebuild, so that it is neither stored nor read. The first
+// layer's activations, from latents in float32; with one hidden layer its gradients are rebuilt. Gradients of the last
+// hidden layer, from those of the outputs.
 LIIF_HOST_DEVICE constexpr bool rebuilds_first(MmaPolicy policy, int hidden, bool latent_is_float, bool has_term) {
   return is_16_bit(policy) && hidden > 1 && latent_is_float && !has_term;
 }

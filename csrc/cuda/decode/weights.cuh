@@ -7,6 +7,8 @@
 // the latents. Neither is then stored: that saves two writes and two reads of 16 bits for every row and channel.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/decode/layers.cuh"
 #include "cuda/row_product.cuh"
 
@@ -14,7 +16,7 @@ namespace liif_fast {
 
 // The channels of the first operand are those of one block.
 template <class T>
-using WeightsTile = ProductTile<typename T::Element, T::kWidth < 128 ? T::kWidth : 128, T::kWidth>;
+using WeightsTile = ProductTile<typename T::Element, std::min(T::kWidth, 128), T::kWidth>;
 
 // Vectors of the first operand's channels, in shared memory: registers hold the sums.
 constexpr int kMostVectors = 5;
@@ -122,7 +124,8 @@ class FirstLayerRows {
 template <class T>
 class GradientRows {
  public:
-  // terms: of the first row. bits: ReLU bits of the last hidden layer, and the first row among them. channel: the first.
+  // terms: of the first row. bits: ReLU bits of the last hidden layer, and the row's number among them. channel: the
+  // first one.
   __device__ __forceinline__ GradientRows(const DecodeTask& task, const RowTerms* terms, const uint32_t* bits,
                                           int64_t row, int tile_rows, int channel, ChannelVectors<T>& last)
       : last_(last),
@@ -197,25 +200,25 @@ __global__ void __launch_bounds__(kThreads)
     const RowPart range(rows / P::kRows, part, parts.parts);
     const int64_t row = range.first * P::kRows;
     const auto* const terms = static_cast<const RowTerms*>(backward.row_terms) + row;
-    const auto* const grads =
-        static_cast<const typename T::Element*>(backward.rows) + (layer * rows + row) * T::kWidth;
+    const auto* const grads = static_cast<const typename T::Element*>(backward.rows) + (layer * rows + row) * T::kWidth;
     const auto* const activations = static_cast<const typename T::Element*>(saved.rows) +
                                     ((layer - saved.first_layer) * saved_rows + before + row) * T::kWidth;
     ProductSums<P> sums;
     if (layer < saved.first_layer) {
-      product.run(range.count, FirstLayerRows<T>(task, terms, channel, space.vectors), CopiedRows<P, P::kB>(grads, T::kWidth), sums);
+      product.run(range.count, FirstLayerRows<T>(task, terms, channel, space.vectors),
+                  CopiedRows<P, P::kB>(grads, T::kWidth), sums);
     } else if (layer >= backward.stored) {
       const uint32_t* const bits = saved.masks + task.hidden * (saved_rows * T::kWidth / 32);
-      product.run(range.count, GradientRows<T>(task, terms, bits, before + row, parts.tile_rows, channel, space.vectors),
+      product.run(range.count,
+                  GradientRows<T>(task, terms, bits, before + row, parts.tile_rows, channel, space.vectors),
                   CopiedRows<P, P::kB>(activations, T::kWidth), sums);
     } else {
       product.run(range.count, CopiedRows<P, P::kA>(grads + channel, T::kWidth),
                   CopiedRows<P, P::kB>(activations, T::kWidth), sums);
     }
     float* const to = parts.sums + int64_t{item} * P::kSums;
-    RowProduct<P>::for_each(sums, [&](int a, int b, float2 two) {
-      *reinterpret_cast<float2*>(to + a * P::kB + b) = two;
-    });
+    RowProduct<P>::for_each(sums,
+                            [&](int a, int b, float2 two) { *reinterpret_cast<float2*>(to + a * P::kB + b) = two; });
   }
 }
 
@@ -236,8 +239,8 @@ const char* launch_weights(const DecodeTask& task, const DecodeVariant& variant,
 }
 
 // Outside the namespace, for one policy of 16 bits.
-#define LIIF_INSTANTIATE_WEIGHTS(policy)                                                                         \
-  template const char* liif_fast::launch_weights<liif_fast::MmaPolicy::policy>(                                  \
+#define LIIF_INSTANTIATE_WEIGHTS(policy)                                                                           \
+  template const char* liif_fast::launch_weights<liif_fast::MmaPolicy::policy>(                                    \
       const DecodeTask&, const DecodeVariant&, const SavedActivations&, const BackwardArrays&, const WeightParts&, \
       void*);
 

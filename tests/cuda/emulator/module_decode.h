@@ -132,8 +132,7 @@ py::tuple backward(const py::args& arguments) {
   const bool in_rows = grad_latent_map.size() == 0;
   const py::dtype floats = py::dtype::of<float>();
   const bool multiplies = is_16_bit(variant.policy);
-  const int stored =
-      decode.hidden - (rebuilds && rebuilds_last(variant.policy, decode.hidden, decode.outs) ? 1 : 0);
+  const int stored = decode.hidden - (rebuilds && rebuilds_last(variant.policy, decode.hidden, decode.outs) ? 1 : 0);
   py::array grad_rows =
       make(multiplies ? py::dtype::of<uint16_t>() : floats, {stored, rows.count, variant.width}, kNaN);
   const auto bytes = [](int64_t count) { return make(py::dtype::of<uint8_t>(), {count}, kNaN); };
@@ -189,8 +188,8 @@ void bind_decode(py::module_& m) {
       py::dict(py::arg("layers") = kMaxLayers, py::arg("width") = kMaxFusedWidth, py::arg("width_step") = kWidthStep,
                py::arg("outs") = kMaxFusedOuts, py::arg("row_padding") = kRowPadding,
                py::arg("trained_outs") = kMaxTrainedOuts, py::arg("wgmma_queries") = kMaxWgmmaQueries);
-  m.def("saved_bytes", [](int policy, int widest, int hidden, bool local_ensemble, bool last_layer, bool latent_is_float,
-                          int64_t rows) {
+  m.def("saved_bytes", [](int policy, int widest, int hidden, bool local_ensemble, bool last_layer,
+                          bool latent_is_float, int64_t rows) {
     const char* error = nullptr;
     const DecodeVariant variant = choose_variant(static_cast<MmaPolicy>(policy), widest, rows, &error);
     check(error);

@@ -67,7 +67,7 @@ def emulated() -> Iterator[None]:
         return backends._result(reason, raise_error)
 
     with pytest.MonkeyPatch.context() as patch:
-        for part in ("gather", "decode"):  # by name: functions hide the modules of the same name
+        for part in ("convolution", "gather", "decode"):  # by name: functions hide the modules of the same name
             patch.setattr(import_module(f"{_MODULES}.cuda.{part}"), "_C", Ops(module))
         patch.setitem(backends.BACKENDS, "cuda", can_run)
         yield

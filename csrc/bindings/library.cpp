@@ -84,6 +84,7 @@ extern "C" __attribute__((visibility("default"))) const char* liif_fast_register
     register_cuda_gather(*ops);
     register_cuda_decode(*ops);
     register_cuda_metasr(*ops);
+    register_cuda_convolution(*ops);
 #endif
     registered.insert(name_space);
     (void)ops.release();  // never deleted

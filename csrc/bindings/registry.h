@@ -32,5 +32,6 @@ void register_cpu_decode(Registry& ops);
 void register_cuda_gather(Registry& ops);
 void register_cuda_decode(Registry& ops);
 void register_cuda_metasr(Registry& ops);
+void register_cuda_convolution(Registry& ops);
 
 }  // namespace liif_fast

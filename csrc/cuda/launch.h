@@ -71,4 +71,34 @@ template <class T>
 const char* launch_metasr_backward(const MetasrProblem<T>& problem, Dtype dtype, const MetasrGrads<T>& grads,
                                    const MetasrOrder& sorted, T* workspace, void* stream);
 
+// A 3x3 convolution with zero padding of a float32 map, its operands rounded to 16 bits. Transposed: the gradient of
+// the map of such a convolution, from the gradient of its result.
+struct ConvolutionProblem {
+  int64_t batch, height, width, channels, outs;  // channels of map and out: multiples of 4
+  const float* map;                              // [batch, height, width, channels], aligned to 16 bytes
+  const float* kernels;                          // [outs, channels, 3, 3]; transposed: [channels, outs, 3, 3]
+  bool transposed, in_bfloat16;                  // bfloat16 operands, not float16
+  float* out;                                    // [batch, height, width, outs], aligned to 16 bytes
+};
+constexpr int64_t kMaxConvolutionChannels = 16384;
+
+// workspace: of so many bytes, aligned to 16.
+int64_t convolution_workspace(const ConvolutionProblem& problem);
+const char* launch_convolution(const ConvolutionProblem& problem, void* workspace, void* stream);
+
+// The gradient of its kernels. latents and grads are 16-bit arrays [rows, channels] of maps with a border of zeros,
+// pixel after pixel, aligned to 16 bytes, their channels padded with zeros to the steps. Row i of grads belongs to the
+// latents of rows i + row_pixels * r + c, with r and c from 0 to 2.
+constexpr int kLatentStep = 64, kGradStep = 256, kPixelStep = 32;
+struct KernelGradsProblem {
+  int64_t pixels, row_pixels;  // rows of grads, a multiple of kPixelStep; pixels of a map's row and its border
+  int latent_channels, grad_channels;
+  int64_t channels, outs;  // without padding; outs is a multiple of 4
+  bool in_bfloat16;        // latents and grads, not float16
+  const void *latents, *grads;
+  float* out;  // [outs, channels, 3, 3]
+};
+int64_t kernel_grads_workspace(const KernelGradsProblem& problem);
+const char* launch_kernel_grads(const KernelGradsProblem& problem, void* workspace, void* stream);
+
 }  // namespace liif_fast

@@ -79,6 +79,16 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// Four 8x8 matrices of 16-bit values in shared memory: lane l gives the place of row l % 8 of matrix l / 8, and gets
+// two values of each matrix in a word, columns l % 4 * 2 and the next one of row l / 4. They are mma_step's `a`.
+__device__ __forceinline__ uint4 load_matrices(const void* row) {
+  uint4 words;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(shared_address(row))
+               : "memory");
+  return words;
+}
 // Four 8x8 matrices of 16-bit values in shared memory, transposed: lane l gives the place of row l % 8 of matrix l / 8,
 // and gets two values of each matrix in a word, those of column l / 4 in rows l % 4 * 2 and the next one.
 __device__ __forceinline__ uint4 load_transposed(const uint4* row) {

@@ -65,7 +65,9 @@ def convolution(feat: Any, kernels: Any, *_: Any, **__: Any) -> int:
     return 2 * feat.shape[0] * prod(feat.shape[2:]) * prod(kernels.shape)
 
 
-def convolution_backward(grad_out: Any, feat: Any, kernels: Any, tf32: bool, *wanted: bool, **_: Any) -> int:
+def convolution_backward(
+    grad_out: Any, feat: Any, kernels: Any, narrow: Any, backend: Any, *wanted: bool, **_: Any
+) -> int:
     return sum(wanted) * convolution(feat, kernels)
 
 

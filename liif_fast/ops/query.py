@@ -70,7 +70,7 @@ def _decode(
     """`decode_on` of the latent map, which is made of feat unless it is given."""
     recorded = needs_grad(feat, *place.tensors, first, *layers.tensors)
     if latent_map is None:
-        latent_map = fold_for(feat, first, feat_unfold, layers.matmul_dtype, recorded)
+        latent_map = fold_for(feat, first, feat_unfold, layers.matmul_dtype, recorded, backend)
     return decode_on(backend, latent_map, layers, place, keep, recorded)
 
 

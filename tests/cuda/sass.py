@@ -102,6 +102,25 @@ def measure_hopper(code: list[Instruction]) -> dict[str, int]:
     }
 
 
+def measure_convolution(code: list[Instruction]) -> dict[str, int]:
+    """Products and fragments of a chunk of weights, and what stands around the products."""
+
+    def count(name: str, width: str = "") -> int:
+        return sum(one.is_one(name) and one.name.endswith(width) for one in code)
+
+    return {
+        "products": count("HMMA"),
+        "fragments_of_the_map": count("LDSM"),
+        "fragments_of_weights": count("LDS", ".128"),
+        "loads_in_flight": max(flights(code)),
+        "wide_stores": stores(code, wide=True),
+        "narrow_stores": stores(code, wide=False),
+        "block_barriers": sum(map(is_barrier, code)),
+        "copies_under_products": copies_under_products(code),
+        "instructions_of_a_chunk": len(next(loop for loop in loops(code) if any(one.is_one("HMMA") for one in loop))),
+    }
+
+
 def measure_decode(code: list[Instruction]) -> dict[str, int]:
     """Of a kernel of the decode, or of its weights' gradients, which alone load fragments transposed."""
     if any(one.name.startswith("LDSM") for one in code):

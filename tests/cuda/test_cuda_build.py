@@ -167,6 +167,7 @@ def test_bindings_refuse_cpu_tensors():
     x, pred = torch.rand(1, 2, 4, 29), torch.rand(1, 2, 4, 3)
     metasr = [coord, coord, torch.rand(2, 3), torch.rand(2), [0, 0, 4, 5]]
     gather_grads = (x, weights, coord, 3, 4, 5, False, True, True, True, False)
+    weight, rows = torch.rand(8, 8, 3, 3), torch.rand(32, 64).bfloat16()
     metasr_grads = (torch.rand(1, 2, 3), torch.rand(1, 4, 5, 9), *metasr, None, None)
     calls = {
         "feat must be a CUDA tensor": (ops.gather, feat, coord, None, True, True),
@@ -176,6 +177,8 @@ def test_bindings_refuse_cpu_tensors():
         "latent_map must be a CUDA tensor": (ops.metasr_query, torch.rand(1, 4, 5, 9), *metasr),
         "coord must be a CUDA tensor of 3": (ops.cuda_metasr_latents, *metasr[:2], metasr[-1], [1, 4, 5]),
         "latent_map must be a CUDA tensor of 4": (ops.cuda_metasr_query_backward, *metasr_grads),
+        "map must be a CUDA tensor of 4": (ops.cuda_convolution, torch.rand(1, 4, 5, 8), weight, False, True),
+        "latents must be a CUDA tensor of 2": (ops.cuda_kernel_grads, rows, rows, 7, 8, 8),
     }
     for message, (op, *arguments) in calls.items():
         with pytest.raises(RuntimeError, match=message):
@@ -186,6 +189,7 @@ def test_bindings_refuse_cpu_tensors():
 def test_the_cuda_half_is_registered_for_the_device_and_carries_every_architecture():
     names = ["gather", "cuda_gather_backward", "ensemble", "ensemble_backward"]
     names += ["metasr_query", "cuda_metasr_latents", "cuda_metasr_query_backward"]
+    names += ["cuda_convolution", "cuda_kernel_grads"]
     for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{NATIVE_NAMESPACE}::{name}", "CUDA")
     if shutil.which("nvcc") and (facts := extension.build_facts()).get("cuda_archs"):

@@ -44,10 +44,11 @@ HOPPER_KERNELS = {
         )
     },
 }
+CONVOLUTIONS = {name: rf"[0-9]convolution_kernel.*{name}" for name in ("bfloat16", "half")}
 SM_90A = ("-arch=compute_90a", "-code=sm_90a")
 NOTES = re.compile(r"\(C7\d+\)[^\n]*")  # ptxas's, where it serializes products
 EXACT = ("products", "fences", "waits", "stores", "stores_of_16_bytes", "wide_loads", "reductions")
-EXACT += ("fragment_loads", "copies", "stores_to_shared")
+EXACT += ("fragment_loads", "copies", "stores_to_shared", "fragments_of_the_map", "fragments_of_weights")
 AT_LEAST = ("wide_stores", "loads_in_flight", "copies_under_products")  # the other numbers are upper limits
 
 
@@ -94,10 +95,18 @@ def check(budgets: dict, patterns: dict, measure: Callable, command: list, cubin
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", [arch for arch in BUDGET if arch != "hopper"])
+@pytest.mark.parametrize("arch", [arch for arch in BUDGET if arch not in ("hopper", "convolution")])
 def test_the_decode_is_compiled_to_what_its_comments_say(arch, tmp_path):
     command = [f"-arch=compute_{arch}", f"-code=sm_{arch}", f"-DROWS={BUDGET[arch]['rows']}", HERE / "decode_probe.cu"]
     check(BUDGET[arch], KERNELS, sass.measure_decode, command, tmp_path / "probe.cubin")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_the_convolution_is_compiled_to_what_its_comments_say(arch, tmp_path):
+    command = [f"-arch=compute_{arch}", f"-code=sm_{arch}", HERE.parents[1] / "csrc" / "cuda" / "convolution.cu"]
+    budgets = dict.fromkeys(CONVOLUTIONS, BUDGET["convolution"])
+    check(budgets, CONVOLUTIONS, sass.measure_convolution, command, tmp_path / "convolution.cubin")
 
 
 @needs_nvcc

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,29 +17,29 @@ from tests.cuda.emulator import build
 
 pytestmark = [pytest.mark.skipif(bool(build.why_not()), reason=build.why_not()), pytest.mark.prove]
 SEEDS = 12
-LAYERS, FORWARD, BACKWARD = "layers.cuh", "forward.cuh", "backward.cuh"
+RING, LAYERS, FORWARD, BACKWARD = "../weight_stream.cuh", "layers.cuh", "forward.cuh", "backward.cuh"
 IN_MULTIPLY = """    stream.refill();  // under the products
     stream.release();
 """
 # The file, the text that is replaced, and what replaces it; then a part of the emulator's message, "" for wrong values.
 MISTAKES = {
     "reads a chunk before it is copied": (
-        [(LAYERS, "    wait_barrier(&barriers_.full[stage(turn_)], phase(turn_));\n", "")],
+        [(RING, "    wait_barrier(&barriers_.full[stage(turn_)], phase(turn_));\n", "")],
         "",
     ),
     "overwrites a chunk before it is read": (
-        [(LAYERS, "    wait_barrier(&barriers_.empty[stage(turn)], phase(turn) ^ 1);\n", "")],
+        [(RING, "    wait_barrier(&barriers_.empty[stage(turn)], phase(turn) ^ 1);\n", "")],
         "",
     ),
-    "waits for the other parity": ([(LAYERS, "phase(turn_));", "phase(turn_) ^ 1);")], ""),
+    "waits for the other parity": ([(RING, "phase(turn_));", "phase(turn_) ^ 1);")], ""),
     "never changes the parity": (
-        [(LAYERS, "return turn < T::kStages ? 0 : 1;", "return turn < T::kStages ? 0 : 0;")],
+        [(RING, "return turn < T::kStages ? 0 : 1;", "return turn < T::kStages ? 0 : 0;")],
         "wrong parity",
     ),
     "does not wait for the last warp": (
         [
             (
-                LAYERS,
+                RING,
                 "init_barrier(&barriers.empty[threadIdx.x], kWarps)",
                 "init_barrier(&barriers.empty[threadIdx.x], 7)",
             )
@@ -48,14 +49,14 @@ MISTAKES = {
     "does not wait for the last copies": (
         [
             (
-                LAYERS,
+                RING,
                 "init_barrier(&barriers.full[threadIdx.x], kThreads)",
                 "init_barrier(&barriers.full[threadIdx.x], 224)",
             )
         ],
         "",
     ),
-    "arrives before its copies": ([(LAYERS, "arrive_after_copies(&barriers_.full", "arrive(&barriers_.full")], ""),
+    "arrives before its copies": ([(RING, "arrive_after_copies(&barriers_.full", "arrive(&barriers_.full")], ""),
     "releases a chunk before it has read it": (
         [
             (LAYERS, IN_MULTIPLY, ""),
@@ -63,10 +64,10 @@ MISTAKES = {
         ],
         "",
     ),
-    "copies a whole ring ahead": ([(LAYERS, "kAhead = 2", "kAhead = T::kStages")], "diverged"),
-    "ends with copies under way": ([(LAYERS, "finish() { wait_copies(); }", "finish() {}")], "before its copies"),
+    "copies a whole ring ahead": ([(RING, "kAhead = 2", "kAhead = T::kStages")], "diverged"),
+    "ends with copies under way": ([(RING, "finish() { wait_copies(); }", "finish() {}")], "before its copies"),
     "uses barriers before they are initialized": (
-        [(LAYERS, "    __syncthreads();\n    if (steps > 0)", "    if (steps > 0)")],
+        [(RING, "    __syncthreads();\n    if (steps > 0)", "    if (steps > 0)")],
         "not initialized",
     ),
     "multiplies before its team has written": (
@@ -88,7 +89,7 @@ MISTAKES = {
 }
 
 
-def outcomes(folder: Path, patches: list[tuple[str, str, str]], *until: str, **kernel: int) -> list[str]:
+def outcomes(folder: Path, patches: list[tuple[str, str, str]], *until: str, **kernel: Any) -> list[str]:
     """What the decode gives under every seed, with these patches in a copy of the sources.
 
     kernel: as for build.ring. until: a hash and a text; the last outcome is the first that is not the hash and has the

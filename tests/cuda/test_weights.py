@@ -101,7 +101,7 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> str:
     """The hash of the sums without a mistake, which no schedule changes."""
-    (found,) = set(outcomes(tmp_path_factory.mktemp("sound"), [], product=True))
+    (found,) = set(outcomes(tmp_path_factory.mktemp("sound"), [], program="product"))
     assert int(found, 16)
     return found
 
@@ -111,6 +111,6 @@ def sound(tmp_path_factory) -> str:
     ("old", "new", "message"), MISTAKES.values(), ids=[name.replace(" ", "-") for name in MISTAKES]
 )
 def test_a_planted_mistake_is_seen(sound, tmp_path, old, new, message):
-    *_, last = found = outcomes(tmp_path, [(PRODUCT, old, new)], sound, message, product=True)
+    *_, last = found = outcomes(tmp_path, [(PRODUCT, old, new)], sound, message, program="product")
     assert last != sound, found
     assert message in last, found

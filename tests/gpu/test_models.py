@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 import liif_fast
 from liif_fast import ops
@@ -64,6 +67,24 @@ def test_fold_is_float32_unless_tf32_is_allowed(device):
     (out, *grads), (expected, *exact) = results
     assert range_error(out, expected) <= 2e-6
     assert_close(grads, exact, 1e-5)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+def test_the_first_layer_of_16_bit_training_rounds_its_operands_alone(device, narrow):
+    """Four of the paper's maps, forward and backward, against float64 with the same roundings."""
+    if reason := reason_against("cuda", "gather", torch.float32, "cuda"):
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(0)
+    sizes = (4, 64, 48, 48), (256, 64, 3, 3), (4, 256, 48, 48)
+    feat, kernels, probe = (torch.randn(size, generator=generator).to(device, narrow) for size in sizes)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (feat, kernels)]
+        fold = import_module("liif_fast.ops.fold")._convolution
+        out = fold(*leaves, narrow, "cuda") if dtype == torch.float32 else F.conv2d(*leaves, padding=1)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, probe.to(dtype))])
+    for found, expected in zip(*results):
+        assert range_error(found, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -106,11 +106,10 @@ def exact(problem: Problem) -> tuple[Tensor, Sequence[Tensor]]:
     return ops.reference.ensemble(ops.reference.imnet(x, wide.weights, wide.biases), area_weight), wide.leaves
 
 
-def rounded(problem: Problem, rounding: Rounding, edges: bool, hidden_biases: bool) -> list[Tensor]:
-    """[decode, *gradients] in float32 with the operands of hidden layers rounded."""
+def rounded(problem: Problem, rounding: Rounding, **rounds: bool) -> list[Tensor]:
+    """[decode, *gradients] in float32 with the operands of hidden layers rounded, and more: see rounded_query."""
     with torch.autocast(problem.feat.device.type, enabled=False):
-        options = {"edges": edges, "hidden_biases": hidden_biases}
-        out = rounded_query(*problem.tensors, rounding, **options, **problem.case.flags)
+        out = rounded_query(*problem.tensors, rounding, **rounds, **problem.case.flags)
         return gradients(out, problem.leaves, problem.kind.dtype)
 
 

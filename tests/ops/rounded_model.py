@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from liif_fast import ops
@@ -46,6 +47,7 @@ def rounded_query(
     *,
     edges: bool,
     hidden_biases: bool = False,
+    folds: bool = False,
     local_ensemble: bool = True,
     feat_unfold: bool = True,
     cell_decode: bool = True,
@@ -54,6 +56,7 @@ def rounded_query(
 
     Args:
         edges: whether the first layer's gradient and the last layer's input are rounded too.
+        folds: whether the first layer is a 3x3 convolution that rounds its operands and the gradient of its result.
         hidden_biases: whether the biases of hidden layers are rounded too, as PyTorch's own layers do.
     """
 
@@ -64,10 +67,16 @@ def rounded_query(
         return _RoundGrad.apply(tensor, rounding)
 
     weights, biases = [w.float() for w in weights], [b.float() for b in biases]
+    feat, first = feat.float(), weights[0]
+    if folds:
+        channels = feat.shape[1]
+        kernels = first[:, : 9 * channels].unflatten(1, (channels, 3, 3))
+        feat, feat_unfold = round_grad(F.conv2d(rounded(feat), rounded(kernels), padding=1)), False
+        first = torch.cat([torch.eye(len(first)).to(first), first[:, 9 * channels :]], 1)
     x, area_weight = ops.reference.gather(
-        feat.float(), coord, cell if cell_decode else None, feat_unfold=feat_unfold, local_ensemble=local_ensemble
+        feat, coord, cell if cell_decode else None, feat_unfold=feat_unfold, local_ensemble=local_ensemble
     )
-    hidden = x @ weights[0].t() + biases[0]
+    hidden = x @ first.t() + biases[0]
     if len(weights) == 1:
         return (hidden * area_weight.unsqueeze(-1)).sum(2)
     hidden = torch.relu(round_grad(hidden) if edges else hidden)

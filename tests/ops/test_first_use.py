@@ -93,11 +93,12 @@ def launch_error(out, arguments):
 
 def half_the_masks(results, arguments):
     results[0].mul_(0.5)  # gradients before the hidden ReLUs
+    arguments[-1].mul_(0.5)  # of hidden weights, where the kernels make them
     return results
 
 
 def a_tiles_latents(results, arguments):
-    arguments[-4].flatten(1, 2)[:, 20:40] = 0  # grad_latent_map
+    arguments[-5].flatten(1, 2)[:, 20:40] = 0  # grad_latent_map
     return results
 
 
@@ -128,6 +129,19 @@ def test_a_wrong_forward_is_refused_with_one_warning(native, name):
     with pytest.raises(RuntimeError, match=re.escape(text)):
         query(problem, backend="cuda")
     assert len(first_use._verdicts) == 1
+
+
+def test_a_wrong_convolution_of_the_first_layer_is_refused(native, monkeypatch):
+    module = import_module("liif_fast.ops.backends.cuda.convolution")
+    right = module._C
+    wrong = SimpleNamespace(
+        cuda_convolution=lambda *arguments: right.cuda_convolution(*arguments).roll(1, 2),
+        cuda_kernel_grads=right.cuda_kernel_grads,
+    )
+    monkeypatch.setattr(module, "_C", wrong)
+    query(tensors(torch.bfloat16), backend="cuda")  # inference does without
+    with pytest.warns(RuntimeWarning, match="the result of query is off by"):
+        query(tensors(torch.bfloat16, grad=True))
 
 
 @pytest.mark.parametrize("name", BACKWARD)

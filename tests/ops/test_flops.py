@@ -75,9 +75,9 @@ def test_the_convolution_that_keeps_its_precision(size):
     plain = [tensor.clone().requires_grad_() for tensor in (feat, kernels)]
     expected = count(lambda: torch.nn.functional.conv2d(*plain, padding=size // 2), plain)
     with FlopCounterMode(display=False) as forward:
-        out = _convolution(feat, kernels, False)
+        out = _convolution(feat, kernels, None, "torch")
     with FlopCounterMode(display=False) as backward:
-        _convolution_backward(out, feat, kernels, False, True, True)
+        _convolution_backward(out, feat, kernels, None, "torch", True, True)
     assert (forward.get_total_flops(), backward.get_total_flops()) == expected
 
 

@@ -35,7 +35,7 @@ def make(shape, dtype=torch.float64):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_op_is_pytorchs_convolution(shape):
     feat, kernels = make(shape)
-    out = convolution._convolution(feat, kernels, False)
+    out = convolution._convolution(feat, kernels, None, "torch")
     expected = F.conv2d(feat, kernels, padding=shape[-1] // 2)
     assert torch.equal(out, expected)
     grad_out = torch.rand(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
@@ -43,15 +43,16 @@ def test_the_op_is_pytorchs_convolution(shape):
         grads = torch.autograd.grad(out, wanted, grad_out, retain_graph=True)
         right = torch.autograd.grad(expected, wanted, grad_out, retain_graph=True)
         assert all(norm_error(a, b) <= 1e-14 for a, b in zip(grads, right, strict=True))
-    assert torch.autograd.gradcheck(lambda *t: convolution._convolution(*t, False), (feat, kernels))
+    assert torch.autograd.gradcheck(lambda *t: convolution._convolution(*t, None, "torch"), (feat, kernels))
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(convolution._convolution, (feat, kernels, True), test_utils=tests)
+    torch.library.opcheck(convolution._convolution, (feat, kernels, torch.bfloat16, "torch"), test_utils=tests)
 
 
 @pytest.mark.parametrize(
-    ("matrices", "tf32", "expected"), [("ieee", False, False), ("tf32", False, True), ("ieee", True, True)]
+    ("matrices", "narrow", "expected"),
+    [("ieee", None, False), ("tf32", None, True), ("ieee", torch.float16, True)],
 )
-def test_convolutions_follow_the_switch_of_matrix_products(monkeypatch, precision, matrices, tf32, expected):
+def test_convolutions_follow_the_switch_of_matrix_products(monkeypatch, precision, matrices, narrow, expected):
     product, _ = precision
     product.fp32_precision = matrices
     monkeypatch.setattr(convolution, "_CPU_MULTIPLIES_BF16", False)  # a CPU takes the part of a GPU
@@ -64,7 +65,7 @@ def test_convolutions_follow_the_switch_of_matrix_products(monkeypatch, precisio
 
     monkeypatch.setattr(torch.ops.aten, "_convolution", spy)
     feat, kernels = make(SHAPES["3x3"], torch.float32)
-    convolution._convolution(feat, kernels, tf32).sum().backward()
+    convolution._convolution(feat, kernels, narrow, "torch").sum().backward()
     assert seen == [expected, expected]
 
 
@@ -76,7 +77,7 @@ import torch
 from importlib import import_module
 torch.backends.fp32_precision = "tf32"
 feat, kernels = torch.rand(1, 2, 4, 4, requires_grad=True), torch.rand(3, 2, 3, 3, requires_grad=True)
-import_module("liif_fast.ops.fold")._convolution(feat, kernels, False).sum().backward()
+import_module("liif_fast.ops.fold")._convolution(feat, kernels, None, "torch").sum().backward()
 torch.backends.fp32_precision = "ieee"
 print(torch.backends.cudnn.conv.fp32_precision)
 """

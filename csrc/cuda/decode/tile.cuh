@@ -16,6 +16,7 @@
 #include "cuda/common.cuh"
 #include "cuda/decode/launch.h"
 #include "cuda/ptx.cuh"
+#include "cuda/weight_stream.cuh"
 #include "geometry.h"
 
 namespace liif_fast {
@@ -120,12 +121,6 @@ struct Geometry {
   CornerRow rows[T::kRows];
   float rel_cell[T::kRows][2];  // unwritten where all cells are the same
   float weight[T::kRows];       // of the blend; 0 for rows after the last query
-};
-
-// The barriers of the ring's stages: a chunk has been copied, a chunk has been read.
-template <class T>
-struct RingBarriers {
-  uint64_t full[T::kStages], empty[T::kStages];
 };
 
 // A block's shared memory. The backward has its gradients after it.

@@ -157,16 +157,16 @@ def clocked(name: str) -> Path:
     return _compile(name, [ROOT / "tests" / "gpu" / f"{name}.cu"], [*FLAGS, "-O1"], [])
 
 
-def ring(csrc: Path, target: Path, hopper: int = 0, trains: bool = False, product: bool = False) -> Path:
+def ring(csrc: Path, target: Path, hopper: int = 0, trains: bool = False, program: str = "") -> Path:
     """The program of ring.cpp, with the kernels of a copy of csrc. Packing is compiled once if it is the same.
 
     hopper: the channels of the Hopper kernel, 0 for the kernels of every GPU. trains: its training, not inference.
-    product: the program of product.cpp instead, the sums over rows.
+    program: product or convolution, a program of its own.
     """
     command = compiler()
     assert command is not None
-    if product:
-        _run([*command, *FLAGS, "-O1", "-w", *_include_flags(csrc), str(HERE / "product.cpp"), "-o", str(target)])
+    if program:
+        _run([*command, *FLAGS, "-O1", "-w", *_include_flags(csrc), str(HERE / f"{program}.cpp"), "-o", str(target)])
         return target
     decode = csrc / "cuda" / "decode" / "decode.cu"
     if filecmp.cmp(decode.with_name("launch.h"), ROOT / "csrc" / "cuda" / "decode" / "launch.h", shallow=False):

@@ -85,6 +85,45 @@ py::tuple ensemble_backward(const std::string& dtype, const py::array& grad_out,
   return py::make_tuple(grad_pred, grad_area_weight);
 }
 
+py::array convolution(const py::array& map, const py::array& kernels, bool transposed, bool in_bfloat16) {
+  ConvolutionProblem p{};
+  p.batch = map.shape(0);
+  p.height = map.shape(1);
+  p.width = map.shape(2);
+  p.channels = map.shape(3);
+  p.outs = kernels.shape(transposed ? 1 : 0);
+  py::array out =
+      make(map.dtype(), {map.shape(0), map.shape(1), map.shape(2), kernels.shape(transposed ? 1 : 0)}, kNaN);
+  p.map = read<float>(map);
+  p.kernels = read<float>(kernels);
+  p.transposed = transposed;
+  p.in_bfloat16 = in_bfloat16;
+  p.out = write<float>(out);
+  std::vector<unsigned char> workspace(static_cast<size_t>(convolution_workspace(p)));
+  check(launch_convolution(p, workspace.data(), nullptr));
+  return out;
+}
+
+// latents, grads: float16, or the bits of bfloat16.
+py::array kernel_grads(const py::array& latents, const py::array& grads, int64_t row_pixels, int64_t channels,
+                       int64_t outs) {
+  KernelGradsProblem p{};
+  p.pixels = grads.shape(0);
+  p.row_pixels = row_pixels;
+  p.in_bfloat16 = latents.dtype().kind() != 'f';
+  p.latent_channels = static_cast<int>(latents.shape(1));
+  p.grad_channels = static_cast<int>(grads.shape(1));
+  p.channels = channels;
+  p.outs = outs;
+  p.latents = latents.data();
+  p.grads = grads.data();
+  py::array out = make(py::dtype::of<float>(), {outs, channels, 3, 3}, kNaN);
+  p.out = write<float>(out);
+  std::vector<unsigned char> workspace(static_cast<size_t>(kernel_grads_workspace(p)), kNaN);
+  check(launch_kernel_grads(p, workspace.data(), nullptr));
+  return out;
+}
+
 }  // namespace
 
 void bind_gather(py::module_& m) {
@@ -107,6 +146,8 @@ void bind_gather(py::module_& m) {
           return geometry(dtype) ? ensemble_backward<double>(dtype, grad_out, pred, area_weight)
                                  : ensemble_backward<float>(dtype, grad_out, pred, area_weight);
         });
+  m.def("convolution", convolution);
+  m.def("kernel_grads", kernel_grads);
 }
 
 }  // namespace liif_fast

@@ -91,6 +91,12 @@ class Ops:
         grad_rows, *others = self.kernels.decode_backward(*map(_arrays, arguments))
         return torch.from_numpy(grad_rows).view(_operands(arguments[14])), *map(torch.from_numpy, others)
 
+    def cuda_convolution(self, map: Tensor, kernels: Tensor, transposed: bool, in_bfloat16: bool) -> Tensor:
+        return torch.from_numpy(self.kernels.convolution(_array(map), _array(kernels), transposed, in_bfloat16))
+
+    def cuda_kernel_grads(self, latents: Tensor, grads: Tensor, *sizes: int) -> Tensor:
+        return torch.from_numpy(self.kernels.kernel_grads(_array(latents), _array(grads), *sizes))
+
     def metasr_query(self, latent_map: Tensor, *tensors_and_region: object) -> Tensor:
         assert latent_map.is_contiguous()
         arguments = map(_arrays, (latent_map, *tensors_and_region))

@@ -90,6 +90,16 @@ void mma_step(float (&acc)[kRowTiles][kColTiles][4], const uint4 (&a)[kRowTiles]
   cuda_on_cpu::block.hide("mma.sync");
 }
 
+inline uint4 load_matrices(const void* row) {
+  cuda_on_cpu::block.show(row, "ldmatrix");
+  const unsigned lane = cuda_on_cpu::block.thread() % 32;
+  uint32_t words[4];
+  for (unsigned matrix = 0; matrix < 4; ++matrix)
+    std::memcpy(words + matrix,
+                static_cast<const char*>(cuda_on_cpu::block.shown(matrix * 8 + lane / 4)) + lane % 4 * 4, 4);
+  cuda_on_cpu::block.hide("ldmatrix");
+  return {words[0], words[1], words[2], words[3]};
+}
 inline uint4 load_transposed(const uint4* row) {
   cuda_on_cpu::block.show(row, "ldmatrix");
   const unsigned lane = cuda_on_cpu::block.thread() % 32;

@@ -64,15 +64,15 @@ def saved_bytes(inputs: DecodeInputs, coord_grad: bool) -> int:
     return _saved_bytes(inputs, inputs.rows, coord_grad)
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor  # a view into a larger tensor
 
 
 def _kernel_inputs(inputs: DecodeInputs) -> DecodeInputs:
     latent_map = inputs.latent_map
     latent_map = (latent_map if latent_map.dtype == inputs.matmul_dtype else latent_map.float()).contiguous()
-    inputs = inputs.for_kernels(_aligned(latent_map), torch.float32)
-    return inputs if inputs.query_term is None else inputs._replace(query_term=_aligned(inputs.query_term))
+    inputs = inputs.for_kernels(aligned(latent_map), torch.float32)
+    return inputs if inputs.query_term is None else inputs._replace(query_term=aligned(inputs.query_term))
 
 
 def _arguments(inputs: DecodeInputs, policy: int | None = None) -> tuple[object, ...]:

@@ -155,7 +155,7 @@ class Archs(NamedTuple):
 class Toolkit(NamedTuple):
     """A CUDA toolkit."""
 
-    command: list[str]  # nvcc and its flags
+    command: list[str]  # nvcc and its flags, without the architectures
     root: Path
     release: str
     archs: list[str]
@@ -180,13 +180,19 @@ class Toolkit(NamedTuple):
         if wanted.variable and archs != wanted.compiled:
             (first, *_) = set(wanted.compiled) - set(archs)
             sys.exit(f"error: nvcc {release.group(1)} does not support sm_{first} of {wanted.variable}")
-        flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        # PTX is for GPUs that are newer than these.
-        flags += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in wanted.ptx]
-        if int(release.group(1).split(".")[0]) >= 13:  # a quarter of the size; every driver for CUDA 13 unpacks it
-            flags.append("--compress-mode=size")
+        # A quarter of the size; every driver for CUDA 13 unpacks it.
+        flags = ["--compress-mode=size"] if int(release.group(1).split(".")[0]) >= 13 else []
         command = [nvcc, *NVCC_FLAGS, *flags, "-Xptxas", "-v"]
         return cls(command, Path(top.group(1).strip()).resolve(), release.group(1), archs, wanted.ptx)
+
+    def gencode(self, source: Path) -> list[str]:
+        """nvcc's flags that name the architectures. The Hopper kernels are empty on all but 9.0a."""
+        if source.stem.startswith("hopper_") and "90a" in self.archs:
+            return ["-gencode=arch=compute_90a,code=sm_90a"]
+        shared = {"89": "86"} if "86" in self.archs else {}  # one PTX for both, with the same machine code
+        flags = [f"-gencode=arch=compute_{shared.get(arch, arch)},code=sm_{arch}" for arch in self.archs]
+        # PTX is for GPUs that are newer than these.
+        return flags + [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in self.ptx]
 
 
 def why_not() -> str:
@@ -235,12 +241,13 @@ def write_ninja(folder: Path, toolkit: Toolkit | None) -> dict[str, object]:
     lines = [f"builddir = {folder}"]
     if toolkit:
         # ptxas's report on the kernels goes to a file next to the object; other messages go to the terminal as well.
-        nvcc = f"{quoted(*toolkit.command)} --threads $$NVCC_THREADS {compile_one} > $out.ptxas.txt 2>&1; code=$$?"
-        others = f"grep -vE {quoted('^$|ptxas info|bytes stack frame')} $out.ptxas.txt; exit $$code"
+        nvcc = f"{quoted(*toolkit.command)} $archs --threads $$NVCC_THREADS {compile_one} > $out.ptxas.txt 2>&1"
+        others = f"code=$$?; grep -vE {quoted('^$|ptxas info|bytes stack frame')} $out.ptxas.txt; exit $$code"
         lines += [f"rule nvcc\n  description = nvcc: $out\n  command = {nvcc}; {others} # {toolkit.release}{headers}"]
         for source in sources("cuda/**/*.cu"):
             cuda.append(f"{folder / source.relative_to('csrc')}.o")
             lines.append(f"build {cuda[-1]} | {cuda[-1]}.ptxas.txt: nvcc {source}")
+            lines.append(f"  archs = {quoted(*toolkit.gencode(source))}")
         lines.append(f"build cuda: phony {' '.join(cuda)}")
         libraries += [f"-L{toolkit.root}/{name}" for name in ("lib64", "lib")] + CUDA_LIBRARIES
     lines += [f"rule cxx\n  description = c++: $out\n  command = {cxx} $flags {compile_one} {tools}{headers}"]

@@ -246,6 +246,18 @@ def test_architectures_are_those_of_our_variable_then_of_torchs(
     assert capsys.readouterr().err == (line if skipped else "")
 
 
+def test_a_source_is_compiled_for_the_architectures_that_it_has_code_for(setup_py):
+    toolkit = setup_py.Toolkit([], ROOT, "13.0", ["86", "89", "90a"], ["80"])
+    hopper, other = Path("cuda/decode/hopper_float16.cu"), Path("cuda/decode/float16.cu")
+    flags = [
+        f"arch=compute_{one}" for one in ("86,code=sm_86", "86,code=sm_89", "90a,code=sm_90a", "80,code=compute_80")
+    ]
+    assert toolkit.gencode(other) == [f"-gencode={flag}" for flag in flags]
+    assert toolkit.gencode(hopper) == ["-gencode=arch=compute_90a,code=sm_90a"]
+    older = toolkit._replace(archs=["89"], ptx=[])
+    assert older.gencode(other) == older.gencode(hopper) == ["-gencode=arch=compute_89,code=sm_89"]
+
+
 def test_only_old_architectures_are_a_reason_against_cuda(setup_py, monkeypatch):
     monkeypatch.delenv("LIIF_FAST_CUDA_ARCHS", raising=False)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "6.1;7.5+PTX")

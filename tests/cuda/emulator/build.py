@@ -97,12 +97,27 @@ def _object(source: Path, flags: Sequence[str]) -> Path:
     return CACHE / f"{source.name}-{digest.hexdigest()[:16]}.o"
 
 
-def _compile_one(source: Path, made: Path, flags: Sequence[str]) -> None:
+def _compile_one(source: Path, made: Path, flags: Sequence[str], *, kind: str = "c++") -> None:
     command = compiler()
     assert command is not None
     fresh = made.with_suffix(".fresh")
-    _run([*command, *flags, *_include_flags(), "-c", "-x", "c++", str(source), "-o", str(fresh)])
+    _run([*command, *flags, *_include_flags(), "-c", "-x", kind, str(source), "-o", str(fresh)])
     os.replace(fresh, made)
+
+
+def _precompiled(flags: Sequence[str]) -> list[str]:
+    """Flags that include the headers of every kernel, which take longer than most kernels: compiled once."""
+    header = _object(HERE / "ptx_on_cpu.h", flags).with_suffix("")
+    made = header.with_name(f"{header.name}.gch")
+    if not made.exists():
+        header.write_text('#include "ptx_on_cpu.h"\n')
+        _compile_one(header, made, flags, kind="c++-header")
+    return ["-include", str(header)]
+
+
+def _flags_of(source: Path, flags: Sequence[str]) -> list[str]:
+    """A kernel's flags, or those of what binds it to Python, of which nothing takes long."""
+    return [*flags, *_precompiled(flags)] if source.suffix == ".cu" else [*flags, "-O0"]
 
 
 def _compile(output: str, sources: Sequence[Path], flags: Sequence[str], link: Sequence[str]) -> Path:
@@ -118,7 +133,7 @@ def _compile(output: str, sources: Sequence[Path], flags: Sequence[str], link: S
         if not target.exists():
             with ThreadPoolExecutor(2) as pool:
                 jobs = [
-                    pool.submit(_compile_one, source, made, flags)
+                    pool.submit(_compile_one, source, made, _flags_of(source, flags))
                     for source, made in zip(sources, objects, strict=True)
                     if not made.exists()
                 ]

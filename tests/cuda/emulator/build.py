@@ -35,8 +35,10 @@ leaves_out = False  # the kernels for float16 and TF32: set before load() is cal
 SANITIZE = os.environ.get("LIIF_FAST_SANITIZE", "0") not in ("", "0")
 # As in setup.py: no FMA contraction, since rounding decides which latent is the nearest. torch ships pybind11.
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+FLAGS += ["-O1"]
 SANITIZERS = ["-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 SANITIZERS += ["-fno-sanitize=null,object-size,pointer-overflow,vptr"]  # as in setup.py
+SANITIZERS += ["-Og"]  # with them -O1 takes three times as long
 SANITIZERS += ["-Wno-maybe-uninitialized"]  # GCC documents false positives with sanitizers
 
 
@@ -153,7 +155,7 @@ def load() -> ModuleType:
     if leaves_out:
         sources = [path for path in sources if not LEFT_OUT.search(path.stem)]
         sources.append(HERE / "left_out.cpp")
-    flags = [*FLAGS, "-O1", *(SANITIZERS if SANITIZE else [])]
+    flags = [*FLAGS, *(SANITIZERS if SANITIZE else [])]
     path = _compile(NAME + sysconfig.get_config_var("EXT_SUFFIX"), sources, flags, ["-shared"])
     spec = importlib.util.spec_from_file_location(NAME, path)
     assert spec is not None and spec.loader is not None
@@ -164,12 +166,12 @@ def load() -> ModuleType:
 
 def probes() -> Path:
     """The program of probes.cpp, always with sanitizers; raises RuntimeError if the compiler has none."""
-    return _compile("probes", [HERE / "probes.cpp"], [*FLAGS, "-O1", *SANITIZERS], [])
+    return _compile("probes", [HERE / "probes.cpp"], [*FLAGS, *SANITIZERS], [])
 
 
 def clocked(name: str) -> Path:
     """A program of tests/gpu that reads the clock: cycles or hopper_probes."""
-    return _compile(name, [ROOT / "tests" / "gpu" / f"{name}.cu"], [*FLAGS, "-O1"], [])
+    return _compile(name, [ROOT / "tests" / "gpu" / f"{name}.cu"], FLAGS, [])
 
 
 def ring(csrc: Path, target: Path, hopper: int = 0, trains: bool = False) -> Path:
@@ -181,12 +183,12 @@ def ring(csrc: Path, target: Path, hopper: int = 0, trains: bool = False) -> Pat
     assert command is not None
     decode = csrc / "cuda" / "decode" / "decode.cu"
     if filecmp.cmp(decode.with_name("launch.h"), ROOT / "csrc" / "cuda" / "decode" / "launch.h", shallow=False):
-        decode = _object(ROOT / "csrc" / "cuda" / "decode" / "decode.cu", [*FLAGS, "-O1"])
+        decode = _object(ROOT / "csrc" / "cuda" / "decode" / "decode.cu", FLAGS)
         if not decode.exists():
             CACHE.mkdir(parents=True, exist_ok=True)
-            _compile_one(ROOT / "csrc" / "cuda" / "decode" / "decode.cu", decode, [*FLAGS, "-O1"])
+            _compile_one(ROOT / "csrc" / "cuda" / "decode" / "decode.cu", decode, FLAGS)
     # A mistake may leave a parameter unused.
-    flags = [*FLAGS, "-O1", "-w", *([f"-DHOPPER={hopper}"] if hopper else []), *(["-DTRAINS"] if trains else [])]
+    flags = [*FLAGS, "-w", *([f"-DHOPPER={hopper}"] if hopper else []), *(["-DTRAINS"] if trains else [])]
     sources = ["-x", "c++", str(HERE / "ring.cpp"), *(["-x", "none"] if decode.suffix == ".o" else []), str(decode)]
     _run([*command, *flags, *_include_flags(csrc), *sources, "-o", str(target)])
     return target

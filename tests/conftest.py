@@ -26,6 +26,7 @@ def pytest_addoption(parser):
 
 # What takes long under an interpreter: the widest imnets, and whole ops many times.
 LONG = ("paper-width", "opcheck_of_the_others", "neighbors_that_share", "recomputing", "test_a_decode")
+LONG += ("source_window_is_query",)
 
 
 def pytest_configure(config):

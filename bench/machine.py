@@ -104,13 +104,6 @@ def was_shared(rates: list[float]) -> bool:
     return len(slow) > len(rates) / 5
 
 
-def multiplies_float16() -> bool:
-    """Whether the processor has float16 products (AVX512-FP16, AMX-FP16, Arm's fphp)."""
-    info = _cpuinfo()
-    flags = info.get("flags", info.get("Features", "")).split()
-    return not {"avx512_fp16", "amx_fp16", "fphp"}.isdisjoint(flags)
-
-
 def _cpuinfo() -> dict[str, str]:
     """/proc/cpuinfo's entry of the first processor."""
     try:

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import machine
 from bench.workloads import Workload
 from liif_fast.benchmark.problem import DecodeProblem
-from liif_fast.benchmark.runs import Run
+from liif_fast.benchmark.runs import DTYPES, Run
 from liif_fast.benchmark.timing import Clock
+from liif_fast.utils.hardware import emulates
 
 Prepared = tuple[Run, str]
 SHORT = {"float64": "fp64", "float32": "fp32", "tf32": "tf32", "bfloat16": "bf16", "float16": "fp16"}
@@ -60,8 +60,8 @@ def matmul_dtypes(device: str) -> list[str]:
 
 def refusal(dtype: str, device: str) -> str:
     """Why PyTorch's own matrix products are not timed in `dtype`; '' where they are."""
-    if device == "cpu" and dtype == "float16" and not machine.multiplies_float16():
-        return "this processor has no float16 products, and PyTorch's emulation takes many times float32's time"
+    if emulates(torch.device(device), DTYPES[dtype]):
+        return f"this processor has no {dtype} products, and PyTorch's emulation takes many times float32's time"
     return ""
 
 

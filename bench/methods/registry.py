@@ -34,8 +34,9 @@ def with_backends(op: str, device: str, prepare: Callable[..., Any], *, label: s
     found = []
     for backend, can_run in backends.BACKENDS.items():
         reference = backend == "reference"
+        own_products = multiplies and backend in ("torch", "reference")
         for dtype in dtypes:
-            why_not = refusal(dtype, device) if reference and multiplies else ""
+            why_not = refusal(dtype, device) if own_products else ""
             try:
                 can_run(backends.OpRequest(op, device, DTYPES[dtype], widths), raise_error=True)
             except RuntimeError as error:

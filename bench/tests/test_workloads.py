@@ -77,7 +77,7 @@ def test_every_method_computes_the_workload(name: str, fast: None) -> None:
     assert {f"cpu-{dtype}" for dtype in ("fp32", "bf16")} <= record["methods"].keys()
     for method, entry in record["methods"].items():
         if entry["status"] == "refused":
-            assert entry["reason"] and not method.startswith("original-bf16")
+            assert entry["reason"] and method not in ("original", "cpu-fp32", "cpu-bf16")
             continue
         assert entry["status"] == "ok", (method, entry)
         assert entry["seconds"]["rounds"] == 1 and entry["speedup"]["median"] > 0

@@ -140,7 +140,18 @@ def _other_ops(backend: str, device: torch.device) -> Iterator[tuple[str, Callab
     """(name, function from a backend's name to [result, *gradients]) of the ops apart from the decode, in float32."""
     switches = (True, True, True)
     c = first_use.Combination(
-        backend, device.type, device.index, torch.float32, torch.float32, switches, True, True, False, (64, OUTS)
+        backend,
+        device.type,
+        device.index,
+        torch.float32,
+        torch.float32,
+        switches,
+        True,
+        True,
+        False,
+        False,
+        False,
+        (64, OUTS),
     )
     problem = first_use.make_problem(c, device)
     points = [t[:, :999].contiguous() for t in (problem.coord, problem.cell)]
@@ -188,8 +199,8 @@ def check(backend: str, device: torch.device) -> None:
         step = f"{str(dtype).removeprefix('torch.')} {'training' if training else 'inference'}"
         _say(begin=step)
         place = backend, device.type, device.index, dtype, dtype
-        c = first_use.Combination(*place, (True, True, True), training, training, False, (*HIDDEN, OUTS))
-        for name, error, limit in first_use.compare(c, first_use.Decoders(ops.query, ops.render)):
+        c = first_use.Combination(*place, (True, True, True), training, training, *(False,) * 3, (*HIDDEN, OUTS))
+        for name, error, limit in first_use.compare(c, first_use.Decoders(ops.query, ops.render, ops.decode)):
             _say(step=f"{name}, {step}", error=error, limit=limit)
     _say(begin="timing")
     decode, product = _rates(backend, device)

@@ -90,11 +90,12 @@ def choose_decode(
 ) -> str:
     """As `choose`, for a decode of features or a latent map; checks a GPU's kernels at their first use."""
     widths = tuple(bias.shape[0] for bias in layers.biases)
-    layer_grads, point_grads = needs_grad(values, *layers.tensors), needs_grad(place.coord, place.cell)
+    layer_grads = needs_grad(values, place.query_term, *layers.tensors)
+    point_grads = needs_grad(place.coord, place.cell)
     request = OpRequest.on(values, "decode", widths, [latent_map, *place.tensors, *layers.tensors])
     request = request._replace(
         matmul_dtype=layers.matmul_dtype,
-        trains=layer_grads or point_grads or needs_grad(place.query_term),
+        trains=layer_grads or point_grads,
         queries=place.queries(values.shape[0]),
         has_query_term=place.query_term is not None,
     )
@@ -108,6 +109,8 @@ def choose_decode(
         layer_grads,
         point_grads,
         recompute,
+        request.has_query_term,
+        len(place.grid_cell) > 2,
         widths,
     )
 

@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -49,6 +50,8 @@ class Combination(NamedTuple):
     layer_grads: bool  # whether autograd records the decode,
     point_grads: bool  # with gradients of coordinates and cells
     recompute: bool
+    query_term: bool
+    source: bool  # a grid of a part of the input
     widths: tuple[int, ...]  # of the imnet's layers
 
     @property
@@ -65,6 +68,7 @@ class Decoders(NamedTuple):
 
     query: Callable[..., Tensor]
     render: Callable[..., Tensor]
+    decode: Callable[..., Tensor]
 
 
 _verdicts: dict[tuple[Any, ...], str] = {}  # by combination and process-wide switches: why refused, '' if it is not
@@ -170,17 +174,19 @@ class Problem(NamedTuple):
     feat: Tensor  # [1, C, H, W]
     coord: Tensor  # [1, Q, 2]
     cell: Tensor  # [1, Q, 2]
+    query_term: Tensor | None  # [1, pixels of the window, K]; the decode at coordinates takes the first Q
     weights: list[Tensor]
     biases: list[Tensor]
     size: tuple[int, int]
     window: tuple[int, int, int, int]
+    source: tuple[int, int, int, int] | None
 
 
 def make_problem(c: Combination, device: torch.device) -> Problem:
     """Random numbers of a generator of its own, the same every time.
 
     No query is near a border between two latents, where a rounding decides which one it takes: coordinates keep 5 % of
-    half a latent's distance, and the grid has an even size on a map of an odd one.
+    half a latent's distance, and the grid has an even size on a map, or a part of it, of an odd one.
     """
     generator = torch.Generator().manual_seed(0)
     corners = 4 if c.switches[0] else 1
@@ -194,7 +200,9 @@ def make_problem(c: Combination, device: torch.device) -> Problem:
     steps = (torch.rand(1, queries, 2, generator=generator) * 2 * size).floor()
     coord = -1 + (steps + 0.5 + 0.45 * uniform(1, queries, 2)) / size
     cell = (1 + 0.5 * uniform(1, queries, 2)) / size
-    inputs = _CHANNELS * (9 if c.switches[1] else 1) + (4 if c.switches[2] else 2)
+    channels = c.widths[0] if c.query_term else _CHANNELS  # with a term, feat is the latent map
+    inputs = 0 if c.query_term else channels * (9 if c.switches[1] else 1)
+    inputs += 4 if c.switches[2] else 2
     widths = [inputs, *c.widths]
     layers = [uniform(o, i) * math.sqrt(6 / i) for i, o in zip(widths[:-1], c.widths, strict=True)]
     biases = [uniform(o) * 0.3 for o in c.widths]
@@ -207,13 +215,15 @@ def make_problem(c: Combination, device: torch.device) -> Problem:
 
     geometry = torch.float64 if c.dtype == torch.float64 else torch.float32
     return Problem(
-        rounded(uniform(1, _CHANNELS, side, side + 2)),
+        rounded(uniform(1, channels, side, side + 2)),
         coord.to(device, geometry),
         cell.to(device, geometry),
+        rounded(uniform(1, rows * cols, c.widths[0])) if c.query_term else None,
         [rounded(layer) for layer in layers],
         [rounded(bias) for bias in biases],
         image,
         (1, 2, rows, cols),
+        (1, 1, side - 2, side) if c.source else None,
     )
 
 
@@ -229,8 +239,17 @@ def _copy(c: Combination, problem: Problem, dtype: torch.dtype | None = None) ->
     named.update((f"{'weights' if i < half else 'biases'}[{i % half}]", layer) for i, layer in enumerate(layers))
     if not c.flags["cell_decode"]:
         del named["cell"]
-    copy = problem._replace(feat=feat, coord=coord, cell=cell, weights=layers[:half], biases=layers[half:])
+    term = problem.query_term
+    if term is not None:
+        term = named["query_term"] = term.detach().to(dtype or term.dtype).requires_grad_(c.layer_grads)
+    copy = problem._replace(feat=feat, coord=coord, cell=cell, query_term=term)
+    copy = copy._replace(weights=layers[:half], biases=layers[half:])
     return copy, {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+
+
+def _latents_and_weights(problem: Problem) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The first arguments of a decode with a query term, whose features are a latent map."""
+    return problem.feat.permute(0, 2, 3, 1), problem.weights[0], problem.weights[1:]
 
 
 def _with_grads(out: Tensor, leaves: dict[str, Tensor], probe: Tensor) -> dict[str, Tensor]:
@@ -246,7 +265,13 @@ def _expected(c: Combination, problem: Problem, probe: Tensor) -> dict[str, Tens
     for begin in range(0, problem.coord.shape[1], _CHUNK):
         chunk = slice(begin, begin + _CHUNK)
         coord, cell = copy.coord[:, chunk], copy.cell[:, chunk]
-        out = reference.query(copy.feat, coord, cell, copy.weights, copy.biases, **c.flags)
+        if copy.query_term is None:
+            out = reference.query(copy.feat, coord, cell, copy.weights, copy.biases, **c.flags)
+        else:
+            latent_map, first, weights = _latents_and_weights(copy)
+            layers = first, weights, copy.biases
+            term = copy.query_term[:, chunk]
+            out = reference.decode(latent_map, coord, cell, *layers, term, local_ensemble=c.switches[0])
         found = _with_grads(out, leaves, probe[:, chunk])
         outs.append(found.pop("result"))
         sums = {name: sums[name] + grad for name, grad in found.items()}
@@ -256,14 +281,21 @@ def _expected(c: Combination, problem: Problem, probe: Tensor) -> dict[str, Tens
 def _found(c: Combination, problem: Problem, probe: Tensor, decoders: Decoders, on_grid: bool) -> dict[str, Tensor]:
     """The kernels' result and gradients."""
     copy, leaves = _copy(c, problem)
-    layers = copy.weights, copy.biases
     narrow = c.matmul_dtype if c.matmul_dtype != c.dtype else None
-    options: dict[str, Any] = {"recompute": c.recompute, "backend": c.backend, **c.flags}
+    grid = {"size": copy.size, "window": copy.window, "source": copy.source}
+    points = {"coord": copy.coord, "cell": copy.cell}
+    options: dict[str, Any] = {"recompute": c.recompute, "backend": c.backend, **(grid if on_grid else points)}
+    if copy.query_term is None:
+        run = partial(decoders.render if on_grid else decoders.query, copy.feat, weights=copy.weights, **c.flags)
+    else:
+        if not c.flags["cell_decode"]:
+            options.pop("cell", None)
+        term = copy.query_term.transpose(1, 2).unflatten(2, copy.window[2:]) if on_grid else copy.query_term
+        options |= {"query_term": term, "local_ensemble": c.switches[0]}
+        run = partial(decoders.decode, *_latents_and_weights(copy))
     with torch.autocast(copy.feat.device.type, narrow, enabled=narrow is not None):
-        if on_grid:
-            image = decoders.render(copy.feat, copy.size, *layers, window=copy.window, **options)
-            return _with_grads(image.flatten(2).transpose(1, 2), leaves, probe)
-        return _with_grads(decoders.query(copy.feat, copy.coord, copy.cell, *layers, **options), leaves, probe)
+        out = run(biases=copy.biases, **options)
+        return _with_grads(out.flatten(2).transpose(1, 2) if on_grid else out, leaves, probe)
 
 
 def error_of(name: str, found: Tensor, expected: Tensor) -> Tensor:
@@ -287,14 +319,20 @@ def compare(c: Combination, decoders: Decoders) -> list[tuple[str, float, float]
     Waits for the device once. Raises what the kernels raise, and NoReference where the reference cannot run.
     """
     device = c.place
-    problem = make_problem(c, device)
+    whole = make_problem(c, device)
+    term = whole.query_term
+    problem = whole._replace(query_term=None if term is None else term[:, : whole.coord.shape[1]])
     limits = FIRST_USE[TF32 if _process_switches(c.matmul_dtype)[0] else c.matmul_dtype]
     names, errors = [], []
     for op in ("query", "render"):
         if op == "render":  # has no gradients of coordinates
-            points = reference.window_coord(problem.size, problem.window, dtype=problem.coord.dtype, device=device)
-            cell = points.new_tensor([2 / length for length in problem.size]).expand(points.shape)
-            problem = problem._replace(coord=points[None], cell=cell[None])
+            shape = tuple(whole.feat.shape[2:])
+            source = whole.source or (0, 0, *shape)
+            coord = reference.window_coord(
+                whole.size, whole.window, dtype=whole.coord.dtype, device=device, source=(source, shape)
+            )
+            cell = coord.new_tensor([2 * source[2 + axis] / (shape[axis] * whole.size[axis]) for axis in (0, 1)])
+            problem = whole._replace(coord=coord[None], cell=cell.expand(coord.shape)[None])
             c = c._replace(point_grads=False)
         generator = torch.Generator().manual_seed(1)
         probe = torch.rand(1, problem.coord.shape[1], c.widths[-1], generator=generator).to(device) - 0.5
@@ -350,7 +388,9 @@ def _sentence(c: Combination, reason: str) -> str:
         rank = f" on rank {torch.distributed.get_rank()} of {torch.distributed.get_world_size()}"
     dtypes = " and ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in (c.dtype, c.matmul_dtype)))
     switches = [name for name, on in c.flags.items() if on]
-    switches += [name for name in ("layer_grads", "point_grads", "recompute") if getattr(c, name)]
+    switches += [
+        name for name in ("layer_grads", "point_grads", "recompute", "query_term", "source") if getattr(c, name)
+    ]
     try:
         version = metadata.version("liif_fast")
     except metadata.PackageNotFoundError:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import first_use, reference
 from .backends import OpRequest, choose
-from .decode import Layers, Place, check_with, choose_decode, decode_on, grid_place
+from .decode import Layers, Place, check_with, choose_decode, decode, decode_on, grid_place
 from .dtypes import autocast_dtype, needs_grad
 from .ensemble import ensemble_on
 from .fold import fold, fold_for
@@ -187,7 +187,7 @@ def render(
     return out.to(layers.out_dtype)
 
 
-check_with(first_use.Decoders(query, render))
+check_with(first_use.Decoders(query, render, decode))
 
 
 def latent_map_for(

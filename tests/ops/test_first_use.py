@@ -145,19 +145,41 @@ def test_a_wrong_backward_is_refused_where_gradients_are_wanted(native, name, dt
     [*(pytest.param(each, marks=pytest.mark.prove) for each in (torch.float32, torch.float16)), torch.bfloat16],
     ids=str,
 )
-def test_right_kernels_stay_far_below_the_limits(native, hidden, dtype, autocast):
+@pytest.mark.parametrize(
+    "general", [False, pytest.param(True, marks=pytest.mark.prove)], ids=["liif", "term-and-source"]
+)
+def test_right_kernels_stay_far_below_the_limits(native, hidden, dtype, autocast, general):
     features = torch.float32 if autocast else dtype
     switches = (hidden == (64, 64), not autocast, autocast)
-    c = first_use.Combination("cuda", "cpu", None, features, dtype, switches, True, True, autocast, (*hidden, 3))
+    extras = (autocast, general, general)  # recompute, query term, source
+    c = first_use.Combination("cuda", "cpu", None, features, dtype, switches, True, True, *extras, (*hidden, 3))
     first_use._here.checks = True
     try:
-        found = first_use.compare(c, first_use.Decoders(ops.query, ops.render))
+        found = first_use.compare(c, first_use.Decoders(ops.query, ops.render, ops.decode))
     finally:
         first_use._here.checks = False
-    assert len(found) == 2 * (2 + 2 * 3) + 1 + c.flags["cell_decode"]
+    assert len(found) == 2 * (2 + 2 * 3 + general) + 1 + c.flags["cell_decode"]
     for name, error, limit in found:
         assert error <= limit / 2, name
         assert limit == FIRST_USE[dtype]["result" not in name]
+
+
+@pytest.mark.parametrize("name", ["query_term", "source"])
+def test_a_term_and_a_part_of_the_input_have_checks_of_their_own(native, name):
+    latent_map, geometry, weights = torch.rand(1, 3, 3, 16), torch.rand(16, 4), [torch.rand(3, 16)]
+
+    def decode(**options):
+        ops.decode(latent_map, geometry, weights, [torch.rand(16), torch.rand(3)], size=(6, 6), **options)
+
+    def mistake(out, arguments):
+        return out * (0.9 if (arguments[9] is not None if name == "query_term" else len(arguments[7]) > 2) else 1)
+
+    plant(native, "cuda_decode", mistake)
+    decode(backend="cuda")
+    option = {"query_term": torch.rand(1, 16, 6, 6), "source": (0.5, 1, 2, 1)}[name]
+    with pytest.warns(RuntimeWarning, match=f"the result of {'query' if name == 'query_term' else 'render'} .*{name}"):
+        decode(**{name: option})
+    assert sorted(map(bool, first_use._verdicts.values())) == [False, True]
 
 
 def test_the_check_fills_every_block_three_times_with_inputs_of_the_kernels_dtype(native, monkeypatch):

@@ -31,7 +31,7 @@ demo: build ## fetch the published model if possible, upscale a photo by 4 and b
 
 test: build ## build, then run the tests (PYTEST_ARGS='-k name' for some of them)
 	$(PY) -m pytest $(PYTEST_ARGS)
-	$(INTERPRETED) $(PYTEST_ARGS)
+	$(INTERPRETED) $(PYTEST_ARGS) -n 0
 
 prove: build $(VENV)/.clients ## the slow proofs: every architecture, more cases on slow backends, some under sanitizers
 	$(PY) -m pytest -m prove $(TWO_AT_A_TIME) $(PYTEST_ARGS)

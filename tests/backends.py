@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from typing import NamedTuple
@@ -51,6 +52,17 @@ def _cpu(isa: str) -> Callable:
             extension.OPS.cpu_select_isa("auto")
 
     return run
+
+
+@cache
+def lacks_isa(name: str) -> bool:
+    """Whether a row's kernels are of an instruction set that this processor lacks."""
+    isa = name.removeprefix("cpu-")
+    if isa not in ISAS or not extension.is_available():
+        return False
+    found = extension.OPS.cpu_select_isa(isa)
+    extension.OPS.cpu_select_isa("auto")
+    return not found
 
 
 @contextmanager
@@ -190,8 +202,8 @@ _TRITON["chunks"] = tuple(
 )
 _ROWS = [
     Backend("reference", "reference", _reference, every=3),
-    Backend("torch", "torch", _reference, rounds_biases=True, most_queries=4000),
-    *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), most_queries=60) for isa in ISAS),
+    Backend("torch", "torch", _reference, every=3, rounds_biases=True, most_queries=4000),
+    *(Backend(f"cpu-{isa}", "cpu", _cpu(isa), every=3 if isa == "portable" else 1, most_queries=60) for isa in ISAS),
     Backend("cuda-emulated", activate=emulated, every=6, **_EMULATED),
     Backend("hopper-emulated", activate=hopper_emulated, hopper=True, every=12, **{**_EMULATED, "most_queries": 70}),
     Backend("triton-interpreted", activate=interpreted, every=60, every_proof=24, most_queries=9, **_TRITON),

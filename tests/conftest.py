@@ -26,6 +26,7 @@ def pytest_addoption(parser):
 
 # What takes long under an interpreter: the widest imnets, and whole ops many times.
 LONG = ("paper-width", "opcheck_of_the_others", "neighbors_that_share", "recomputing", "test_a_decode")
+LONG += ("source_window_is_query",)
 
 
 def pytest_configure(config):
@@ -57,9 +58,11 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     """Leaves a slow backend one of `every` cases of each test, from varying positions; the others are proofs.
 
-    With --backend, tests/ops runs nothing that has no backend: the run without the option does.
+    With --backend, tests/ops runs nothing that has no backend: the run without the option does. Of a test for an
+    instruction set that this processor lacks, one case remains, to be skipped.
     """
     groups: dict[tuple, list] = {}
+    absent: set = set()
     if config.getoption("--backend"):
         items[:] = [item for item in items if "backend" in item.fixturenames or item.path.parent.name != "ops"]
     for item in items:
@@ -69,6 +72,8 @@ def pytest_collection_modifyitems(config, items):
         elif item.path.parent.name == "cuda" and build.LEFT_OUT.search(item.name):
             item.add_marker(pytest.mark.prove)
     for position, ((_, row), cases) in enumerate(groups.items()):
+        if backends.lacks_isa(row.name):
+            absent.update(cases[1:])
         compiled = () if row.name == "cpu-portable" or row.device != "cpu" else ("test_compile",)  # one graph is quick
         long = (*LONG, *compiled) if row.every > 10 else compiled
         if slow := [item for item in cases if any(name in item.name for name in long)]:
@@ -80,6 +85,7 @@ def pytest_collection_modifyitems(config, items):
         for index, item in enumerate(cases):
             if item not in chosen:
                 item.add_marker(pytest.mark.exhaustive if index % row.every_proof else pytest.mark.prove)
+    items[:] = [item for item in items if item not in absent]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -145,6 +149,27 @@ def reason_against(backend: str, op: str, dtype: torch.dtype, device: str = "cpu
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def run_after_torch(*scripts: str) -> list[str]:
+    """What each script prints, in a process of its own that begins where torch has been imported: once for all."""
+    code = """
+import os, sys, torch
+for script in sys.argv[1:]:
+    if os.fork() == 0:
+        try:
+            exec(script)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}")
+        sys.stdout.flush()
+        os._exit(0)
+    os.wait()
+    print(end="\\0", flush=True)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code, *scripts]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return [text.strip() for text in done.stdout.split("\0")[:-1]]
 
 
 _NO_CPU = reason_against("cpu", "decode", torch.float32)

@@ -227,12 +227,12 @@ def test_cuda_sources_go_to_nvcc_and_auto_does_without_them(project, toolkit):
 @pytest.mark.parametrize(
     ("ours", "torchs", "compiled", "ptx"),
     [
-        ("", "", ["80", "86", "89", "90a", "100", "120"], ["80"]),
+        ("", "", ["80", "86", "90a", "100", "120"], ["80"]),
         ("90a", "8.0", ["90a"], ["80"]),
         ("", "7.0 7.5 8.0 8.6 9.0+PTX", ["80", "86", "90a"], ["90"]),
         ("", "8.6;10.0a;9.0;9.0a+PTX", ["86", "100a", "90a"], ["90a"]),
         ("", "Volta;Ampere;Hopper", ["80", "86", "90a"], ["86", "90"]),
-        ("", "All", ["80", "86", "89", "90a", "100", "120"], ["80"]),
+        ("", "All", ["80", "86", "90a", "100", "120"], ["80"]),
     ],
 )
 def test_architectures_are_those_of_our_variable_then_of_torchs(
@@ -244,6 +244,15 @@ def test_architectures_are_those_of_our_variable_then_of_torchs(
     skipped = {"7": "7.0, 7.5", "V": "7.0"}.get(torchs[:1])
     line = f"warning: liif_fast: {skipped} of TORCH_CUDA_ARCH_LIST is skipped: the CUDA kernels need 8.0 or newer\n"
     assert capsys.readouterr().err == (line if skipped else "")
+
+
+def test_the_hopper_kernels_are_compiled_for_their_architecture_alone(setup_py):
+    toolkit = setup_py.Toolkit([], ROOT, "13.0", ["80", "90a"], ["80"])
+    hopper, other = Path("cuda/decode/hopper_float16.cu"), Path("cuda/decode/float16.cu")
+    codes = [[flag.split("=")[-1] for flag in toolkit.gencode(source)] for source in (hopper, other)]
+    assert codes == [["sm_90a"], ["sm_80", "sm_90a", "compute_80"]]
+    older = toolkit._replace(archs=["80"])
+    assert older.gencode(hopper) == older.gencode(other) != []
 
 
 def test_only_old_architectures_are_a_reason_against_cuda(setup_py, monkeypatch):

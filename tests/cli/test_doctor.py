@@ -117,10 +117,10 @@ check._rates = lambda backend, device: (2e12, 4e12)
 check.check("cpu", check.torch.device(sys.argv[2]))
 """
 RESULTS = {
+    "hang": ("hung", "stopped in float32 inference after "),  # first, when it may take the smallest share of the time
     "wrong": ("wrong", "the result of query, float32 inference is off by "),
     "crash": ("crashed", "in bfloat16 training by signal 6"),
     "error": ("crashed", "in float32 inference with exit status 1: RuntimeError: a CUDA kernel could not be launched"),
-    "hang": ("hung", "stopped in float32 inference after "),
     "refuse": ("refused", "backend 'cpu' takes another day off"),
     "nothing": ("right", ""),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +20,10 @@ class Instruction(NamedTuple):
         return self.name.split(".")[0] in names
 
 
-def read_kernels(cuobjdump: Path, cubin: Path) -> dict[str, list[Instruction]]:
-    """{mangled name: instructions} of every kernel in a cubin."""
-    text = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+def read_kernels(cuobjdump: Path, made: Path, arch: str, names: Iterable[str]) -> dict[str, list[Instruction]]:
+    """{mangled name: instructions} of kernels in an object file, for one architecture."""
+    command = [cuobjdump, "-sass", "-arch", f"sm_{arch}", "-fun", ",".join(names), made]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     parts = [part.split("\n", 1) for part in text.split("Function : ")[1:]]
     return {
         name.strip(): [Instruction(int(address, 16), *others) for address, *others in _LINE.findall(body)]

@@ -62,17 +62,25 @@ def toolkit():
 
 
 @cache
-def reports() -> dict[Path, str]:
-    """ptxas's report on each source: that of the build if it has every architecture, or one made here."""
+def objects() -> Path:
+    """The folder of the compiled sources: the build's if it has every architecture, or one made here."""
     module = setup_py()
     built = extension.build_facts().get("cuda_archs") == toolkit().archs
     folder = module.OBJECTS if built else Path("build", "cuda_reports")
     with module.locked(ROOT / folder):
         module.write_ninja(folder, toolkit())
         module.run_ninja(folder, "cuda")
-    return {
-        source: (ROOT / folder / f"{source.relative_to(ROOT / 'csrc')}.o.ptxas.txt").read_text() for source in SOURCES
-    }
+    return ROOT / folder
+
+
+def compiled_object(source: Path) -> Path:
+    return objects() / f"{source.relative_to(ROOT / 'csrc')}.o"
+
+
+@cache
+def reports() -> dict[Path, str]:
+    """ptxas's report on each source."""
+    return {source: Path(f"{compiled_object(source)}.ptxas.txt").read_text() for source in SOURCES}
 
 
 def kernel_name(mangled: str) -> str:
@@ -105,9 +113,8 @@ def usages() -> dict[tuple[str, str], Usage]:
 
 @needs_nvcc
 def test_every_kernel_compiles_for_every_architecture_and_has_a_budget():
-    assert {kernel for kernel, _ in usages()} == set(BUDGET)
-    assert {arch for _, arch in usages()} == set(toolkit().archs)
-    assert len(usages()) == len(BUDGET) * len(toolkit().archs)
+    archs = toolkit().archs
+    assert set(usages()) == {(kernel, arch) for kernel in BUDGET for arch in (["90a"] if "hopper" in kernel else archs)}
     if toolkit().release.startswith("13."):
         assert toolkit().archs == list(setup_py().CUDA_ARCHS)
 

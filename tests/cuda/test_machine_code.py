@@ -17,15 +17,14 @@ from pathlib import Path
 import pytest
 
 from tests.cuda import sass
-from tests.cuda.test_cuda_build import needs_nvcc, setup_py, toolkit
+from tests.cuda.test_cuda_build import ROOT, compiled_object, needs_nvcc, reports, setup_py, toolkit
 
-HERE = Path(__file__).parent
-BUDGET = json.loads((HERE / "machine_code.json").read_text())
+BUDGET = json.loads(Path(__file__).with_name("machine_code.json").read_text())
 KERNELS = {
-    "forward": r"decode_forward_kernel.*Lb0E",
-    "forward that saves": r"decode_forward_kernel.*Lb1E",
-    "backward": "decode_backward_kernel",
-    "weights": "decode_weights_kernel",
+    "forward": r"decode_forward_kernel.*Li256ELi{rows}EEELb0E",
+    "forward that saves": r"decode_forward_kernel.*Li256ELi{rows}EEELb1E",
+    "backward": r"decode_backward_kernel.*Li256ELi{rows}EE",
+    "weights": r"decode_weights_kernel.*Li256ELi{rows}EE",
 }
 HOPPER_KERNELS = {
     "paper": r"decode_hopper_kernel.*bfloat16Li4ELi3ELi3E",
@@ -45,7 +44,6 @@ HOPPER_KERNELS = {
     },
 }
 CONVOLUTIONS = {name: rf"[0-9]convolution_kernel.*{name}" for name in ("bfloat16", "half")}
-SM_90A = ("-arch=compute_90a", "-code=sm_90a")
 NOTES = re.compile(r"\(C7\d+\)[^\n]*")  # ptxas's, where it serializes products
 EXACT = ("products", "fences", "waits", "stores", "stores_of_16_bytes", "wide_loads", "reductions")
 EXACT += ("fragment_loads", "copies", "stores_to_shared", "fragments_of_the_map", "fragments_of_weights")
@@ -60,12 +58,17 @@ def cuobjdump() -> Path:
     return Path(found) if found else pytest.skip("no cuobjdump was found, neither nvcc's nor Triton's")
 
 
-def usage(report: str, pattern: str) -> dict[str, int]:
-    """Registers and spills of a kernel in ptxas's report."""
-    (part,) = [text for text in report.split("Compiling entry function '")[1:] if re.match(pattern, text.split("'")[0])]
-    spills = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", part)
+def read_report(report: str, arch: str) -> dict[str, str]:
+    """{mangled name: ptxas's report} of every kernel for an architecture."""
+    parts = re.split(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", report)
+    return {parts[i]: parts[i + 2] for i in range(1, len(parts), 3) if parts[i + 1] == arch}
+
+
+def usage(report: str) -> dict[str, int]:
+    """Registers and spills in ptxas's report on a kernel."""
+    spills = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", report)
     return {
-        "registers": int(re.search(r"Used (\d+) registers", part)[1]),
+        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
         "spill_bytes": sum(map(int, spills)),
     }
 
@@ -74,51 +77,57 @@ def is_within(key: str, value: int, allowed: int) -> bool:
     return value == allowed if key in EXACT else value >= allowed if key in AT_LEAST else value <= allowed
 
 
-def compile_probe(command: list, cubin: Path) -> str:
-    """What the compiler says."""
-    command = [toolkit().command[0], *setup_py().NVCC_FLAGS, "-Xptxas", "-v", "-I", HERE.parents[1] / "csrc", *command]
-    result = subprocess.run([*command, "-cubin", "-o", cubin], capture_output=True, text=True, check=True)
-    return result.stdout + result.stderr
-
-
-def check(budgets: dict, patterns: dict, measure: Callable, command: list, cubin: Path) -> str:
-    """Compile a probe and compare its kernels with their budgets; returns what the compiler says."""
-    report = compile_probe(command, cubin)
-    codes = sass.read_kernels(cuobjdump(), cubin)
-    for name, pattern in patterns.items():
-        (code,) = [code for mangled, code in codes.items() if re.search(pattern, mangled)]
-        found, budget = {**usage(report, f".*{pattern}"), **measure(code)}, budgets[name]
-        assert found.keys() == budget.keys()
-        over = {key: (value, budget[key]) for key, value in found.items() if not is_within(key, value, budget[key])}
-        assert not over, f"{name}: (found, allowed)"
-    return report
+def check(budgets: dict, patterns: dict, measure: Callable, arch: str, *names: str) -> None:
+    """Compare the kernels of sources in csrc/cuda, as the build has compiled them, with their budgets."""
+    checked = []
+    for source in (ROOT / "csrc" / "cuda" / name for name in names):
+        report = reports()[source]
+        assert not NOTES.findall(report)
+        kernels = read_report(report, arch)
+        wanted = [(name, one) for name, pattern in patterns.items() for one in kernels if re.search(pattern, one)]
+        codes = sass.read_kernels(cuobjdump(), compiled_object(source), arch, [one for _, one in wanted])
+        for name, mangled in wanted:
+            found, budget = {**usage(kernels[mangled]), **measure(codes[mangled])}, budgets[name]
+            assert found.keys() == budget.keys()
+            over = {key: (value, budget[key]) for key, value in found.items() if not is_within(key, value, budget[key])}
+            assert not over, f"{name}: (found, allowed)"
+        checked += [name for name, _ in wanted]
+    assert sorted(checked) == sorted(patterns)
 
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", [arch for arch in BUDGET if arch not in ("hopper", "convolution")])
-def test_the_decode_is_compiled_to_what_its_comments_say(arch, tmp_path):
-    command = [f"-arch=compute_{arch}", f"-code=sm_{arch}", f"-DROWS={BUDGET[arch]['rows']}", HERE / "decode_probe.cu"]
-    check(BUDGET[arch], KERNELS, sass.measure_decode, command, tmp_path / "probe.cubin")
+def test_the_decode_is_compiled_to_what_its_comments_say(arch):
+    rows = BUDGET[arch]["rows"]
+    patterns = {name: pattern.format(rows=rows) for name, pattern in KERNELS.items()}
+    check(BUDGET[arch], patterns, sass.measure_decode, arch, "decode/bfloat16.cu")
 
 
 @needs_nvcc
 @pytest.mark.parametrize("arch", ["80", "90a"])
-def test_the_convolution_is_compiled_to_what_its_comments_say(arch, tmp_path):
-    command = [f"-arch=compute_{arch}", f"-code=sm_{arch}", HERE.parents[1] / "csrc" / "cuda" / "convolution.cu"]
+def test_the_convolution_is_compiled_to_what_its_comments_say(arch):
     budgets = dict.fromkeys(CONVOLUTIONS, BUDGET["convolution"])
-    check(budgets, CONVOLUTIONS, sass.measure_convolution, command, tmp_path / "convolution.cubin")
+    check(budgets, CONVOLUTIONS, sass.measure_convolution, arch, "convolution.cu")
 
 
 @needs_nvcc
-def test_the_hopper_decode_is_compiled_to_what_its_comments_say(tmp_path):
+def test_the_hopper_decode_is_compiled_to_what_its_comments_say():
     """An edit anywhere may make ptxas serialize the products, which it says in a note, or spill."""
-    command = [*SM_90A, HERE / "hopper_probe.cu"]
-    report = check(BUDGET["hopper"], HOPPER_KERNELS, sass.measure_hopper, command, tmp_path / "probe.cubin")
-    assert not NOTES.findall(report)
+    check(
+        BUDGET["hopper"],
+        HOPPER_KERNELS,
+        sass.measure_hopper,
+        "90a",
+        "decode/hopper_bfloat16.cu",
+        "decode/hopper_float16.cu",
+    )
 
 
 @needs_nvcc
 def test_the_probes_of_the_hopper_decode_neither_spill_nor_wait_for_each_product(tmp_path):
-    report = compile_probe([*SM_90A, HERE.parent / "gpu" / "hopper_probes.cu"], tmp_path / "probes.cubin")
+    command = [toolkit().command[0], *setup_py().NVCC_FLAGS, "-Xptxas", "-v", "-I", ROOT / "csrc", "-cubin"]
+    command += ["-arch=compute_90a", "-code=sm_90a", ROOT / "tests" / "gpu" / "hopper_probes.cu"]
+    result = subprocess.run([*command, "-o", tmp_path / "cubin"], capture_output=True, text=True, check=True)
+    report = result.stdout + result.stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert spills == [("0", "0", "0")] * 8 and not NOTES.findall(report)

@@ -35,8 +35,10 @@ leaves_out = False  # the kernels for float16 and TF32: set before load() is cal
 SANITIZE = os.environ.get("LIIF_FAST_SANITIZE", "0") not in ("", "0")
 # As in setup.py: no FMA contraction, since rounding decides which latent is the nearest. torch ships pybind11.
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+FLAGS += ["-O1"]
 SANITIZERS = ["-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 SANITIZERS += ["-fno-sanitize=null,object-size,pointer-overflow,vptr"]  # as in setup.py
+SANITIZERS += ["-Og"]  # with them -O1 takes three times as long
 SANITIZERS += ["-Wno-maybe-uninitialized"]  # GCC documents false positives with sanitizers
 
 
@@ -97,12 +99,27 @@ def _object(source: Path, flags: Sequence[str]) -> Path:
     return CACHE / f"{source.name}-{digest.hexdigest()[:16]}.o"
 
 
-def _compile_one(source: Path, made: Path, flags: Sequence[str]) -> None:
+def _compile_one(source: Path, made: Path, flags: Sequence[str], *, kind: str = "c++") -> None:
     command = compiler()
     assert command is not None
     fresh = made.with_suffix(".fresh")
-    _run([*command, *flags, *_include_flags(), "-c", "-x", "c++", str(source), "-o", str(fresh)])
+    _run([*command, *flags, *_include_flags(), "-c", "-x", kind, str(source), "-o", str(fresh)])
     os.replace(fresh, made)
+
+
+def _precompiled(flags: Sequence[str]) -> list[str]:
+    """Flags that include the headers of every kernel, which take longer than most kernels: compiled once."""
+    header = _object(HERE / "ptx_on_cpu.h", flags).with_suffix("")
+    made = header.with_name(f"{header.name}.gch")
+    if not made.exists():
+        header.write_text('#include "ptx_on_cpu.h"\n')
+        _compile_one(header, made, flags, kind="c++-header")
+    return ["-include", str(header)]
+
+
+def _flags_of(source: Path, flags: Sequence[str]) -> list[str]:
+    """A kernel's flags, or those of what binds it to Python, of which nothing takes long."""
+    return [*flags, *_precompiled(flags)] if source.suffix == ".cu" else [*flags, "-O0"]
 
 
 def _compile(output: str, sources: Sequence[Path], flags: Sequence[str], link: Sequence[str]) -> Path:
@@ -118,7 +135,7 @@ def _compile(output: str, sources: Sequence[Path], flags: Sequence[str], link: S
         if not target.exists():
             with ThreadPoolExecutor(2) as pool:
                 jobs = [
-                    pool.submit(_compile_one, source, made, flags)
+                    pool.submit(_compile_one, source, made, _flags_of(source, flags))
                     for source, made in zip(sources, objects, strict=True)
                     if not made.exists()
                 ]
@@ -138,7 +155,7 @@ def load() -> ModuleType:
     if leaves_out:
         sources = [path for path in sources if not LEFT_OUT.search(path.stem)]
         sources.append(HERE / "left_out.cpp")
-    flags = [*FLAGS, "-O1", *(SANITIZERS if SANITIZE else [])]
+    flags = [*FLAGS, *(SANITIZERS if SANITIZE else [])]
     path = _compile(NAME + sysconfig.get_config_var("EXT_SUFFIX"), sources, flags, ["-shared"])
     spec = importlib.util.spec_from_file_location(NAME, path)
     assert spec is not None and spec.loader is not None
@@ -149,12 +166,12 @@ def load() -> ModuleType:
 
 def probes() -> Path:
     """The program of probes.cpp, always with sanitizers; raises RuntimeError if the compiler has none."""
-    return _compile("probes", [HERE / "probes.cpp"], [*FLAGS, "-O1", *SANITIZERS], [])
+    return _compile("probes", [HERE / "probes.cpp"], [*FLAGS, *SANITIZERS], [])
 
 
 def clocked(name: str) -> Path:
     """A program of tests/gpu that reads the clock: cycles or hopper_probes."""
-    return _compile(name, [ROOT / "tests" / "gpu" / f"{name}.cu"], [*FLAGS, "-O1"], [])
+    return _compile(name, [ROOT / "tests" / "gpu" / f"{name}.cu"], FLAGS, [])
 
 
 def ring(csrc: Path, target: Path, hopper: int = 0, trains: bool = False, program: str = "") -> Path:
@@ -170,12 +187,12 @@ def ring(csrc: Path, target: Path, hopper: int = 0, trains: bool = False, progra
         return target
     decode = csrc / "cuda" / "decode" / "decode.cu"
     if filecmp.cmp(decode.with_name("launch.h"), ROOT / "csrc" / "cuda" / "decode" / "launch.h", shallow=False):
-        decode = _object(ROOT / "csrc" / "cuda" / "decode" / "decode.cu", [*FLAGS, "-O1"])
+        decode = _object(ROOT / "csrc" / "cuda" / "decode" / "decode.cu", FLAGS)
         if not decode.exists():
             CACHE.mkdir(parents=True, exist_ok=True)
-            _compile_one(ROOT / "csrc" / "cuda" / "decode" / "decode.cu", decode, [*FLAGS, "-O1"])
+            _compile_one(ROOT / "csrc" / "cuda" / "decode" / "decode.cu", decode, FLAGS)
     # A mistake may leave a parameter unused.
-    flags = [*FLAGS, "-O1", "-w", *([f"-DHOPPER={hopper}"] if hopper else []), *(["-DTRAINS"] if trains else [])]
+    flags = [*FLAGS, "-w", *([f"-DHOPPER={hopper}"] if hopper else []), *(["-DTRAINS"] if trains else [])]
     sources = ["-x", "c++", str(HERE / "ring.cpp"), *(["-x", "none"] if decode.suffix == ".o" else []), str(decode)]
     _run([*command, *flags, *_include_flags(csrc), *sources, "-o", str(target)])
     return target

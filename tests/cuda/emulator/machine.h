@@ -73,13 +73,32 @@ struct BulkCopy {
   const void* arrival;  // the address of its barrier
 };
 
+// Where a stack goes on. swapcontext makes a system call each time, so it only begins a stack, except under the address
+// sanitizer, which follows it.
+struct Place {
+  ucontext_t context;
+  void* jump[5];
+  bool has_jump = false;
+};
+
+inline void switch_stacks(Place& from, Place& to) {
+#ifdef __SANITIZE_ADDRESS__
+  swapcontext(&from.context, &to.context);
+#else
+  from.has_jump = true;
+  if (__builtin_setjmp(from.jump)) return;
+  if (to.has_jump) __builtin_longjmp(to.jump, 1);
+  setcontext(&to.context);
+#endif
+}
+
 enum class Wait { kNothing, kWarp, kNumbered, kPhase, kCondition };
 
 struct Fiber {
-  ucontext_t context;
+  Place place;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Wait wait;
-  bool done;
+  bool done = false;
   unsigned mask;                    // of the warp's barrier it waits at
   unsigned number, count;           // of the numbered barrier it waits at, and of the threads that meet there
   const Barrier* barrier;           // whose phase it waits for,

@@ -10,8 +10,6 @@
 // from block to block.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -115,7 +113,7 @@ class Block {
     for (const bool view : {false, true}) std::memset(shared_of(copy.block, view) + copy.offset, 0xff, copy.bytes);
     bulk_.push_back(copy);
     if (schedule.seed % 3 == 2) land(bulk_.size() - 1);
-    if (!error_.empty()) leave(false);
+    if (!error_.empty()) leave();
   }
 
   // Waits for `count` threads at barrier number `number`.
@@ -125,7 +123,7 @@ class Block {
     fiber.number = number;
     fiber.count = count;
     fiber.what = what;
-    leave(false);
+    leave();
   }
   void wait_block() { wait_numbered(0, block_threads_, "__syncthreads"); }
   void wait_cluster() { wait_numbered(kClusterBarrier, threads_, "barrier.cluster"); }
@@ -136,7 +134,7 @@ class Block {
     fiber.wait = Wait::kWarp;
     fiber.mask = mask;
     fiber.what = what;
-    leave(false);
+    leave();
   }
 
   // Lets the other lanes read `mine` through shown(), from now until hide().
@@ -170,7 +168,7 @@ class Block {
     // With a seed, the threads that waited run before this one does anything else, and sometimes for long.
     if (schedule.seed && !after_copies && random_() % 64 == 0)
       wakes_[current_ / kWarpSize] = sweeps_ + 32 + random_() % 64;
-    if (!error_.empty() || (schedule.seed && !after_copies)) leave(false);
+    if (!error_.empty() || (schedule.seed && !after_copies)) leave();
   }
   // The barrier at this offset of another block's dynamic shared memory.
   void arrive_in(unsigned rank, size_t offset) {
@@ -182,7 +180,7 @@ class Block {
     fiber.wait = Wait::kCondition;
     fiber.condition = condition;
     fiber.what = what;
-    leave(false);
+    leave();
   }
   // Returns when the phase is complete that the parity means: the first or the one before it, then one after the other.
   void wait_phase(const void* address, unsigned parity) {
@@ -196,7 +194,7 @@ class Block {
     fiber.barrier = barrier;
     fiber.phase = phase;
     fiber.what = "mbarrier.wait";
-    leave(false);
+    leave();
     if (barrier->phase > phase + 1) return fail("a barrier has gone on by a whole phase while a thread waited");
   }
 
@@ -219,24 +217,27 @@ class Block {
   // Ends the launch with an error.
   void fail(const std::string& error) {
     if (error_.empty()) error_ = error;
-    leave(false);
+    leave();
   }
 
  private:
   static void enter();  // a fiber's first function
 
+  // A fiber that has finished a block goes on with the next one. A new one, and one that an error stopped, begins.
   void start(Fiber& fiber) {
     fiber.wait = Wait::kNothing;
-    fiber.done = false;
     fiber.exchanges = 0;
     fiber.copies.clear();
     fiber.waited.clear();
+    if (std::exchange(fiber.done, false)) return;
     fiber.fake_stack = nullptr;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, &Block::enter, 0);
+    fiber.place.has_jump = false;
+    ucontext_t& context = fiber.place.context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.get();
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, &Block::enter, 0);
   }
 
   void resume(unsigned thread) {
@@ -250,21 +251,19 @@ class Block {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(&fake_stack_, fiber.stack.get(), kStackBytes);
 #endif
-    swapcontext(&context_, &fiber.context);
+    switch_stacks(place_, fiber.place);
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(fake_stack_, nullptr, nullptr);
 #endif
   }
 
   // From a fiber back to run().
-  void leave(bool for_good) {
+  void leave() {
     Fiber& fiber = *fibers_[current_];
 #ifdef __SANITIZE_ADDRESS__
-    __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.fake_stack, stack_, stack_bytes_);
-#else
-    (void)for_good;
+    __sanitizer_start_switch_fiber(&fiber.fake_stack, stack_, stack_bytes_);
 #endif
-    swapcontext(&fiber.context, &context_);
+    switch_stacks(fiber.place, place_);
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(fiber.fake_stack, &stack_, &stack_bytes_);
 #endif
@@ -375,7 +374,7 @@ class Block {
   std::mt19937 random_;
   unsigned threads_ = 0, current_ = 0;
   std::string error_;
-  ucontext_t context_;
+  Place place_;  // of run()
   void* fake_stack_ = nullptr;
   const void* stack_ = nullptr;  // of run()'s caller
   size_t stack_bytes_ = 0;
@@ -387,10 +386,12 @@ inline void Block::enter() {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(nullptr, &block.stack_, &block.stack_bytes_);
 #endif
-  (*block.body_)();
-  if (!block.fibers_[block.current_]->copies.empty()) block.error_ = "a thread ends before its copies have been made";
-  block.fibers_[block.current_]->done = true;
-  block.leave(true);
+  for (;; block.leave()) {
+    (*block.body_)();
+    Fiber& fiber = *block.fibers_[block.current_];
+    if (!fiber.copies.empty()) block.error_ = "a thread ends before its copies have been made";
+    fiber.done = true;
+  }
 }
 
 inline void run_grid(dim3 grid, dim3 threads, unsigned cluster, size_t dynamic_bytes,

@@ -105,6 +105,23 @@ def test_layouts_and_places_of_the_arguments_do_not_matter(kernels):
     assert torch.equal(cuda.convolution(moved, weights, torch.bfloat16, False), expected)
 
 
+def test_a_compiled_fold_trains_to_the_bit_and_gradients_have_gradients(kernels):
+    generator = torch.Generator().manual_seed(0)
+    feat, weight = torch.randn(1, 4, 3, 5, generator=generator), torch.randn(8, 40, generator=generator)
+
+    def train(run, **options):
+        leaves = [feat.clone().requires_grad_(), weight.clone().requires_grad_()]
+        out = run(*leaves, True, torch.bfloat16, True, "cuda")
+        return [out, *torch.autograd.grad(out.square().sum(), leaves, **options)], leaves
+
+    found, _ = train(fold.fold_for)
+    compiled, _ = train(torch.compile(fold.fold_for, fullgraph=True, backend="aot_eager"))
+    assert all(torch.equal(a, b) for a, b in zip(compiled, found, strict=True))
+    twice, leaves = train(fold.fold_for, create_graph=True)
+    assert all(norm_error(a, b) <= 2e-2 for a, b in zip(twice, found, strict=True))
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(twice[1].sum(), leaves))
+
+
 def test_what_pays_runs_on_it():
     feat, weights, _ = make((1, 8, 3, 5, 12))
     assert cuda.convolves(feat, weights, torch.bfloat16) and cuda.convolves(feat, weights, torch.float16)

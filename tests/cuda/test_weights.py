@@ -81,7 +81,7 @@ def test_what_is_rebuilt_is_what_would_be_stored(mode, case, kind, kernel, monke
 PRODUCT = "../row_product.cuh"
 MISTAKES = {
     "multiplies before rows are there": ("    wait_barrier(&space_.full[stage(used_)], phase(used_));\n", "", ""),
-    "overwrites rows before they are read": (
+    "overwrites unread rows": (
         "        wait_barrier(&space_.empty[stage(filled_)], phase(filled_) ^ 1);\n", "", ""
     ),
     "does not wait for stores": (

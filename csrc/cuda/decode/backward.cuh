@@ -1,7 +1,7 @@
 // The fused decode, backward: from gradients of the outputs to gradients of the latents, tile by tile, with the
-// activations that the forward saved. Weight gradients are matrix products over all rows, which the caller computes
-// from the gradients written here and the saved activations. Column sums (biases, geometry terms, last layer) are
-// computed here.
+// activations that the forward saved. Weight gradients are matrix products over all rows of the gradients written here
+// and the saved activations: weights.cuh has those in 16 bits, others are the caller's. Column sums (biases, geometry
+// terms, last layer) are computed here.
 //
 // One thread of one block adds to a column's sum, in a fixed order, so sums repeat bit for bit. Gradients of latents
 // are added by atomics in any order, or written row by row for a caller that adds them in a fixed order.

@@ -24,6 +24,11 @@ namespace liif_fast {
   const char* launch_backward<MmaPolicy::policy>(const DecodeTask&, const DecodeVariant&, const SavedActivations&, \
                                                  const BackwardArrays&, void*) {                                   \
     return #policy;                                                                                                \
+  }                                                                                                                \
+  template <>                                                                                                      \
+  const char* launch_weights<MmaPolicy::policy>(const DecodeTask&, const DecodeVariant&, const SavedActivations&,  \
+                                                const BackwardArrays&, const WeightParts&, void*) {                \
+    return #policy;                                                                                                \
   }
 #define LIIF_HOPPER(policy, forward, backward)                                                         \
   template <>                                                                                          \
@@ -51,11 +56,6 @@ LIIF_HOPPER(kWgmmaFloat16, "unused", "unused")
 LIIF_UNUSED(kFloat16)
 LIIF_UNUSED(kBFloat16)
 LIIF_UNUSED(kTf32)
-template <MmaPolicy kPolicy>
-const char* launch_weights(const DecodeTask&, const DecodeVariant&, const SavedActivations&, const BackwardArrays&,
-                           const WeightParts&, void*) {
-  return "unused";
-}
 LIIF_UNUSED(kFloat32)
 
 namespace {

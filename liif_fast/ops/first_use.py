@@ -247,11 +247,6 @@ def _copy(c: Combination, problem: Problem, dtype: torch.dtype | None = None) ->
     return copy, {name: tensor for name, tensor in named.items() if tensor.requires_grad}
 
 
-def _latents_and_weights(problem: Problem) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The first arguments of a decode with a query term, whose features are a latent map."""
-    return problem.feat.permute(0, 2, 3, 1), problem.weights[0], problem.weights[1:]
-
-
 def _with_grads(out: Tensor, leaves: dict[str, Tensor], probe: Tensor) -> dict[str, Tensor]:
     """The result and the gradients of sum(out * probe), by name."""
     grads = torch.autograd.grad(out, list(leaves.values()), probe.to(out.dtype)) if leaves else ()
@@ -268,9 +263,8 @@ def _expected(c: Combination, problem: Problem, probe: Tensor) -> dict[str, Tens
         if copy.query_term is None:
             out = reference.query(copy.feat, coord, cell, copy.weights, copy.biases, **c.flags)
         else:
-            latent_map, first, weights = _latents_and_weights(copy)
-            layers = first, weights, copy.biases
-            term = copy.query_term[:, chunk]
+            latent_map, term = copy.feat.permute(0, 2, 3, 1), copy.query_term[:, chunk]
+            layers = copy.weights[0], copy.weights[1:], copy.biases
             out = reference.decode(latent_map, coord, cell, *layers, term, local_ensemble=c.switches[0])
         found = _with_grads(out, leaves, probe[:, chunk])
         outs.append(found.pop("result"))
@@ -292,7 +286,7 @@ def _found(c: Combination, problem: Problem, probe: Tensor, decoders: Decoders, 
             options.pop("cell", None)
         term = copy.query_term.transpose(1, 2).unflatten(2, copy.window[2:]) if on_grid else copy.query_term
         options |= {"query_term": term, "local_ensemble": c.switches[0]}
-        run = partial(decoders.decode, *_latents_and_weights(copy))
+        run = partial(decoders.decode, copy.feat.permute(0, 2, 3, 1), copy.weights[0], copy.weights[1:])
     with torch.autocast(copy.feat.device.type, narrow, enabled=narrow is not None):
         out = run(biases=copy.biases, **options)
         return _with_grads(out.flatten(2).transpose(1, 2) if on_grid else out, leaves, probe)

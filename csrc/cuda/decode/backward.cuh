@@ -45,42 +45,6 @@ __device__ __forceinline__ void store_row_terms(const DecodeTask& task, const Ba
   }
 }
 
-// Adds a lane's column values to the block's partial sums number `index`. A butterfly over the eight rows of a fragment
-// leaves one channel to each lane (or the same one to two lanes), which the thread adds to memory that no other writes.
-template <class T>
-__device__ __forceinline__ void add_column_sums(const DecodeTask& task, const BackwardArrays& backward, int index,
-                                                const FragmentCoords<T>& coords,
-                                                float (&column)[T::kColGroups][T::kVector]) {
-  const int64_t block = static_cast<int64_t>(blockIdx.x) * T::kWarpRows + coords.team;
-  float* const sums = backward.sums + (block * sum_count(task.hidden, task.outs) + index) * T::kWidth;
-#pragma unroll
-  for (int group = 0; group < T::kColGroups; ++group) {
-    float (&v)[T::kVector] = column[group];
-    int channel = 0;
-#pragma unroll
-    for (int count = T::kVector / 2, lanes = 16; lanes >= 4; count /= 2, lanes /= 2) {
-      const bool upper = coords.lane & lanes;
-      if (count == 0) {  // four channels for eight rows: the last step only adds
-        v[0] += __shfl_xor_sync(kAllLanes, v[0], lanes);
-      } else {
-#pragma unroll
-        for (int i = 0; i < count; ++i) {
-          const float other = __shfl_xor_sync(kAllLanes, upper ? v[i] : v[i + count], lanes);
-          v[i] = (upper ? v[i + count] : v[i]) + other;
-        }
-        channel += upper ? count : 0;
-      }
-    }
-    if (T::kVector == 8 || !(coords.lane & 4)) sums[coords.channel(group) + channel] += v[0];
-  }
-}
-
-// Sums a value over the four lanes that share a row.
-__device__ __forceinline__ float sum_over_quad(float value) {
-  value += __shfl_xor_sync(kAllLanes, value, 1);
-  return value + __shfl_xor_sync(kAllLanes, value, 2);
-}
-
 // Stores a finished layer's gradients: in act for the next product, in memory for the weights' gradient, in the bias's
 // sums.
 template <class T, class Values>

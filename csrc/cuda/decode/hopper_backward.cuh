@@ -15,33 +15,6 @@ namespace liif_fast {
 // A lane's channels of 32, of its two rows.
 using GroupRows = float[2][8];
 
-// Gradients of outputs, by row of a consumer; times the blending weight, and as they are. In the forward's `first`.
-struct RowGradients {
-  float4 weighted, plain;
-};
-template <class T>
-__device__ __forceinline__ RowGradients* row_gradients(HopperWorkspace<T>& space, int consumer) {
-  static_assert(sizeof(space.first[0]) >= T::kConsumerRows * sizeof(RowGradients), "fits");
-  return reinterpret_cast<RowGradients*>(space.first[consumer]);
-}
-
-// Where a warp of a consumer turns 64 channels of up to 16 rows around, after these: a lane stores channels of its
-// rows, and adds rows of its channels. With this pitch neither has bank conflicts.
-constexpr int kTurnPitch = 68;
-template <class T>
-__device__ __forceinline__ float* turned_rows(HopperWorkspace<T>& space) {
-  constexpr int kBytes = T::kConsumerRows * static_cast<int>(sizeof(RowGradients)), kFloats = 16 * kTurnPitch;
-  static_assert(sizeof(space.first[0]) >= kBytes + kFloats * 4 * kWarpgroup / kWarp, "fits");
-  const int warp = reread_thread() / kWarp - kWarpgroup / kWarp;
-  unsigned char* const first = reinterpret_cast<unsigned char*>(space.first[warp / 4]);
-  return reinterpret_cast<float*>(first + kBytes) + warp % 4 * kFloats;
-}
-__device__ __forceinline__ void store_turned(float* buffer, int row, int channel, const float (&v)[8]) {
-  float4* const to = reinterpret_cast<float4*>(buffer + row * kTurnPitch + channel);
-  to[0] = make_float4(v[0], v[1], v[2], v[3]);
-  to[1] = make_float4(v[4], v[5], v[6], v[7]);
-}
-
 // Gradients of the last layer's rows, of four channels.
 using LastRows = float[kMaxTrainedOuts][4];
 

@@ -108,7 +108,7 @@ def stop_at(monkeypatch, number):
     "overrides",
     [
         [],
-        ["ema=0.9", "clip_grad=0.1", "accumulate=2", "seed=7", "num_workers=2"],
+        pytest.param(["ema=0.9", "clip_grad=0.1", "accumulate=2", "seed=7", "num_workers=2"], marks=pytest.mark.prove),
         ["optimizer={name: sgd, args: {lr: 0.01, momentum: 0.9}}", "channels_last=true", "autocast=bf16"],
         ["autocast=fp16", "multi_step_lr.milestones=[1, 3]", "multi_step_lr.gamma=0.3"],
     ],

@@ -24,7 +24,7 @@ KERNELS = {
     "forward": r"decode_forward_kernel.*Li256ELi{rows}EEELb0E",
     "forward that saves": r"decode_forward_kernel.*Li256ELi{rows}EEELb1E",
     "backward": r"decode_backward_kernel.*Li256ELi{rows}EE",
-    "weights": r"decode_weights_kernel.*Li256ELi{rows}EE",
+    "weights": r"decode_weights_kernel.*Li256ELi128EE",
 }
 HOPPER_KERNELS = {
     "paper": r"decode_hopper_kernel.*bfloat16Li4ELi3ELi3E",

@@ -344,6 +344,7 @@ def test_extension_is_small_exports_one_function_and_needs_no_unstable_symbol():
     assert LIBRARY.stat().st_size < 12e6
 
 
+@pytest.mark.prove
 def test_none_imports_with_one_warning_and_without_triton_and_runs_the_reference(project):
     script = """
 import sys, warnings
@@ -362,6 +363,7 @@ assert [name for name, runs, _ in liif_fast.ops.backends.report() if runs] == ["
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.prove
 @needs_library
 def test_a_variable_caps_the_instruction_set():
     """LIIF_FAST_CPU_ISA is read when the extension is loaded, so every value has a process of its own."""

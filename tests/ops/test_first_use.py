@@ -129,6 +129,7 @@ def test_a_wrong_forward_is_refused_with_one_warning(native, name):
     assert len(first_use._verdicts) == 1
 
 
+@pytest.mark.prove
 def test_a_wrong_convolution_of_the_first_layer_is_refused(native, monkeypatch):
     module = import_module("liif_fast.ops.backends.cuda.convolution")
     right = module._C

@@ -132,8 +132,8 @@ Tensor decode(const Tensor& latent_map, const MaybeTensor& coord, const MaybeTen
   return out;
 }
 
-// The tensors that a backward writes or adds to. Empty where no gradient is wanted; latent_map: in the fixed order;
-// weights: with float32 operands.
+// The tensors that a backward writes or adds to. Empty where no gradient is wanted; latent_map: in the fixed order.
+// weights: left as they are with float32 operands.
 struct OutputGrads {
   const Tensor &latent_map, &coord, &cell, &query_term, &weights;
 };

@@ -136,23 +136,17 @@ def _say(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
 
+def _combination(
+    backend: str, device: torch.device, dtype: torch.dtype, trains: bool, widths: tuple[int, ...]
+) -> first_use.Combination:
+    """The paper's decode: all switches of the first-use check on, no recomputing, no query term, no source."""
+    place = backend, device.type, device.index, dtype, dtype
+    return first_use.Combination(*place, (True, True, True), trains, trains, False, False, False, widths)
+
+
 def _other_ops(backend: str, device: torch.device) -> Iterator[tuple[str, Callable[[str], list[Tensor]]]]:
     """(name, function from a backend's name to [result, *gradients]) of the ops apart from the decode, in float32."""
-    switches = (True, True, True)
-    c = first_use.Combination(
-        backend,
-        device.type,
-        device.index,
-        torch.float32,
-        torch.float32,
-        switches,
-        True,
-        True,
-        False,
-        False,
-        False,
-        (64, OUTS),
-    )
+    c = _combination(backend, device, torch.float32, True, (64, OUTS))
     problem = first_use.make_problem(c, device)
     points = [t[:, :999].contiguous() for t in (problem.coord, problem.cell)]
     generator = torch.Generator().manual_seed(2)
@@ -198,8 +192,7 @@ def check(backend: str, device: torch.device) -> None:
     for dtype, training in _DECODES:
         step = f"{str(dtype).removeprefix('torch.')} {'training' if training else 'inference'}"
         _say(begin=step)
-        place = backend, device.type, device.index, dtype, dtype
-        c = first_use.Combination(*place, (True, True, True), training, training, *(False,) * 3, (*HIDDEN, OUTS))
+        c = _combination(backend, device, dtype, training, (*HIDDEN, OUTS))
         for name, error, limit in first_use.compare(c, first_use.Decoders(ops.query, ops.render, ops.decode)):
             _say(step=f"{name}, {step}", error=error, limit=limit)
     _say(begin="timing")

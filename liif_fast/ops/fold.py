@@ -29,8 +29,9 @@ _CPU_MULTIPLIES_BF16 = cpu_multiplies(torch.bfloat16)  # a constant for torch.co
 # plain code would read it during tracing and not when the trace runs.
 
 
-def _runs_on_cuda(feat: Tensor, kernels: Tensor, narrow: torch.dtype | None, backend: str) -> bool:
-    return backend == "cuda" and cuda.convolves(feat, kernels, narrow)
+def _own_dtype(feat: Tensor, kernels: Tensor, narrow: torch.dtype | None, backend: str) -> torch.dtype | None:
+    """The dtype to which the `cuda` backend's convolution rounds its operands; None where PyTorch's runs."""
+    return narrow if backend == "cuda" and cuda.convolves(feat, kernels, narrow) else None
 
 
 def _run(feat: Tensor, kernels: Tensor, narrow: torch.dtype | None, backend: str, transposed: bool) -> Tensor:
@@ -39,8 +40,8 @@ def _run(feat: Tensor, kernels: Tensor, narrow: torch.dtype | None, backend: str
     narrow: the 16-bit dtype of the other layers' products, None where these are wider. The `cuda` backend's convolution
         rounds to it. In PyTorch's, float32 rounds to TF32 only with a narrow dtype or where matrices may.
     """
-    if narrow is not None and _runs_on_cuda(feat, kernels, narrow, backend):
-        return cuda.convolution(feat, kernels, narrow, transposed)
+    if own := _own_dtype(feat, kernels, narrow, backend):
+        return cuda.convolution(feat, kernels, own, transposed)
     padding, cudnn = [kernels.shape[-1] // 2] * 2, torch.backends.cudnn
     in_order = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
     options = ([1, 1], padding, [1, 1], transposed, [0, 0], 1, cudnn.benchmark, in_order, cudnn.enabled)
@@ -117,8 +118,8 @@ def _convolution_backward(
     grad_feat = _run(grad_out, kernels, narrow, backend, transposed=True) if with_feat else feat.new_empty(0)
     if not with_kernels:
         return grad_feat, kernels.new_empty(0)
-    if narrow is not None and _runs_on_cuda(feat, kernels, narrow, backend):
-        return grad_feat, cuda.kernel_grads(grad_out, feat, narrow)
+    if own := _own_dtype(feat, kernels, narrow, backend):
+        return grad_feat, cuda.kernel_grads(grad_out, feat, own)
     grad_kernels = _grad_kernels(grad_out, feat, kernels.shape[-1], narrow)
     return grad_feat, grad_kernels
 

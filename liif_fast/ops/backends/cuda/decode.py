@@ -195,9 +195,7 @@ def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord
     grad_points = [zeros(point.shape) for point in (coord, cell) if point is not None] if coord_grad else []
     grad_coord, grad_cell = [*grad_points, zeros((0,)), zeros((0,))][:2]
     grad_terms = [] if inputs.query_term is None else [zeros(inputs.query_term.shape)]
-    grad_weights = [zeros(weight.shape) for weight in weights]
-    in_kernel = matmul_dtype.itemsize == 2  # the hidden layers' products
-    grad_hidden = zeros((hidden, width, width) if in_kernel else (0,))
+    grad_last_weight, grad_hidden = zeros(weights[-1].shape), zeros((hidden, width, width))
     multiplies_last = _has_own_product(inputs)
     column_sums = zeros((hidden + 5 + (0 if multiplies_last else widths[-1]), width))
     packed = _C.cuda_decode_pack(*arguments, True, coord_grad)
@@ -215,7 +213,7 @@ def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord
             blended = _saved_blended(inputs, chunk_saved, saved_rows, coord_grad)
             blended = blended[(first - saved_first) // inputs.corners :][: count // inputs.corners]
             grad_last, chunk_grad = _multiply_last_backward(inputs, grad_out, first // inputs.corners, blended)
-            grad_weights[hidden] += grad_last
+            grad_last_weight += grad_last
         grad_rows, sums, latent_rows, latent_index = _C.cuda_decode_backward(
             chunk_grad,
             chunk_saved,
@@ -234,18 +232,20 @@ def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord
         column_sums += sums.sum(0)
         if in_order:
             grad_latent_map.view(-1, widths[0]).index_add_(0, latent_index, latent_rows[:, : widths[0]])
-        if in_kernel:
+        if matmul_dtype.itemsize == 2:  # the kernel has added the hidden layers' products to grad_hidden
             continue
         saved_layers = chunk_saved[: hidden * saved_rows * width * matmul_dtype.itemsize].view(matmul_dtype)
         rows = saved_layers.view(hidden, saved_rows, width)[:, first - saved_first : first - saved_first + count]
         for layer in range(hidden):
-            product = _product(grad_rows[layer].t(), rows[layer])
-            grad_weights[layer] += product[: widths[layer + 1], : widths[layer]]
+            grad_hidden[layer] += _product(grad_rows[layer].t(), rows[layer])
 
-    for layer, product in enumerate(grad_hidden):
-        grad_weights[layer] += product[: widths[layer + 1], : widths[layer]]
     if not multiplies_last:
-        grad_weights[hidden] += column_sums[hidden + 5 :, : widths[hidden]]
+        grad_last_weight += column_sums[hidden + 5 :, : widths[hidden]]
+    grad_weights = [
+        grad_hidden[layer, : widths[layer + 1], : widths[layer]].clone(memory_format=torch.contiguous_format)
+        for layer in range(hidden)
+    ]
+    grad_weights.append(grad_last_weight)
     grad_biases = [column_sums[layer, : widths[layer]].clone() for layer in range(hidden + 1)]
     grad_biases.append(grad_out.sum((0, 1) if coord is not None else (0, 2, 3)))
     terms = column_sums[hidden + 1 : hidden + 1 + weight_geometry.shape[1], : widths[0]]

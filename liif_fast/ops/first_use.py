@@ -296,13 +296,17 @@ def error_of(name: str, found: Tensor, expected: Tensor) -> Tensor:
     """The largest error as a fraction of the largest expected value; of gradients of points the error in the 2-norm.
 
     A ReLU whose sign a rounding flips may change the gradient of a single point or latent by any amount. So errors of
-    feat's gradient are root mean squares over 4x4 latents, as fractions of that of all expected values.
+    the gradients of feat and of the query term are root mean squares over 4x4 latents and over 64 queries, as fractions
+    of that of all expected values: a tile of wrong gradients is above every limit.
     """
     error = found - expected
     if name in ("coord", "cell"):
         return (error.norm() / expected.norm()).double()
-    if name == "feat":
-        squares = F.avg_pool2d(error.square().mean(1, keepdim=True), 4, ceil_mode=True)
+    if name in ("feat", "query_term"):
+        if name == "feat":
+            squares = F.avg_pool2d(error.square().mean(1, keepdim=True), 4, ceil_mode=True)
+        else:
+            squares = F.avg_pool1d(error.square().mean(2), 64, ceil_mode=True)
         return (squares.amax() / expected.square().mean()).sqrt().double()
     return (error.abs().amax() / expected.abs().amax()).double()
 

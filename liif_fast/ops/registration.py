@@ -198,9 +198,10 @@ def _decode_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     none: Any = dict.fromkeys(("latent_map", "coord", "cell", "weight_geometry", "query_term"))
     ctx.fields = fields._replace(**none, weights=[], biases=[])
     ctx.save_for_backward(output[1], *firsts, *fields.weights, *fields.biases)
+    ctx.set_materialize_grads(False)  # or PyTorch makes zeros as large as what is saved, in every backward
 
 
-def _decode_backward(ctx: Any, grad_out: Tensor, _grad_saved: Tensor) -> tuple[Any, ...]:
+def _decode_backward(ctx: Any, grad_out: Tensor | None, _grad_saved: None) -> tuple[Any, ...]:
     saved, latent_map, coord, cell, weight_geometry, query_term, *layers = ctx.saved_tensors
     fields = ctx.fields._replace(
         latent_map=latent_map,
@@ -212,7 +213,10 @@ def _decode_backward(ctx: Any, grad_out: Tensor, _grad_saved: Tensor) -> tuple[A
         biases=layers[ctx.layers :],
     )
     tensors = fields.differentiable(ctx.coord_grad)
-    if _is_differentiated(grad_out):
+    grads: list[Tensor | None]
+    if grad_out is None:  # where a function above returned None
+        grads = [None] * len(tensors)
+    elif _is_differentiated(grad_out):
         grads = _grads_by_calls(lambda: [calls.decode(fields)], tensors, [grad_out])
     else:
         grads = _match(decode_backward(grad_out, saved, *fields, ctx.coord_grad, ctx.backend), tensors)

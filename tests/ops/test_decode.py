@@ -6,6 +6,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from liif_fast import ops
 from tests.backends import KINDS
@@ -107,6 +108,52 @@ def test_recomputing_and_repeating_change_no_bit(backend, kind, mode, determinis
         in_steps = run(problem, backend, recompute=recompute)
         assert torch.equal(in_steps[0], kept[0])
         assert_close(in_steps, kept, limit)
+
+
+class ZeroBytes(TorchDispatchMode):
+    """The sizes of the tensors of zero bytes that PyTorch makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.uint8 and "zero" in str(function):
+            self.sizes.append(out.numel())
+        return out
+
+
+@modes
+@two_kinds
+@pytest.mark.hopper
+def test_the_backward_makes_no_gradient_of_what_the_forward_saved(backend, kind, mode):
+    """It would be zeros of the same size, which PyTorch writes in every step."""
+    problem = make_problem(Case(hidden=(32, 16)), kind, mode, backend.device)
+    out = decode(problem, backend.op_backend)
+    with ZeroBytes() as made:
+        gradients(out, problem.leaves)
+    assert made.sizes == []
+
+
+class Ends(torch.autograd.Function):
+    """The identity, whose backward has no gradient."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@two_kinds
+def test_without_a_gradient_of_the_result_there_are_none(backend, kind):
+    problem = make_problem(Case(hidden=(32, 16)), kind, device=backend.device)
+    out = Ends.apply(decode(problem, backend.op_backend))
+    grads = torch.autograd.grad(out.sum(), problem.leaves, allow_unused=True)
+    assert not any(grad is not None and grad.any() for grad in grads)
 
 
 @pytest.mark.parametrize("needed", ["coord", "cell", "neither"])

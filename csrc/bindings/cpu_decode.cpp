@@ -1,4 +1,5 @@
-// The fused decodes on the CPU: LIIF's and MetaSR's. liif_fast/ops/backends/cpu.py is the only caller.
+// The fused decodes on the CPU, LIIF's and MetaSR's, and the first layer's gradient. liif_fast/ops/backends/cpu.py is
+// the only caller.
 #include "bindings/problems.h"
 #include "cpu/dispatch.h"
 #include "cpu/entry_points.h"
@@ -105,6 +106,26 @@ std::vector<Tensor> boxed_decode_backward(const Tensor& grad_out, const Tensor& 
   });
 }
 
+// The gradient of a 3x3 convolution's kernels, [outs, channels, 3, 3]; both tensors have their channels last.
+Tensor cpu_kernel_grads(const Tensor& map, const Tensor& grad_out) {
+  STD_TORCH_CHECK(map.dim() == 4 && grad_out.dim() == 4, "map and grad_out must have 4 dimensions");
+  return with_geometry(map, [&](auto zero) {
+    using T = decltype(zero);
+    KernelGradsProblem<T> p{};
+    p.batch = map.size(0);
+    p.height = map.size(1);
+    p.width = map.size(2);
+    p.channels = map.size(3);
+    p.outs = grad_out.size(3);
+    p.map = checked<T>(map, "map", kCpu, {p.batch, p.height, p.width, p.channels});
+    p.grad_out = checked<T>(grad_out, "grad_out", kCpu, {p.batch, p.height, p.width, p.outs});
+    Tensor out = zeros<T>(map, {p.outs, p.channels, 3, 3});
+    p.grad_kernels = data<T>(out);
+    kernel_grads(p);
+    return out;
+  });
+}
+
 // -------------------------------------------------------------------------------------------------------------- MetaSR
 
 template <class T>
@@ -153,9 +174,11 @@ void register_cpu_decode(Registry& ops) {
   ops.def("cpu_saved_layout(int[] widths, bool float64, bool bf16) -> int[]");
   ops.def("cpu_take_slab(int bytes, int tile_bytes) -> Tensor");
   ops.def("cpu_set_slab_limit(int bytes) -> ()");
+  ops.def("cpu_kernel_grads(Tensor map, Tensor grad_out) -> Tensor");
   ops.impl("CompositeExplicitAutograd", "cpu_saved_layout", TORCH_BOX(&cpu_saved_layout));
   ops.impl("CompositeExplicitAutograd", "cpu_take_slab", TORCH_BOX(&cpu_take_slab));
   ops.impl("CompositeExplicitAutograd", "cpu_set_slab_limit", TORCH_BOX(&cpu_set_slab_limit));
+  ops.impl("CPU", "cpu_kernel_grads", TORCH_BOX(&cpu_kernel_grads));
   ops.impl("CPU", "metasr_query", TORCH_BOX(&metasr_query));
   ops.impl("CPU", "metasr_query_backward", TORCH_BOX(&metasr_query_backward));
 }

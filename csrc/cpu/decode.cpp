@@ -1,4 +1,5 @@
 // The fused decodes on the CPU, LIIF's and MetaSR's: weights are packed once, tiles are cut into one shard per thread.
+// Likewise the gradient of the convolution before them.
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -144,5 +145,19 @@ void metasr_backward(const MetasrProblem<T>& p, const MetasrGrads<T>& grads) {
 }
 template void metasr_backward(const MetasrProblem<float>&, const MetasrGrads<float>&);
 template void metasr_backward(const MetasrProblem<double>&, const MetasrGrads<double>&);
+
+template <class T>
+void kernel_grads(const KernelGradsProblem<T>& p) {
+  const MatrixKernels<T>& kernels = matrix_kernels<T>();
+  const int64_t rows = p.batch * p.height, shards = std::min(thread_count(), rows);
+  if (rows == 0 || p.width == 0) return;
+  const ThreadBuffers scratch(shards, kernels.kernel_grads_scratch_bytes(p));
+  parallel_shards(rows, shards, [&](int64_t shard, int64_t begin, int64_t end) {
+    kernels.kernel_grads_rows(p, begin, end, scratch[shard]);
+  });
+  for (int64_t shard = 0; shard < shards; ++shard) kernels.add_kernel_grads(p, scratch[shard]);
+}
+template void kernel_grads(const KernelGradsProblem<float>&);
+template void kernel_grads(const KernelGradsProblem<double>&);
 
 }  // namespace liif_fast

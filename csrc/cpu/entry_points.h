@@ -2,6 +2,7 @@
 // calls.
 #pragma once
 
+#include "convolution.h"
 #include "decode.h"
 #include "gather.h"
 #include "metasr.h"
@@ -38,5 +39,8 @@ template <class T>
 void metasr_forward(const MetasrProblem<T>& p);
 template <class T>
 void metasr_backward(const MetasrProblem<T>& p, const MetasrGrads<T>& grads);  // grads zeroed
+
+template <class T>
+void kernel_grads(const KernelGradsProblem<T>& p);  // grad_kernels zeroed
 
 }  // namespace liif_fast

@@ -1,6 +1,7 @@
 // Fills the table of the instruction set whose translation unit includes this.
 #pragma once
 
+#include "cpu/convolution_kernels.h"
 #include "cpu/decode_backward.h"
 #include "cpu/decode_forward.h"
 #include "cpu/dispatch.h"
@@ -58,6 +59,9 @@ constexpr MatrixKernels<T> make_table() {
       metasr_backward<T>,
       metasr_add_sums<T>,
       metasr_scatter<T>,
+      layout_bytes<KernelGradsScratch<T>, KernelGradsProblem<T>>,
+      kernel_grads_rows<T>,
+      add_kernel_grads<T>,
   };
 }
 

@@ -4,7 +4,8 @@ By default PyTorch rounds the operands of float32 convolutions on a GPU to TF32,
 products. A folded layer was a matrix product, so its convolution follows the switch of matrix products
 (`dtypes.allows_tf32`). It may use TF32 where the other layers multiply in 16 bits. The `cuda` backend then has a
 convolution of its own, with operands in those 16 bits and a float32 map. Where the other layers multiply in bfloat16 on
-a CPU that has such products, the backward does too, but the forward stays in float32 (`dtypes.latent_dtype`).
+a CPU that has such products, the backward does too, but the forward stays in float32 (`dtypes.latent_dtype`). In
+float32 and float64 the `cpu` backend has a kernel of its own for the gradient of a 3x3 convolution's kernels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from .backends import cuda
+from .backends import cpu, cuda
 from .borders import bordered
 from .dtypes import allows_tf32, autocast_dtype, cpu_multiplies, latent_dtype, needs_grad, no_autocast
 from .namespace import LIBRARY, register_op
@@ -120,6 +121,8 @@ def _convolution_backward(
         return grad_feat, kernels.new_empty(0)
     if own := _own_dtype(feat, kernels, narrow, backend):
         return grad_feat, cuda.kernel_grads(grad_out, feat, own)
+    if backend == "cpu" and cpu.has_kernel_grads(feat, kernels):
+        return grad_feat, cpu.kernel_grads(grad_out, feat)
     grad_kernels = _grad_kernels(grad_out, feat, kernels.shape[-1], narrow)
     return grad_feat, grad_kernels
 
@@ -171,7 +174,8 @@ def _convolve(feat: Tensor, kernels: Tensor, narrow: torch.dtype | None = None, 
     if not transformed:  # vmap has no rule for it
         feat = feat.contiguous(memory_format=torch.channels_last)
     on_gpu = "cuda" in (feat.device.type, backend) and not torch.is_autocast_enabled("cuda")
-    needs_op = (on_gpu and feat.dtype == torch.float32) or _multiplies_bf16(feat, narrow, backend)
+    trains_on_cpu = backend == "cpu" and needs_grad(feat, kernels) and cpu.has_kernel_grads(feat, kernels)
+    needs_op = (on_gpu and feat.dtype == torch.float32) or _multiplies_bf16(feat, narrow, backend) or trains_on_cpu
     if needs_op and not transformed:
         out = _convolution(feat, kernels, narrow, backend)
     else:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib import import_module
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import norm_error
+from tests.backends import ISAS, TABLE
+from tests.helpers import needs_cpu, norm_error
 
 convolution = import_module("liif_fast.ops.fold")  # the package's `fold` is the function
+OUTS = (1, 6, 13, 256)
 SHAPES = {"3x3": (2, 5, 6, 7, 8, 3), "1x1": (1, 4, 5, 3, 6, 1)}
 
 
@@ -46,6 +49,46 @@ def test_the_op_is_pytorchs_convolution(shape):
     assert torch.autograd.gradcheck(lambda *t: convolution._convolution(*t, None, "torch"), (feat, kernels))
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(convolution._convolution, (feat, kernels, torch.bfloat16, "torch"), test_utils=tests)
+
+
+@needs_cpu
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 3, 1, 1), (2, 16, 5, 1), (1, 64, 1, 70), (3, 33, 17, 40), (1, 5, 3, 401), (0, 4, 3, 3)]
+)
+def test_the_cpus_own_gradient_of_the_kernels(monkeypatch, isa, dtype, size):
+    """Blocks of whole rows and of parts of rows, and widths of the products with and without a rest."""
+    counted = Mock(wraps=convolution.cpu.kernel_grads)
+    monkeypatch.setattr(convolution.cpu, "kernel_grads", counted)
+    with TABLE[f"cpu-{isa}"].activate():
+        for outs in OUTS if isa != "portable" else OUTS[1:3]:
+            feat, kernels = make((*size, outs, 3), dtype)
+            out = convolution._convolve(feat, kernels, backend="cpu")
+            probe = torch.rand(out.shape, generator=torch.Generator().manual_seed(1), dtype=dtype) - 0.5
+            calls = counted.call_count
+            found = torch.autograd.grad(out, [feat, kernels], probe)
+            assert counted.call_count == calls + 1
+            wide = [feat.detach().double().requires_grad_(), kernels.detach().double().requires_grad_()]
+            expected = F.conv2d(*wide, padding=1).permute(0, 2, 3, 1)
+            expected = torch.autograd.grad(expected, wide, probe.double())
+            for a, b in zip(found, expected, strict=True):
+                assert a.dtype == dtype
+                assert norm_error(a, b) <= (1e-14 if dtype == torch.float64 else 2e-6)
+
+
+@needs_cpu
+def test_the_cpus_own_gradient_repeats_with_any_number_of_threads():
+    feat, _ = make((2, 20, 9, 50, 30, 3), torch.float32)
+    grad, before = torch.rand(2, 30, 9, 50, generator=torch.Generator().manual_seed(1)), torch.get_num_threads()
+    expected = convolution._grad_kernels(grad.double(), feat.detach().double(), 3, None)
+    try:
+        for threads in range(1, 6):
+            torch.set_num_threads(threads)
+            first, again = (convolution.cpu.kernel_grads(grad, feat.detach()) for _ in range(2))
+            assert torch.equal(first, again) and norm_error(first, expected) <= 1e-6
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,16 @@ def decode_backward(grad_out: Tensor, saved: Tensor, inputs: DecodeInputs, coord
     return _C.decode_backward(_widen(grad_out, dtype), *arguments, bf16, saved, coord_grad)
 
 
+def has_kernel_grads(feat: Tensor, kernels: Tensor) -> bool:
+    """Whether `kernel_grads` takes these tensors. Other sizes are plain products, as fast in PyTorch."""
+    return feat.dtype in (torch.float32, torch.float64) and kernels.shape[2:] == (3, 3)
+
+
+def kernel_grads(grad_out: Tensor, feat: Tensor) -> Tensor:
+    """The gradient of kernels [K, C, 3, 3], from that of the result [B, K, H, W]."""
+    return _C.cpu_kernel_grads(feat.permute(0, 2, 3, 1).contiguous(), grad_out.permute(0, 2, 3, 1).contiguous())
+
+
 def metasr_query(inputs: MetasrInputs) -> Tensor:
     return _C.metasr_query(*inputs.for_kernels(inputs.latent_map.to(geometry_dtype(inputs.latent_map))))
 

@@ -6,7 +6,7 @@
 namespace liif_fast {
 
 template <class T>
-struct KernelGradsProblem {
+struct ConvolutionGradsProblem {
   int64_t batch, height, width, channels, outs;
   const T* map;       // [batch, height, width, channels], zero outside
   const T* grad_out;  // [batch, height, width, outs]

@@ -111,7 +111,7 @@ Tensor cpu_kernel_grads(const Tensor& map, const Tensor& grad_out) {
   STD_TORCH_CHECK(map.dim() == 4 && grad_out.dim() == 4, "map and grad_out must have 4 dimensions");
   return with_geometry(map, [&](auto zero) {
     using T = decltype(zero);
-    KernelGradsProblem<T> p{};
+    ConvolutionGradsProblem<T> p{};
     p.batch = map.size(0);
     p.height = map.size(1);
     p.width = map.size(2);

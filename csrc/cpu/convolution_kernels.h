@@ -21,7 +21,7 @@ struct KernelGradsScratch {
   int64_t panels, stride, width;  // panels of channels; stride of `grads`; columns of `sums`
   T *latents, *grads;             // [panels, (rows + 2) * (cols + 2), kCols], [rows * cols, stride]
   T* sums;                        // the thread's own: [9, outs, width]
-  KernelGradsScratch(const KernelGradsProblem<T>& p, Arena& arena) {
+  KernelGradsScratch(const ConvolutionGradsProblem<T>& p, Arena& arena) {
     cols = p.width < kBlockPixels ? p.width : kBlockPixels;
     rows = kBlockPixels / cols < p.height ? kBlockPixels / cols : p.height;
     panels = round_up(p.channels, kCols<T>) / kCols<T>;
@@ -36,16 +36,17 @@ struct KernelGradsScratch {
 // A block's place in the batch and its size, in pixels.
 struct PixelBlock {
   int64_t image, top, left, rows, cols;
+  int64_t pixels() const { return (rows + 2) * (cols + 2); }  // with the border
 };
 
-// The pixel (row, col) of a map, which may be outside, as the panels' pixel `at`.
+// The pixel (row, col) of a block's map, which may be outside, as the panels' pixel `at`.
 template <class T>
-LIIF_INLINE void copy_latent(const KernelGradsProblem<T>& p, int64_t image, int64_t row, int64_t col, int64_t at,
-                             int64_t panel_stride, const KernelGradsScratch<T>& s) {
+LIIF_INLINE void copy_latent(const ConvolutionGradsProblem<T>& p, const PixelBlock& block, int64_t row, int64_t col,
+                             int64_t at, const KernelGradsScratch<T>& s) {
   const bool inside = row >= 0 && row < p.height && col >= 0 && col < p.width;
-  const T* from = p.map + ((image * p.height + row) * p.width + col) * p.channels;
+  const T* from = p.map + ((block.image * p.height + row) * p.width + col) * p.channels;
   for (int64_t panel = 0; panel < s.panels; ++panel) {
-    T* const to = s.latents + panel * panel_stride + at * kCols<T>;
+    T* const to = s.latents + (panel * block.pixels() + at) * kCols<T>;
     const int64_t left = p.channels - panel * kCols<T>, count = !inside ? 0 : left < kCols<T> ? left : kCols<T>;
     if (count == kCols<T>)
       std::memcpy(to, from + panel * kCols<T>, sizeof(T) * kCols<T>);
@@ -55,11 +56,10 @@ LIIF_INLINE void copy_latent(const KernelGradsProblem<T>& p, int64_t image, int6
 }
 
 template <class T>
-static void copy_block(const KernelGradsProblem<T>& p, const PixelBlock& block, const KernelGradsScratch<T>& s) {
-  const int64_t panel_stride = (block.rows + 2) * (block.cols + 2) * kCols<T>;
+static void copy_block(const ConvolutionGradsProblem<T>& p, const PixelBlock& block, const KernelGradsScratch<T>& s) {
   for (int64_t row = 0, at = 0; row < block.rows + 2; ++row)
     for (int64_t col = 0; col < block.cols + 2; ++col)
-      copy_latent(p, block.image, block.top + row - 1, block.left + col - 1, at++, panel_stride, s);
+      copy_latent(p, block, block.top + row - 1, block.left + col - 1, at++, s);
   for (int64_t row = 0; row < block.rows; ++row)
     for (int64_t col = 0; col < block.cols; ++col) {
       const int64_t pixel = (block.image * p.height + block.top + row) * p.width + block.left + col;
@@ -70,11 +70,11 @@ static void copy_block(const KernelGradsProblem<T>& p, const PixelBlock& block, 
 
 // sums += grads^T * latents, for all nine neighbors; every row of pixels is a product of its own.
 template <class T>
-static void add_products(const KernelGradsProblem<T>& p, const PixelBlock& block, const KernelGradsScratch<T>& s) {
+static void add_products(const ConvolutionGradsProblem<T>& p, const PixelBlock& block, const KernelGradsScratch<T>& s) {
   Gemm<FloatOp<T>, T> g{};
   g.a_stride = s.stride;
   g.b_stride = kCols<T>;
-  g.b_panel = (block.rows + 2) * (block.cols + 2) * kCols<T>;
+  g.b_panel = block.pixels() * kCols<T>;
   g.c_stride = s.width;
   g.panels = s.panels;
   g.k = block.cols;
@@ -93,7 +93,7 @@ static void add_products(const KernelGradsProblem<T>& p, const PixelBlock& block
 
 // Rows [begin, end) of the batch's maps, into the thread's sums.
 template <class T>
-static void kernel_grads_rows(const KernelGradsProblem<T>& p, int64_t begin, int64_t end, char* buffer) {
+static void kernel_grads_rows(const ConvolutionGradsProblem<T>& p, int64_t begin, int64_t end, char* buffer) {
   Arena arena{buffer};
   const KernelGradsScratch<T> s(p, arena);
   for (int64_t i = 0; i < 9 * p.outs * s.width; ++i) s.sums[i] = T(0);
@@ -111,7 +111,7 @@ static void kernel_grads_rows(const KernelGradsProblem<T>& p, int64_t begin, int
 }
 
 template <class T>
-static void add_kernel_grads(const KernelGradsProblem<T>& p, char* buffer) {
+static void add_kernel_grads(const ConvolutionGradsProblem<T>& p, char* buffer) {
   Arena arena{buffer};
   const KernelGradsScratch<T> s(p, arena);
   for (int64_t out = 0; out < p.outs; ++out)

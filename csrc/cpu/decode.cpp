@@ -147,7 +147,7 @@ template void metasr_backward(const MetasrProblem<float>&, const MetasrGrads<flo
 template void metasr_backward(const MetasrProblem<double>&, const MetasrGrads<double>&);
 
 template <class T>
-void kernel_grads(const KernelGradsProblem<T>& p) {
+void kernel_grads(const ConvolutionGradsProblem<T>& p) {
   const MatrixKernels<T>& kernels = matrix_kernels<T>();
   const int64_t rows = p.batch * p.height, shards = std::min(thread_count(), rows);
   if (rows == 0 || p.width == 0) return;
@@ -157,7 +157,7 @@ void kernel_grads(const KernelGradsProblem<T>& p) {
   });
   for (int64_t shard = 0; shard < shards; ++shard) kernels.add_kernel_grads(p, scratch[shard]);
 }
-template void kernel_grads(const KernelGradsProblem<float>&);
-template void kernel_grads(const KernelGradsProblem<double>&);
+template void kernel_grads(const ConvolutionGradsProblem<float>&);
+template void kernel_grads(const ConvolutionGradsProblem<double>&);
 
 }  // namespace liif_fast

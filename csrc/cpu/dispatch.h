@@ -58,9 +58,9 @@ struct MatrixKernels : DecodeKernels<T> {
   void (*metasr_add_sums)(const MetasrProblem<T>&, char* scratch, const MetasrGrads<T>&);
   void (*metasr_scatter)(const MetasrProblem<T>&, const MetasrGrads<T>&, int64_t owner, int64_t owners, char* scratch);
 
-  size_t (*kernel_grads_scratch_bytes)(const KernelGradsProblem<T>&);
-  void (*kernel_grads_rows)(const KernelGradsProblem<T>&, int64_t begin, int64_t end, char* scratch);
-  void (*add_kernel_grads)(const KernelGradsProblem<T>&, char* scratch);
+  size_t (*kernel_grads_scratch_bytes)(const ConvolutionGradsProblem<T>&);
+  void (*kernel_grads_rows)(const ConvolutionGradsProblem<T>&, int64_t begin, int64_t end, char* scratch);
+  void (*add_kernel_grads)(const ConvolutionGradsProblem<T>&, char* scratch);
 };
 
 // The decode with bfloat16 operands; everything else is float. MatrixKernels<float> has the functions that both share.

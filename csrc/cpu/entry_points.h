@@ -41,6 +41,6 @@ template <class T>
 void metasr_backward(const MetasrProblem<T>& p, const MetasrGrads<T>& grads);  // grads zeroed
 
 template <class T>
-void kernel_grads(const KernelGradsProblem<T>& p);  // grad_kernels zeroed
+void kernel_grads(const ConvolutionGradsProblem<T>& p);  // grad_kernels zeroed
 
 }  // namespace liif_fast

@@ -59,7 +59,7 @@ constexpr MatrixKernels<T> make_table() {
       metasr_backward<T>,
       metasr_add_sums<T>,
       metasr_scatter<T>,
-      layout_bytes<KernelGradsScratch<T>, KernelGradsProblem<T>>,
+      layout_bytes<KernelGradsScratch<T>, ConvolutionGradsProblem<T>>,
       kernel_grads_rows<T>,
       add_kernel_grads<T>,
   };

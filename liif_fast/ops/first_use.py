@@ -302,13 +302,13 @@ def error_of(name: str, found: Tensor, expected: Tensor) -> Tensor:
     error = found - expected
     if name in ("coord", "cell"):
         return (error.norm() / expected.norm()).double()
-    if name in ("feat", "query_term"):
-        if name == "feat":
-            squares = F.avg_pool2d(error.square().mean(1, keepdim=True), 4, ceil_mode=True)
-        else:
-            squares = F.avg_pool1d(error.square().mean(2), 64, ceil_mode=True)
-        return (squares.amax() / expected.square().mean()).sqrt().double()
-    return (error.abs().amax() / expected.abs().amax()).double()
+    if name == "feat":
+        squares = F.avg_pool2d(error.square().mean(1), 4, ceil_mode=True)
+    elif name == "query_term":
+        squares = F.avg_pool1d(error.square().mean(2), 64, ceil_mode=True)
+    else:
+        return (error.abs().amax() / expected.abs().amax()).double()
+    return (squares.amax() / expected.square().mean()).sqrt().double()
 
 
 def compare(c: Combination, decoders: Decoders) -> list[tuple[str, float, float]]:

@@ -93,9 +93,8 @@ def test_results_do_not_depend_on_the_launch(kernels, name, schedule, determinis
 
 
 @ordered
-@pytest.mark.parametrize(
-    "seed", [1, pytest.param(2, marks=pytest.mark.prove)]
-)  # copies arrive at random, and as late as the rules allow
+# Copies arrive at random, and as late as the rules allow.
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.prove)])
 @pytest.mark.parametrize("name", [pytest.param("decode-float32", marks=pytest.mark.prove), "decode-bfloat16"])
 def test_no_order_of_threads_and_copies_changes_a_bit(kernels, name, seed, deterministic):
     expected = RUNS[name]()
